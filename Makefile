@@ -1,0 +1,39 @@
+# Each target makes its own environment in .venv; nothing but python3 need be installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.langppl-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint
+
+help:
+	@echo "make demo   the posterior of a missing sentence, on a real language model"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, mypy and the import contracts"
+	@echo "make env    the environment alone, in $(VENV)"
+
+env: $(STAMP)
+
+# torch goes first, so that a failure of the largest download shows at once and its wheel is not
+# resolved together with everything else.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev,plots]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/story_infilling.py
+
+# One thread a worker: two workers that each take every core are slower than one.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy langppl
+	$(BIN)/lint-imports

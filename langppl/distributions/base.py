@@ -1,0 +1,129 @@
+"""What every distribution over strings offers to Pyro and to the rest of langppl."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+
+from langppl.distributions.text import Text
+from langppl.lm.model import LM
+from langppl.lm.prompts import Prompt
+from langppl.lm.requests import Reply, Request, perform
+
+Key = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A log-probability that waits for the LM.
+
+    Attributes:
+        requests: what must be scored.
+        finish: turns the replies into nats.
+    """
+
+    requests: Sequence[Request]
+    finish: Callable[[Sequence[Reply]], float]
+
+
+class StringDistribution(dist.Distribution):  # type: ignore[misc]
+    """A distribution over strings under an LM.
+
+    To Pyro it is a distribution like any other: call it to sample, `log_prob` to score. Both ask
+    the LM through `langppl.lm.perform`.
+
+    Attributes:
+        lm: the LM.
+        prompt: the text before the string, or a chat.
+    """
+
+    lm: LM
+    prompt: Prompt
+
+    @abstractmethod
+    def draw(
+        self,
+        key: Key,
+        *,
+        prompt: tuple[int, ...] | None = None,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Text, float]:
+        """Draws a string.
+
+        Args:
+            key: what the random numbers depend on.
+            prompt: ids to read in place of the distribution's own prompt (a guide's context).
+            adapter: adapter on the LM.
+            temperature: divides the logits, on top of the distribution's own.
+
+        Returns:
+            The string, and the log-probability (nats) with which it was drawn.
+        """
+
+    @abstractmethod
+    def pending(
+        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Pending:
+        """What must be asked of the LM for the log-probability of a value.
+
+        Args:
+            value: the string; a `Text` of this LM is scored by its tokens.
+            prompt: ids to read in place of the distribution's own prompt.
+            adapter: adapter on the LM.
+        """
+
+    @abstractmethod
+    def why_impossible(self, value: object) -> str | None:
+        """The rule that a value breaks, or None if the rules could have produced it."""
+
+    @abstractmethod
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt.
+
+        Raises:
+            ValueError: if the prompt and the string do not fit the context window.
+        """
+
+    @abstractmethod
+    def fields(self) -> tuple[Any, ...]:
+        """All that tells this distribution from another of its type, prompts as text."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Text:
+        """Samples; the random numbers come from torch's generator."""
+        return self.sample()
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Text:
+        """Samples a string; the random numbers come from torch's generator.
+
+        Raises:
+            ValueError: for a sample shape: strings are drawn one by one.
+        """
+        if tuple(sample_shape):
+            raise ValueError("strings are drawn one by one: sample() takes no sample shape")
+        seed = int(torch.randint(2**62, ()))
+        return self.draw(("torch", seed))[0]
+
+    def log_prob(self, value: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Log-probability of a string.
+
+        Args:
+            value: the string; −inf if the rules could not have produced it.
+
+        Returns:
+            Scalar, float64, nats.
+        """
+        wanted = self.pending(value)
+        total = wanted.finish(perform(wanted.requests))
+        return torch.tensor(total, dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        """The type and its prompt, shortened."""
+        prompt = self.prompt if isinstance(self.prompt, str) else "chat"
+        shown = prompt if len(prompt) <= 40 else "…" + prompt[-39:]
+        return f"{type(self).__name__}({self.lm.name}, {shown!r})"

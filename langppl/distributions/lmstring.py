@@ -1,0 +1,276 @@
+"""`LMString`: a distribution over strings, normalised under stated rules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from langppl.distributions import sites
+from langppl.distributions.base import Key, Pending, StringDistribution
+from langppl.distributions.text import Text
+from langppl.lm.model import LM
+from langppl.lm.prompts import Prompt, check_prompt
+from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
+from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
+
+
+class JoinWarning(UserWarning):
+    """A string is glued to its prompt without a space between two words."""
+
+
+_warned: set[str | None] = set()
+
+
+class LMString(StringDistribution):
+    """Strings that an LM writes after a prompt.
+
+    A string ends with the LM's end token or with a stop; the probabilities of all token sequences
+    that the rules allow sum to one (minus what `truncate="reject"` rejects). Without `stop` and
+    `max_tokens` it is *open*: the event "the text goes on like this", which can be observed but
+    not sampled.
+
+    Args:
+        lm: the LM.
+        prompt: the text before the string, or a chat as a list of role/content messages. The
+            string is tokenised apart from it.
+        max_tokens: most tokens of the string, a stop included. With a stop and no `max_tokens`,
+            the context window is the limit.
+        min_tokens: tokens before the string may end.
+        stop: text that ends the string, or several; the value includes it.
+        truncate: `"keep"` cuts a string that is unfinished at `max_tokens`, with no further
+            factor; `"reject"` gives it weight zero: the program is conditioned on finishing.
+        temperature: divides the logits at each token, above 0.
+        allow: the only tokens: a predicate on a token's text, or strings of which a token's text
+            must be put together (`allow="0123456789"` as a list of characters: digits only).
+        ban: tokens to leave out: a predicate, or strings that a token's text must not contain.
+        grammar: a constraint on the whole string; not available yet.
+
+    Raises:
+        ValueError: for rules that no string can follow.
+        TypeError: for a prompt that is neither a string nor a chat.
+
+    Example:
+        >>> name = LMString(lm, "My name is", stop=[".", ","], max_tokens=8)  # doctest: +SKIP
+        >>> name.log_prob(" Ada.")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        min_tokens: int = 1,
+        stop: str | Sequence[str] | None = None,
+        truncate: Literal["keep", "reject"] = "keep",
+        temperature: float = 1.0,
+        allow: TokenFilter | Sequence[str] | str | None = None,
+        ban: TokenFilter | Sequence[str] | str | None = None,
+        grammar: None = None,
+    ) -> None:
+        if grammar is not None:
+            raise ValueError("grammar is not available yet; leave it None")
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        rules = StringRules(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stops,
+            truncate=truncate,
+            temperature=temperature,
+            allow=allow,  # type: ignore[arg-type]
+            ban=ban,  # type: ignore[arg-type]
+        )
+        self._setup(lm, check_prompt(prompt), rules)
+
+    def _setup(self, lm: LM, prompt: Prompt, rules: StringRules) -> None:
+        self.lm = lm
+        self.prompt = prompt
+        self.rules = rules
+
+    def with_prompt(self, prompt: Prompt) -> LMString:
+        """The same rules after another prompt."""
+        other = LMString.__new__(LMString)
+        other._setup(self.lm, check_prompt(prompt), self.rules)
+        return other
+
+    def with_rules(self, rules: StringRules) -> LMString:
+        """The same prompt under other rules."""
+        other = LMString.__new__(LMString)
+        other._setup(self.lm, self.prompt, rules)
+        return other
+
+    @property
+    def bound(self) -> BoundRules:
+        """The rules over the LM's tokens."""
+        return self.lm.bind(self.rules)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this is the event "the text goes on like this"."""
+        return self.rules.is_open
+
+    def fields(self) -> tuple[Any, ...]:
+        """See `StringDistribution.fields`."""
+        return (id(self.lm), self.prompt, self.rules)
+
+    def prompt_ids(self) -> tuple[int, ...]:
+        """See `StringDistribution.prompt_ids`."""
+        ids = self.lm.encode_prompt(self.prompt)
+        self._check_fits(len(ids), self.rules.max_tokens or 1)
+        return ids
+
+    def _check_fits(self, prompt: int, string: int) -> None:
+        window = self.lm.window
+        if window is not None and prompt + string > window:
+            raise ValueError(
+                f"{sites.where()}the prompt has {prompt} tokens and the string needs up to "
+                f"{string} more, but {self.lm!r} reads at most {window}; shorten the prompt"
+                + (" or max_tokens" if self.rules.max_tokens is not None else "")
+            )
+
+    def limit(self, prompt_length: int) -> int | None:
+        """Most actions of the string after a prompt of some length; None if open."""
+        return self.bound.limit(prompt_length, self.lm.window)
+
+    # -- drawing ------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        key: Key,
+        *,
+        prompt: tuple[int, ...] | None = None,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Text, float]:
+        """See `StringDistribution.draw`.
+
+        Raises:
+            ValueError: if the string is open.
+        """
+        if self.is_open:
+            raise ValueError(
+                f"{sites.where()}an open string cannot be sampled: it has no end. Give its "
+                "LMString max_tokens or a stop, observe it, or simulate it at a given length "
+                "(simulate(..., lengths={...}))"
+            )
+        own = self.prompt_ids()
+        # A guide's context may be longer than the prompt, but the string's limit is the model's.
+        limit = self.limit(len(own))
+        assert limit is not None
+        read = own if prompt is None else prompt
+        if prompt is not None:
+            self._check_fits(len(prompt), self.rules.max_tokens or 1)
+        reply = self._draw(read, limit, key, adapter, temperature)
+        return self._text(reply), reply.log_prob
+
+    def _draw(
+        self, prompt: tuple[int, ...], limit: int, key: Key, adapter: str | None, temp: float
+    ) -> DrawReply:
+        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, adapter)
+        (reply,) = perform([request])
+        assert isinstance(reply, DrawReply)
+        return reply
+
+    def _text(self, reply: DrawReply) -> Text:
+        return Text(reply.text, reply.ids, self.lm.fingerprint)
+
+    def draw_open(self, key: Key, length: int) -> tuple[Text, float] | None:
+        """Draws the first tokens of an open string; None if the LM ended the text before.
+
+        Args:
+            key: what the random numbers depend on.
+            length: tokens to draw.
+        """
+        # An ending action is legal, as in the unbounded string, so that the draws that did not end
+        # follow the open string's own law given its length.
+        own = self.prompt_ids()
+        self._check_fits(len(own), length)
+        reply = self._draw(own, length, key, None, 1.0)
+        if len(reply.ids) < length:
+            return None
+        return self._text(reply), reply.log_prob
+
+    # -- scoring ------------------------------------------------------------------------------
+
+    def tokens_of(self, value: str) -> tuple[int, ...]:
+        """The ids by which a value is scored: its own under this tokenizer, else the canonical."""
+        if (
+            isinstance(value, Text)
+            and value.ids is not None
+            and value.tokenizer == self.lm.fingerprint
+        ):
+            return value.ids
+        return self.lm.encode_text(value)
+
+    def parse(self, value: object, prompt_length: int | None = None) -> Path | Violation:
+        """The actions that produce a value, or the rule that it breaks.
+
+        Args:
+            value: the string.
+            prompt_length: tokens of the prompt, where known.
+        """
+        if not isinstance(value, str):
+            return Violation(f"it is a {type(value).__name__}, not a string")
+        try:
+            data = value.encode("utf-8")
+        except UnicodeEncodeError:
+            return Violation("it is not valid Unicode (a lone surrogate)")
+        if prompt_length is None:
+            prompt_length = len(self.prompt_ids())
+        ids = self.tokens_of(value)
+        return self.bound.parse(ids, data, self.limit(prompt_length))
+
+    def why_impossible(self, value: object) -> str | None:
+        """See `StringDistribution.why_impossible`."""
+        return self.parse(value).reason
+
+    def pending(
+        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Pending:
+        """See `StringDistribution.pending`."""
+        request = self.request(value, prompt=prompt, adapter=adapter)
+        if request is None or request.path.rejected:
+            return Pending((), lambda _: -np.inf)
+
+        def finish(replies: Sequence[Any]) -> float:
+            (reply,) = replies
+            assert isinstance(reply, ScoreReply)
+            return reply.log_prob
+
+        return Pending((request,), finish)
+
+    def request(
+        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> ScoreRequest | None:
+        """What to ask the LM for a value, None if the rules could not have produced it.
+
+        A string that was cut and is rejected still has a request: a guide that drew it knows with
+        which probability.
+        """
+        own = self.prompt_ids()
+        self._check_join(value)
+        path = self.parse(value, len(own))
+        if isinstance(path, Violation):
+            return None
+        read = own if prompt is None else prompt
+        self._check_fits(len(read), len(path.tokens))
+        return ScoreRequest(self.lm, read, path, self.rules.temperature, adapter)
+
+    def _check_join(self, value: str) -> None:
+        """Warns once a site if plain text is glued to the last word of the prompt."""
+        if isinstance(value, Text) or not value or not isinstance(self.prompt, str):
+            return
+        last, first = self.prompt[-1:], value[:1]
+        glued = (last.isalnum() and first.isalnum()) or (last in ".!?" and first.isalpha())
+        if last and glued and sites.current() not in _warned:
+            _warned.add(sites.current())
+            warnings.warn(
+                f"{sites.where()}the string {value[:20]!r} begins right after "
+                f"{self.prompt[-20:]!r}, so its first word is glued to the prompt's last; LMs "
+                f"expect the space with the word: {' ' + value[:20]!r}",
+                JoinWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,30 @@
+"""The name of the site that is being worked on, for error messages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_site: ContextVar[str | None] = ContextVar("langppl_site", default=None)
+
+
+@contextlib.contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Within the block, errors and warnings speak of this site."""
+    token = _site.set(site)
+    try:
+        yield
+    finally:
+        _site.reset(token)
+
+
+def where() -> str:
+    """How a message begins: the site at hand, or nothing."""
+    site = _site.get()
+    return f"site {site!r}: " if site is not None else ""
+
+
+def current() -> str | None:
+    """The site at hand."""
+    return _site.get()

@@ -1,0 +1,75 @@
+"""`Tempered`: a string's distribution raised to a power, over whole sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+
+from langppl.distributions.base import StringDistribution
+from langppl.distributions.lmstring import LMString
+from langppl.distributions.text import Text
+
+
+class Tempered(dist.Distribution):  # type: ignore[misc]
+    """The unnormalised p(z)^(1/T) over whole strings.
+
+    `langppl.sample` runs it as the site itself, drawn from p, and a `factor` of
+    (1/T − 1)·log p(z), so any handler sees both. Below T = 1 it sharpens towards the likeliest
+    *strings*, which dividing logits token by token does not do. It has no normaliser: where the
+    prompt depends on a latent, the missing one reweights that latent.
+
+    Args:
+        base: an `LMString` or an `LMChoice`.
+        temperature: T, above 0; above 1 an `LMString` needs `max_tokens`, or the sum over all
+            strings need not be finite.
+
+    Raises:
+        ValueError: for a temperature that is not above 0, or above 1 without `max_tokens`.
+        TypeError: for another kind of base.
+    """
+
+    def __init__(self, base: StringDistribution, temperature: float) -> None:
+        if not isinstance(base, StringDistribution):
+            raise TypeError(f"Tempered takes an LMString or an LMChoice, got {base!r}")
+        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+        if isinstance(base, LMString):
+            if base.is_open:
+                raise ValueError("an open string cannot be tempered: it has no whole")
+            if temperature > 1 and base.rules.max_tokens is None:
+                raise ValueError(
+                    f"temperature={temperature} is above 1 and the string has no max_tokens: the "
+                    "sum over all strings need not be finite"
+                )
+        self.base = base
+        self.temperature = float(temperature)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Text:
+        """Samples the base: a tempered string itself can only be weighted."""
+        return self.base.sample()
+
+    def log_prob(self, value: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Unnormalised log-density log p(value)/T, scalar, float64, nats."""
+        return self.base.log_prob(value) / self.temperature
+
+
+class TemperedFactor(dist.Distribution):  # type: ignore[misc]
+    """The factor power·log p(value), power = 1/T − 1, that makes a site tempered."""
+
+    def __init__(self, base: StringDistribution, power: float, value: str) -> None:
+        self.base = base
+        self.power = power
+        self.value = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A factor has no value."""
+        return torch.empty(0)
+
+    def log_prob(self, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The factor's log weight, scalar, float64, nats."""
+        log_prob = self.base.log_prob(self.value)
+        # An impossible string stays impossible, whatever the sign of the power.
+        return log_prob if torch.isneginf(log_prob) else self.power * log_prob

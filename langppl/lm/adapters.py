@@ -1,0 +1,142 @@
+"""LoRA adapters on a model whose weights are shared.
+
+Switching sets the LoRA layers' own flags. peft's calls for it take fifty times as long and flip
+`requires_grad`, after which a backward pass silently leaves the adapter's gradients at zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def _layers(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def names(model: Any) -> set[str]:
+    """The adapters on a model."""
+    return set(getattr(model, "peft_config", {}))
+
+
+def base_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's own weights, by the names that they have without adapters."""
+    for name, tensor in model.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), tensor
+
+
+def activate(model: Any, name: str | None) -> None:
+    """Makes one adapter, or none, take part in the forward pass."""
+    for layer in _layers(model):
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
+    """Adds an adapter and returns its weights, which take gradients.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    from peft import inject_adapter_in_model
+
+    if name in names(model):
+        raise ValueError(f"there is an adapter {name!r} already")
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    known = dict(getattr(model, "peft_config", {}))
+    inject_adapter_in_model(config, model, adapter_name=name)
+    model.peft_config = {**known, name: config}
+    parameters = []
+    for n, parameter in model.named_parameters():
+        if f".{name}." in n and ".lora_" in n:
+            parameter.requires_grad_(True)
+            parameters.append(parameter)
+        else:
+            parameter.requires_grad_(before.get(n, False))
+    return parameters
+
+
+def remove(model: Any, name: str) -> None:
+    """Removes an adapter and its weights."""
+    for layer in _layers(model):
+        layer.delete_adapter(name)
+    model.peft_config = {k: v for k, v in model.peft_config.items() if k != name}
+
+
+def state(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """An adapter's weights, by the names that peft gives them in a file."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    return {
+        (k if k.startswith(_PREFIX) else _PREFIX + k): v.detach().cpu().contiguous()
+        for k, v in found.items()
+    }
+
+
+def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
+    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads."""
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    model.peft_config[name].save_pretrained(str(target))
+    partial = target / (WEIGHTS + ".partial")
+    save_file(state(model, name), str(partial), metadata={"format": "pt"})
+    os.replace(partial, target / WEIGHTS)
+
+
+def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
+    """Reads a PEFT folder as an adapter; nothing stays behind if that fails.
+
+    Raises:
+        ValueError: if a file is missing or corrupt, or the tensors are not the adapter's.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    source = Path(folder)
+    for file in (CONFIG, WEIGHTS):
+        if not (source / file).is_file():
+            raise ValueError(f"{source} is no adapter folder: {file} is missing")
+    try:
+        config = PeftConfig.from_pretrained(str(source))
+        tensors = load_file(str(source / WEIGHTS))
+    except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"the adapter in {source} is corrupt: {error}") from error
+
+    add(model, name, config)
+    try:
+        expected = {k: tuple(v.shape) for k, v in state(model, name).items()}
+        found = {k: tuple(v.shape) for k, v in tensors.items()}
+        if expected != found:
+            differing = sorted(set(expected.items()) ^ set(found.items()))
+            raise ValueError(
+                f"the adapter in {source} does not fit this LM: "
+                f"{len(differing)} tensors differ in name or shape, for instance {differing[0]}"
+            )
+        if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
+            raise ValueError(f"the adapter in {source} is corrupt: it holds NaN or infinity")
+        set_peft_model_state_dict(
+            model, {k.removeprefix(_PREFIX): v for k, v in tensors.items()}, adapter_name=name
+        )
+    except BaseException:
+        remove(model, name)
+        raise

@@ -1,0 +1,177 @@
+"""Decoding: strings drawn token by token, many at once, with the past kept in a KV cache.
+
+Each distinct prompt is encoded once and its cache row repeated; rows that are finished leave the
+batch. Each row walks its own rules. A token is drawn by inverse CDF from one uniform number that
+depends on the row's key and the token's place alone, so the draws do not depend on the batch (up
+to rounding in the model).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from langppl.lm.requests import DrawReply, DrawRequest
+from langppl.lm.rules import State, Step
+
+if TYPE_CHECKING:
+    from langppl.lm.model import LM
+
+
+def generator(key: tuple[int | str, ...]) -> np.random.Generator:
+    """Random numbers that depend on a key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
+    """Draws one string for each request.
+
+    Args:
+        requests: strings of one LM under one adapter.
+
+    Returns:
+        One reply for each request, in their order.
+    """
+    if not requests:
+        return []
+    lm, adapter = requests[0].lm, requests[0].adapter
+    replies: dict[int, DrawReply] = {}
+    order = sorted(
+        range(len(requests)), key=lambda k: (len(requests[k].prompt), requests[k].prompt)
+    )
+    with torch.no_grad(), lm.adapter(adapter):
+        batch: list[int] = []
+        for k in [*order, None]:
+            if k is None or (batch and not _fits(lm, [requests[j] for j in [*batch, k]])):
+                replies.update(zip(batch, _draw(lm, [requests[j] for j in batch]), strict=True))
+                batch = []
+            if k is not None:
+                batch.append(k)
+    return [replies[k] for k in range(len(requests))]
+
+
+def _fits(lm: LM, batch: Sequence[DrawRequest]) -> bool:
+    longest = max(len(r.prompt) for r in batch) + max(r.limit for r in batch)
+    return len(batch) * longest <= lm.token_budget
+
+
+class _Row:
+    """One string as it grows."""
+
+    def __init__(self, request: DrawRequest) -> None:
+        self.request = request
+        self.uniforms = generator(request.key)
+        self.state: State = request.rules.start(request.limit)
+        self.ids: list[int] = []
+        self.log_prob = 0.0
+        self.kept = b""
+        self.is_dead = False
+
+    def step(self) -> Step:
+        return self.request.rules.step(self.state)
+
+    def take(self, token: int, step: Step, log_probs: torch.Tensor) -> bool:
+        """Takes the drawn token; True while the string goes on."""
+        rules = self.request.rules
+        if token in step.kept:
+            kept = step.kept[token]
+            members = step.groups[kept]
+            self.log_prob += float(log_probs[members].logsumexp(-1))
+            self.ids.append(rules.representative(kept, members.tolist()))
+            self.kept = kept
+            return False
+        if token in rules.vocabulary.end_ids:
+            self.log_prob += float(log_probs[step.end_ids].logsumexp(-1))
+            return False
+        self.log_prob += float(log_probs[token])
+        self.ids.append(token)
+        self.state = rules.advance(self.state, token)
+        return self.state.remaining != 0
+
+    def reply(self) -> DrawReply:
+        join = self.request.rules.vocabulary.join
+        data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
+        text = data.decode("utf-8", errors="replace")
+        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead)
+
+
+def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
+    rows = [_Row(r) for r in requests]
+    prompts = sorted({r.prompt for r in requests})
+    logits, cache, mask = _encode(lm, prompts)
+    owner = torch.tensor([prompts.index(r.prompt) for r in requests], device=lm.device)
+    cache.batch_select_indices(owner)
+    logits, mask = logits[owner], mask[owner]
+
+    alive = list(range(len(rows)))  # row of each line of the batch
+    while True:
+        chosen = _choose([rows[k] for k in alive], logits)
+        going = [line for line, token in enumerate(chosen) if token is not None]
+        if not going:
+            return [row.reply() for row in rows]
+        if len(going) < len(alive):
+            lines = torch.tensor(going, device=lm.device)
+            cache.batch_select_indices(lines)
+            mask = mask[lines]
+            alive = [alive[line] for line in going]
+        tokens = torch.tensor([[chosen[line]] for line in going], device=lm.device)
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        out = lm.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits, cache = out.logits[:, -1], out.past_key_values
+
+
+def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Last logits, KV cache and mask of prompts padded on the left."""
+    longest = max(len(p) for p in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for k, prompt in enumerate(prompts):
+        ids[k, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[k, longest - len(prompt) :] = 1
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    options = {"logits_to_keep": 1} if lm.takes_keep else {}
+    out = lm.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        **options,
+    )
+    return out.logits[:, -1], out.past_key_values, mask
+
+
+def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
+    """Draws the next token of each row and takes it; None for rows that are finished."""
+    device = logits.device
+    steps = [row.step() for row in rows]
+    legal = torch.stack([s.legal_on(device) for s in steps])
+    scale = torch.tensor(
+        [row.request.rules.rules.temperature * row.request.temperature for row in rows],
+        device=device,
+    )
+    scaled = logits.float() / scale[:, None]
+    log_probs = scaled.masked_fill(~legal, -torch.inf).log_softmax(-1)
+    cdf = log_probs.double().exp().cumsum(-1)
+    uniforms = torch.tensor([[row.uniforms.random()] for row in rows], device=device)
+    tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0].tolist()
+    chosen: list[int | None] = []
+    for row, step, token, line in zip(rows, steps, tokens, log_probs, strict=True):
+        if step.is_dead:
+            row.is_dead = True
+            chosen.append(None)
+        elif row.take(token, step, line):
+            chosen.append(token)
+        else:
+            chosen.append(None)
+    return chosen

@@ -1,0 +1,261 @@
+"""`LM`: a causal language model with its tokenizer, its token bytes and its adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from langppl.lm import adapters
+from langppl.lm.prompts import Prompt, encode_chat, is_chat
+from langppl.lm.rules import BoundRules, StringRules
+from langppl.lm.vocabulary import Vocabulary
+from langppl.lm.weights import resolve
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+DEFAULT_TOKEN_BUDGET = 4096
+
+
+class LM:
+    """A causal language model; its weights are loaded once and shared by all that use it.
+
+    Args:
+        name_or_path: a known name (`"smollm2-135m-instruct"`), a hub id (`"org/name"`) or a local
+            folder in transformers' format. Weights are read from safetensors only, and no code
+            of the model's author is run.
+        device: where the weights live; cuda if there is one, else the CPU.
+        dtype: float type of the weights; float32 on the CPU, the checkpoint's own elsewhere.
+        token_budget: most tokens (padding included) in one forward pass; bounds memory.
+
+    Attributes:
+        model: transformers' model, in evaluation mode, its weights frozen.
+        tokenizer: transformers' tokenizer.
+        vocabulary: the tokens as bytes.
+        window: most tokens the model can read, from its config.
+
+    Raises:
+        ValueError: if the name is not known, the folder holds no safetensors, or the tokenizer is
+            not a fast one.
+
+    Example:
+        >>> lm = LM("smollm2-135m-instruct")  # doctest: +SKIP
+        >>> lm.encode_text(" Hello")  # doctest: +SKIP
+        (15162,)
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = resolve(name_or_path)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype is None and torch.device(device).type == "cpu":
+            dtype = torch.float32
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self._setup(model.to(device), tokenizer, str(name_or_path), token_budget)
+
+    @classmethod
+    def from_parts(
+        cls, model: Any, tokenizer: Any, name: str, *, token_budget: int = DEFAULT_TOKEN_BUDGET
+    ) -> LM:
+        """An LM from a model and a fast tokenizer that are already in memory."""
+        self = cls.__new__(cls)
+        self._setup(model, tokenizer, name, token_budget)
+        return self
+
+    def _setup(self, model: Any, tokenizer: Any, name: str, token_budget: int) -> None:
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.token_budget = token_budget
+        config = model.config.get_text_config()
+        self.window: int | None = getattr(config, "max_position_embeddings", None)
+        ends = _ids(config.eos_token_id) | _ids(tokenizer.eos_token_id)
+        if getattr(model, "generation_config", None) is not None:
+            ends |= _ids(model.generation_config.eos_token_id)
+        size = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary = Vocabulary(tokenizer, size, ends)
+        begins = [*_ids(tokenizer.bos_token_id), *_ids(config.bos_token_id), *sorted(ends)]
+        self._begin: int | None = begins[0] if begins else None
+        self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._active: str | None = None
+        self._rules: dict[StringRules, BoundRules] = {}
+        self._prompts: dict[str, tuple[int, ...]] = {}
+
+    def __repr__(self) -> str:
+        """Short, for prompts and error messages."""
+        return f"LM({self.name!r})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the tokenizer: values drawn under it keep their token ids under its equals."""
+        return self.vocabulary.fingerprint
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Names the weights: a guide is trained for one set of them.
+
+        Taken over each base tensor's name, shape and the sums of a sample of it, rounded so that
+        float types agree.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in adapters.base_tensors(self.model):
+            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float()
+            line = f"{name} {tuple(tensor.shape)} {float(sample.abs().mean()):.2e}\n"
+            digest.update(line.encode())
+        return digest.hexdigest()[:16]
+
+    # -- text and tokens ----------------------------------------------------------------------
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt; the empty one starts at the LM's begin token.
+
+        Args:
+            prompt: a string, or a chat as a list of role/content messages, which goes through the
+                tokenizer's chat template.
+
+        Raises:
+            ValueError: if a chat is given and the tokenizer has no template.
+        """
+        if is_chat(prompt):
+            return encode_chat(self.tokenizer, prompt)
+        text = str(prompt)
+        if text not in self._prompts:
+            ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
+            if not ids:
+                if self._begin is None:
+                    raise ValueError(f"{self!r} has no begin token, so a prompt must not be empty")
+                ids = [self._begin]
+            if len(self._prompts) > 100_000:
+                self._prompts.clear()
+            self._prompts[text] = tuple(ids)
+        return self._prompts[text]
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Canonical token ids of a continuation: no special tokens, apart from any prompt.
+
+        What the tokenizer cannot write gives ids that spell another text.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        ids = self.tokenizer(text, **options)["input_ids"]
+        if text and self.vocabulary.join(ids) != text.encode("utf-8", "replace"):
+            # Some tokenizers put a space before the first word of whatever they are given.
+            mark = self.tokenizer("\n", **options)["input_ids"]
+            marked = self.tokenizer("\n" + text, **options)["input_ids"]
+            if marked[: len(mark)] == mark:
+                rest = marked[len(mark) :]
+                if self.vocabulary.join(rest) == text.encode("utf-8", "replace"):
+                    return tuple(rest)
+        return tuple(ids)
+
+    def bind(self, rules: StringRules) -> BoundRules:
+        """A string's rules over this LM's tokens, made once."""
+        if rules not in self._rules:
+            self._rules[rules] = rules.bind(self.vocabulary)
+        return self._rules[rules]
+
+    # -- the transformer ----------------------------------------------------------------------
+
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits at some positions of a batch padded on the right.
+
+        Args:
+            ids: token ids, shape [rows, length].
+            mask: 1 for tokens, 0 for padding, shape [rows, length].
+            keep: positions whose logits are wanted, shape [kept].
+
+        Returns:
+            Shape [rows, kept, vocabulary], in the model's float type.
+        """
+        keep = keep.to(self.device)
+        options: dict[str, Any] = {"logits_to_keep": keep} if self.takes_keep else {}
+        logits: torch.Tensor = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            use_cache=False,
+            **options,
+        ).logits
+        return logits if self.takes_keep else logits[:, keep]
+
+    # -- adapters -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Within the block the LM answers with one adapter, or with none.
+
+        Raises:
+            KeyError: if there is no adapter of that name.
+        """
+        if name is not None and name not in adapters.names(self.model):
+            known = ", ".join(sorted(adapters.names(self.model))) or "none"
+            raise KeyError(f"{self!r} has no adapter {name!r}; it has: {known}")
+        before = self._active
+        adapters.activate(self.model, name)
+        self._active = name
+        try:
+            yield
+        finally:
+            adapters.activate(self.model, before)
+            self._active = before
+
+    def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
+        """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
+        parameters = adapters.add(self.model, name, config)
+        adapters.activate(self.model, self._active)
+        return parameters
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter and its weights."""
+        adapters.remove(self.model, name)
+        adapters.activate(self.model, self._active)
+
+    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Writes an adapter as a plain PEFT folder (safetensors)."""
+        adapters.save(self.model, name, folder)
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Reads a PEFT folder as an adapter; a folder that fails to load leaves nothing behind.
+
+        Raises:
+            ValueError: if files are missing or corrupt, or tensors are missing, unknown or of
+                another shape.
+        """
+        try:
+            adapters.load(self.model, name, folder)
+        finally:
+            adapters.activate(self.model, self._active)
+
+
+def _ids(value: int | Sequence[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return {value} if isinstance(value, int) else set(value)
+
+

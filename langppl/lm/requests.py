@@ -1,0 +1,152 @@
+"""The door to the transformer: what a distribution asks for, and who answers.
+
+A distribution never calls a model. It describes what it needs as requests and *performs* them.
+Inside a scheduler, performing hands the requests over and waits, so that the requests of many
+executions are served in one batch; anywhere else they are served at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from langppl.lm.rules import BoundRules, Path
+
+if TYPE_CHECKING:
+    from langppl.lm.model import LM
+
+Server = Callable[[Sequence["Request"]], list["Reply"]]
+
+_server: ContextVar[Server | None] = ContextVar("langppl_server", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """Ask for the log-probabilities of the actions of one string.
+
+    Attributes:
+        lm: the LM.
+        prompt: ids before the string.
+        path: the string's actions.
+        temperature: divides the logits.
+        adapter: name of the adapter on the LM, None for the LM itself.
+    """
+
+    lm: LM
+    prompt: tuple[int, ...]
+    path: Path
+    temperature: float = 1.0
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """Log-probabilities in nats, float64.
+
+    Attributes:
+        tokens: shape [T]; of each token that goes on.
+        ending: of the ending action; 0 where the ending has probability one or is open.
+        canonical: shape [T + 1]; of the canonical ending action before each token and at the end,
+            −inf where no string may end.
+    """
+
+    tokens: np.ndarray
+    ending: float
+    canonical: np.ndarray
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the whole string."""
+        return float(self.tokens.sum() + self.ending)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawRequest:
+    """Ask for one string drawn token by token.
+
+    Attributes:
+        lm: the LM.
+        prompt: ids before the string.
+        rules: what the string may be.
+        limit: most actions (see `BoundRules.limit`).
+        key: what the random numbers depend on; equal keys give equal strings.
+        temperature: divides the logits.
+        adapter: name of the adapter on the LM, None for the LM itself.
+    """
+
+    lm: LM
+    prompt: tuple[int, ...]
+    rules: BoundRules
+    limit: int
+    key: tuple[int | str, ...]
+    temperature: float = 1.0
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawReply:
+    """A drawn string.
+
+    Attributes:
+        ids: its tokens; the last may run on past the stop that ends the text.
+        text: its text.
+        log_prob: log-probability of the draw, nats.
+        is_dead: whether it stopped where no action was legal.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    log_prob: float
+    is_dead: bool = False
+
+
+Request = ScoreRequest | DrawRequest
+Reply = ScoreReply | DrawReply
+
+
+def perform(requests: Sequence[Request]) -> list[Reply]:
+    """Has requests answered, by the scheduler if there is one, else at once.
+
+    Args:
+        requests: any mix of requests, for any LMs.
+
+    Returns:
+        One reply for each request, in their order.
+    """
+    if not requests:
+        return []
+    server = _server.get()
+    return serve(requests) if server is None else server(requests)
+
+
+def serve(requests: Sequence[Request]) -> list[Reply]:
+    """Answers requests in batches, grouped by kind, LM and adapter."""
+    from langppl.lm.decoding import draw
+    from langppl.lm.scoring import score
+
+    groups: dict[tuple[type, int, str | None], list[int]] = {}
+    for at, request in enumerate(requests):
+        groups.setdefault((type(request), id(request.lm), request.adapter), []).append(at)
+    replies: dict[int, Reply] = {}
+    for indices in groups.values():
+        batch = [requests[at] for at in indices]
+        scores = [r for r in batch if isinstance(r, ScoreRequest)]
+        draws = [r for r in batch if isinstance(r, DrawRequest)]
+        answers: Sequence[Reply] = score(scores) if scores else draw(draws)
+        replies.update(zip(indices, answers, strict=True))
+    return [replies[at] for at in range(len(requests))]
+
+
+@contextlib.contextmanager
+def served_by(server: Server | None) -> Iterator[None]:
+    """Within the block, `perform` hands its requests to `server`."""
+    token = _server.set(server)
+    try:
+        yield
+    finally:
+        _server.reset(token)

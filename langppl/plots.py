@@ -1,0 +1,250 @@
+"""Pictures of posteriors and of training.
+
+Every function returns a matplotlib `Figure` made without pyplot: no window is opened, no global
+state is touched, and the pictures come out the same on a machine without a display. matplotlib is
+imported when the first one is drawn.
+
+Example:
+    >>> figure = plot_log_weights({"prior": by_prior, "gflownet": by_guide})
+    >>> save_figure(figure, "weights.png")
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from langppl.diagnostics import Array
+from langppl.posterior import ABSENT, Posterior
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_log_weights", "plot_posterior", "plot_training", "save_figure"]
+
+_TOP_VALUES = 10
+_LONGEST_LABEL = 48
+_TRAINING_SERIES = {"log_reward": "mean log reward", "elbo": "mean log weight (ELBO)"}
+
+
+def plot_posterior(posterior: Posterior, site: str | None = None) -> Figure:
+    """Draws the posterior of one latent, or of each.
+
+    Strings get a bar for each of the ten likeliest values, and one for the rest; a number with
+    more than ten values gets a weighted histogram.
+
+    Args:
+        posterior: what to draw.
+        site: one latent's name; by default all of them, below one another.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        UnknownSiteError: if no such latent is known.
+        ValueError: if no sample has weight, or the program has no latents.
+    """
+    sites = posterior.sites if site is None else (site,)
+    if not sites:
+        raise ValueError("the posterior has no latent sites to draw")
+    tables = [posterior.probabilities(name) for name in sites]
+    heights = [0.9 + 0.32 * min(len(table), _TOP_VALUES + 1) for table in tables]
+    figure = _figure(8.0, max(sum(heights) + 0.4, 2.6))
+    grid = figure.subplots(len(sites), 1, squeeze=False, height_ratios=heights)
+    for ax, name, table in zip(grid[:, 0], sites, tables, strict=True):
+        title = f"Posterior of {name}"
+        numbers = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
+        others = {v: p for v, p in table.items() if v not in numbers}
+        if len(numbers) > _TOP_VALUES and others.keys() <= {ABSENT}:
+            ax.hist(list(numbers), bins=30, weights=list(numbers.values()), color="tab:blue")
+            ax.set_xlabel(name, parse_math=False)
+            ax.set_ylabel("posterior probability")
+            if others:
+                title += f" (absent: {others[ABSENT]:.1%})"
+        else:
+            _bars(ax, table)
+        ax.set_title(title, parse_math=False)
+    return figure
+
+
+def plot_log_weights(posteriors: Mapping[str, Posterior], ax: Axes | None = None) -> Figure:
+    """Draws the log weights of several guides as histograms over the same bins.
+
+    A good guide has a narrow one: with the exact posterior all weights equal the evidence.
+    Impossible samples have no place on the axis; the legend gives their share.
+
+    Args:
+        posteriors: name → posterior, in the order of the legend.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is no posterior.
+    """
+    if not posteriors:
+        raise ValueError("plot_log_weights needs at least one posterior")
+    figure, ax = _target(ax, 8.0, 4.5)
+    finite = {
+        name: posterior.log_weights[np.isfinite(posterior.log_weights)]
+        for name, posterior in posteriors.items()
+    }
+    together = np.concatenate(list(finite.values()))
+    edges = np.histogram_bin_edges(together if together.size else np.zeros(1), bins=40)
+    bins = [float(edge) for edge in edges]
+    for i, (name, posterior) in enumerate(posteriors.items()):
+        label = name
+        if posterior.impossible_share > 0.0:
+            label += f" ({posterior.impossible_share:.1%} impossible)"
+        # Counts are divided by all n draws, so that bars and impossible share add up to one.
+        share = np.full(finite[name].size, 1.0 / posterior.num_samples)
+        color = f"C{i}"
+        ax.hist(finite[name], bins=bins, weights=share, color=color, alpha=0.35, label=label)
+        ax.hist(finite[name], bins=bins, weights=share, color=color, histtype="step", lw=1.5)
+    ax.set_title("Log weights of the samples")
+    ax.set_xlabel("log weight (nats)")
+    ax.set_ylabel("share of the samples")
+    ax.legend()
+    return figure
+
+
+def plot_training(history: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Figure:
+    """Draws how training went: log reward and ELBO in nats, the loss on an axis of its own.
+
+    Each curve is drawn as it is, faintly, and as its running mean. Values that are not finite (an
+    ELBO of −inf when a draw was impossible) leave gaps.
+
+    Args:
+        history: series of one length: any of `loss`, `log_reward` and `elbo`, with `step` for the
+            horizontal axis where it is not 0, 1, 2, … Other series are ignored.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is nothing to draw, or the lengths differ.
+    """
+    series = {name: history[name] for name in (*_TRAINING_SERIES, "loss") if name in history}
+    if not series:
+        raise ValueError(
+            f'history has none of "loss", "log_reward", "elbo"; it has: {sorted(history)}'
+        )
+    lengths = {name: len(history[name]) for name in (*series, "step") if name in history}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the series of history differ in length: {lengths}")
+    steps = np.asarray(history.get("step", range(next(iter(lengths.values())))), dtype=np.float64)
+    figure, ax = _target(ax, 8.0, 4.5)
+    handles: list[Any] = []
+    top = ax
+    for i, (name, label) in enumerate(_TRAINING_SERIES.items()):
+        if name in series:
+            handles.append(_curve(ax, steps, series[name], f"C{i}", label))
+    ax.set_ylabel("nats")
+    if "loss" in series:
+        top = ax.twinx() if handles else ax
+        handles.append(_curve(top, steps, series["loss"], "tab:gray", "loss"))
+        top.set_ylabel("loss (nats²)")
+        if any(math.isfinite(x) and x > 0.0 for x in series["loss"]):
+            top.set_yscale("log", nonpositive="mask")
+    ax.set_title("Training of the guide")
+    ax.set_xlabel("step")
+    # On the uppermost axes, or the loss would be drawn across the legend.
+    top.legend(handles=handles, loc="best")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure at 150 dpi; the ending of the name decides the format.
+
+    Args:
+        figure: what to write.
+        path: a file such as `weights.png`; missing folders are made.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        # Strings come in any script; what matplotlib's font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(path, dpi=150)
+
+
+def _bars(ax: Axes, table: Mapping[Any, float]) -> None:
+    """Horizontal bars of a distribution's likeliest values, the likeliest on top."""
+    shown = list(table.items())[:_TOP_VALUES]
+    labels = [_label(value) for value, _ in shown]
+    heights = [probability for _, probability in shown]
+    others = list(table.values())[_TOP_VALUES:]
+    if others:
+        labels.append(f"{len(others)} more")
+        heights.append(math.fsum(others))
+    colors = ["tab:blue"] * len(shown) + ["lightgray"] * bool(others)
+    places = range(len(labels))
+    ax.barh(places, heights, color=colors)
+    ax.set_yticks(places, labels, parse_math=False)
+    ax.invert_yaxis()
+    ax.set_xlabel("posterior probability")
+
+
+def _curve(ax: Axes, steps: Array, values: Sequence[float], color: str, label: str) -> Any:
+    """One series and its running mean; the handle for the legend."""
+    array = np.asarray(values, dtype=np.float64)
+    array = np.where(np.isfinite(array), array, np.nan)
+    ax.plot(steps, array, color=color, alpha=0.3, lw=0.8)
+    if not np.isfinite(array).any():
+        label += ": no finite value"
+    (line,) = ax.plot(steps, _running_mean(array), color=color, lw=1.8, label=label)
+    return line
+
+
+def _running_mean(array: Array) -> Array:
+    """The mean of the finite values in a centred window of a twentieth of the series."""
+    half = len(array) // 40
+    means = np.full(len(array), np.nan)
+    for i in range(len(array)):
+        window = array[max(i - half, 0) : i + half + 1]
+        window = window[np.isfinite(window)]
+        if window.size:
+            means[i] = window.mean()
+    return means
+
+
+def _label(value: Any) -> str:
+    """A value on an axis: quoted and short."""
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    if len(text) > _LONGEST_LABEL:
+        half = _LONGEST_LABEL // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return text
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that belongs to no window."""
+    try:
+        module = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'langppl[plots]'") from error
+    figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
+    return figure
+
+
+def _target(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """The axes to draw on, and the figure that they belong to."""
+    if ax is None:
+        figure = _figure(width, height)
+        return figure, figure.subplots()
+    owner: Figure | None = ax.get_figure(root=True)
+    if owner is None:
+        raise ValueError("the given axes belong to no figure")
+    return owner, ax

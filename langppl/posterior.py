@@ -1,0 +1,728 @@
+"""`Posterior`: weighted samples of a program's latents, and what can be said of them.
+
+A posterior is a list of samples (site → value) with log weights in nats. Sample i stands for the
+posterior with probability w_i / Σw; the mean weight estimates the evidence. Nothing is hidden in
+the numbers: an impossible sample keeps its weight of zero, and where the spread of the weights is
+too wide for the error of the evidence to mean anything, the printed table says so.
+
+Example:
+    >>> posterior = Posterior([{"z": "cat"}, {"z": "dog"}], [math.log(1.0), math.log(3.0)])
+    >>> posterior.probabilities("z")
+    {'dog': 0.75, 'cat': 0.25}
+    >>> posterior.expect(lambda sample: sample["z"] == "dog")
+    0.75
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+import torch
+
+from langppl import diagnostics
+from langppl.diagnostics import Array, InferenceWarning, LogWeights
+from langppl.distributions.text import Text
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+__all__ = ["ABSENT", "Absent", "Posterior", "UnknownSiteError"]
+
+_FORMAT = "langppl-posterior"
+_VERSION = 1
+_TOP_VALUES = 5
+_LONGEST_VALUE = 160
+
+
+class Absent(enum.Enum):
+    """The type of `ABSENT`."""
+
+    ABSENT = "(absent)"
+
+    def __str__(self) -> str:
+        """`(absent)`, as it is printed in tables."""
+        return "(absent)"
+
+    __repr__ = __str__
+
+
+ABSENT: Final = Absent.ABSENT
+"""The value of a latent in executions that never reached it.
+
+Its text is "(absent)", but it equals no string, so a latent that really takes the value "(absent)"
+keeps a row of its own.
+"""
+
+
+class UnknownSiteError(KeyError):
+    """A site was asked for that no sample has."""
+
+    def __str__(self) -> str:
+        """The message itself: `KeyError` would print it in quotation marks."""
+        return str(self.args[0])
+
+
+class Posterior:
+    """Weighted samples from the posterior of a program.
+
+    Args:
+        samples: n dicts, latent site → value: `Text` or `str` for strings, 0-d tensors or floats
+            for numbers. A site that an execution did not reach is missing from its dict.
+        log_weights: shape [n], nats; −inf marks an impossible sample.
+        log_evidence: nats; by default the log of the mean weight (of the sum for
+            `method="exact"`). NaN says that the method does not estimate it.
+        log_evidence_error: its standard error, nats; by default the delta method's, 0 for
+            `method="exact"`, and NaN (unknown) where `log_evidence` is given without it.
+        method: the inference method. With `"exact"` the samples are all points of the support and
+            their log weights are log joints.
+        guide: the name of the guide that proposed the samples.
+        sites: the latent sites in the order in which they are shown; others follow as they appear.
+        returns: the model's n return values.
+        log_joint: shape [n], nats: log p(latents, observations) of each sample.
+        log_q: shape [n], nats: log probability under the guide.
+        elapsed: seconds that the inference took.
+        failed_sites: site → number of samples whose log probability there is −inf (or NaN).
+        notes: sentences to be printed under the table.
+
+    Raises:
+        ValueError: if there are no samples, lengths differ, or a log weight is NaN or +inf.
+
+    Warns:
+        InferenceWarning: if no sample has weight.
+    """
+
+    samples: list[dict[str, Any]]
+    """n dicts, latent site → value."""
+    log_weights: Array
+    """Shape [n], float64, nats."""
+    sites: tuple[str, ...]
+    """Names of the latent sites."""
+    log_evidence: float
+    """Estimate of log p(observations), nats."""
+    log_evidence_error: float
+    """Its standard error, nats; to be trusted where `.reliable`."""
+
+    def __init__(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        log_weights: LogWeights,
+        *,
+        log_evidence: float | None = None,
+        log_evidence_error: float | None = None,
+        method: str = "importance",
+        guide: str = "prior",
+        sites: Sequence[str] | None = None,
+        returns: Sequence[Any] | None = None,
+        log_joint: LogWeights | None = None,
+        log_q: LogWeights | None = None,
+        elapsed: float | None = None,
+        failed_sites: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Checks the arguments; see the class."""
+        self.samples = [dict(sample) for sample in samples]
+        self.method = method
+        self.guide = guide
+        self.elapsed = None if elapsed is None else float(elapsed)
+        self.failed_sites = dict(failed_sites or {})
+        self.notes = tuple(notes)
+        found = (site for sample in self.samples for site in sample)
+        self.sites = tuple(dict.fromkeys([*(sites or ()), *found]))
+        if not self.samples:
+            raise ValueError("a posterior needs at least one sample, got none")
+        try:
+            self.log_weights = diagnostics.as_log_weights(log_weights)
+        except ValueError as error:
+            if not self.failed_sites:
+                raise
+            where = _counts(self.failed_sites)
+            raise ValueError(f"{error}; the log probability is not finite at {where}") from None
+        self._check_length("log_weights", self.log_weights)
+        self.returns = None if returns is None else list(returns)
+        self._check_length("returns", self.returns)
+        self.log_joint = self._per_sample("log_joint", log_joint)
+        self.log_q = self._per_sample("log_q", log_q)
+
+        self._possible = bool((self.log_weights > -np.inf).any())
+        if log_evidence is not None:
+            self.log_evidence = float(log_evidence)
+            self.log_evidence_error = (
+                math.nan if log_evidence_error is None else float(log_evidence_error)
+            )
+        else:
+            self.log_evidence, self.log_evidence_error = diagnostics.log_evidence(self.log_weights)
+            if self._exact and self._possible:
+                self.log_evidence += math.log(self.num_samples)
+                self.log_evidence_error = 0.0
+            if log_evidence_error is not None:
+                self.log_evidence_error = float(log_evidence_error)
+        if not self._possible:
+            warnings.warn(self._failure(), InferenceWarning, stacklevel=2)
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples, impossible ones included."""
+        return len(self.samples)
+
+    @property
+    def weights(self) -> Array:
+        """The normalised weights, shape [n], float64, summing to one.
+
+        Raises:
+            ValueError: if no sample has weight.
+        """
+        self._require_weight()
+        return diagnostics.normalized_weights(self.log_weights)
+
+    @functools.cached_property
+    def ess(self) -> float:
+        """Effective sample size, between 1 and n; 0 if no sample has weight.
+
+        For `method="exact"`, whose points are not draws: inf.
+        """
+        if self._exact and self._possible:
+            return math.inf
+        return diagnostics.effective_sample_size(self.log_weights)
+
+    @functools.cached_property
+    def pareto_k(self) -> float:
+        """The shape of the weights' tail, see `diagnostics.pareto_k`; −inf for `method="exact"`."""
+        if self._exact and self._possible:
+            return -math.inf
+        return diagnostics.pareto_k(self.log_weights)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the error of the evidence can be trusted.
+
+        True if Pareto k is at most min(0.7, 1 − 1/log₁₀ n), and for `method="exact"`. False where k
+        cannot be estimated (n ≤ 20) and where no sample has weight.
+        """
+        if not self._possible:
+            return False
+        return self._exact or self.pareto_k <= diagnostics.pareto_k_threshold(self.num_samples)
+
+    @property
+    def elbo(self) -> float:
+        """The mean log weight, nats: the guide's own lower bound on the log evidence.
+
+        −inf if any draw is impossible. For `method="exact"`, where the proposal is the posterior
+        itself, the log evidence.
+        """
+        if self._exact or self.impossible_share == 0.0:
+            return self.elbo_possible
+        return -math.inf
+
+    @property
+    def elbo_possible(self) -> float:
+        """The mean log weight of the possible draws, nats; −inf if there are none.
+
+        Not a lower bound on the log evidence by itself: that takes
+        log(1 − `impossible_share`) more.
+        """
+        if self._exact:
+            return self.log_evidence
+        possible = self.log_weights[self.log_weights > -np.inf]
+        return float(possible.mean()) if possible.size else -math.inf
+
+    @property
+    def impossible_share(self) -> float:
+        """The share of the draws that are impossible, between 0 and 1.
+
+        For `method="exact"`, whose points are not draws: 0, or 1 if no point is possible.
+        """
+        if self._exact:
+            return 0.0 if self._possible else 1.0
+        return float((self.log_weights == -np.inf).mean())
+
+    def probabilities(self, site: str) -> dict[Any, float]:
+        """The posterior distribution of one latent.
+
+        Strings are compared by their text: samples that spell the same text with different tokens
+        are one value here, with the sum of their probabilities. Values without any weight are
+        left out.
+
+        Args:
+            site: the latent's name.
+
+        Returns:
+            Value → probability, likeliest first, summing to one. Strings are plain `str`, numbers
+            Python floats, tensors with dimensions nested tuples of them. Executions that did not
+            reach the site are under the key `ABSENT`.
+
+        Raises:
+            UnknownSiteError: if no such latent is known (a `KeyError`).
+            ValueError: if no sample has weight.
+        """
+        self._require_site(site)
+        parts: dict[Any, list[float]] = {}
+        for sample, weight in zip(self.samples, self.weights, strict=True):
+            if weight > 0.0:
+                parts.setdefault(_key(sample.get(site, ABSENT)), []).append(float(weight))
+        table = {value: math.fsum(weights) for value, weights in parts.items()}
+        return dict(sorted(table.items(), key=lambda item: -item[1]))
+
+    def expect(self, fn: Callable[[dict[str, Any]], Any]) -> float:
+        """The posterior mean of a function of the latents.
+
+        Args:
+            fn: takes a sample (site → value; latents that the execution did not reach are missing)
+                and returns a number, a bool or a tensor of one element. Called on samples that
+                have weight, on no others.
+
+        Returns:
+            Σ w·fn(sample), with normalised weights.
+
+        Raises:
+            ValueError: if no sample has weight, or `fn` returns NaN.
+            TypeError: if `fn` returns something that is not one number.
+        """
+        terms = []
+        for i, weight in enumerate(self.weights):
+            if weight == 0.0:
+                continue
+            value = fn(dict(self.samples[i]))
+            try:
+                number = float("" if isinstance(value, str) else value)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(
+                    f"expect: the function must return one number, but gave {value!r} "
+                    f"for sample {i}"
+                ) from None
+            if math.isnan(number):
+                raise ValueError(f"expect: the function returned NaN for sample {i}")
+            terms.append(float(weight) * number)
+        return sum(terms) if any(map(math.isinf, terms)) else math.fsum(terms)
+
+    def resample(self, n: int, seed: int = 0) -> list[dict[str, Any]]:
+        """Draws equally weighted samples.
+
+        Multinomial: n independent draws with replacement, each sample i with probability w_i.
+
+        Args:
+            n: how many.
+            seed: the same seed gives the same draws.
+
+        Returns:
+            n dicts, site → value (copies; a sample may be drawn more than once).
+
+        Raises:
+            ValueError: if `n` is below 1, or no sample has weight.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        chosen = np.random.default_rng(seed).choice(self.num_samples, size=n, p=self.weights)
+        return [dict(self.samples[i]) for i in chosen]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The samples as a table, one row each, impossible ones included.
+
+        Returns:
+            A column for each site (None where it is absent), then `log_weight` (nats) and `weight`
+            (normalised; 0 throughout if no sample has weight), and `log_q` and `log_joint` where
+            they are known. Where a site has the name of one of these, the latter is followed by an
+            underscore.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            pd = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError(
+                "Posterior.to_pandas needs pandas: pip install 'langppl[plots]'"
+            ) from error
+        columns: dict[str, Any] = {
+            site: [_plain(sample.get(site)) for sample in self.samples] for site in self.sites
+        }
+        numbers = {
+            "log_weight": self.log_weights,
+            "weight": self.weights if self._possible else np.zeros(self.num_samples),
+            "log_q": self.log_q,
+            "log_joint": self.log_joint,
+        }
+        for name, values in numbers.items():
+            if values is not None:
+                while name in columns:
+                    name += "_"
+                columns[name] = values
+        frame: pandas.DataFrame = pd.DataFrame(columns)
+        return frame
+
+    def plot(self, site: str | None = None) -> Figure:
+        """Draws the posterior of one site, or of all: see `langppl.plots.plot_posterior`."""
+        plots = importlib.import_module("langppl.plots")
+        figure: Figure = plots.plot_posterior(self, site)
+        return figure
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the posterior as strict JSON; strings keep their token ids.
+
+        The file appears whole or not at all. Return values that JSON cannot hold are left out, and
+        a note in the file says so.
+
+        Args:
+            path: the file to write; its folder must exist.
+
+        Raises:
+            TypeError: if a sample holds a value that is not a string, a number, a tensor, None or
+                a list, tuple or dict of these.
+        """
+        notes = list(self.notes)
+        returns = self.returns
+        try:
+            encoded_returns = None if returns is None else [_encode(value) for value in returns]
+        except TypeError as error:
+            encoded_returns = None
+            notes.append(f"The return values were not saved: {error}.")
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "method": self.method,
+            "guide": self.guide,
+            "sites": list(self.sites),
+            "log_evidence": _number(self.log_evidence),
+            "log_evidence_error": _number(self.log_evidence_error),
+            "elapsed": self.elapsed,
+            "failed_sites": self.failed_sites,
+            "notes": notes,
+            "log_weights": _numbers(self.log_weights),
+            "log_joint": _numbers(self.log_joint),
+            "log_q": _numbers(self.log_q),
+            "returns": encoded_returns,
+            "samples": [
+                {site: _encode(value) for site, value in sample.items()} for sample in self.samples
+            ],
+        }
+        _write_atomically(Path(path), json.dumps(content, allow_nan=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Posterior:
+        """Reads a posterior that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The posterior, with the values, types and token ids that it was saved with.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a langppl posterior, is damaged, or was written by a
+                later version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a langppl posterior: not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f'{path} is not a langppl posterior: no "format": "{_FORMAT}" in it')
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {content.get('version')!r} of the format; "
+                f"this langppl reads version {_VERSION}"
+            )
+        try:
+            fields = dict(
+                samples=[
+                    {site: _decode(value) for site, value in sample.items()}
+                    for sample in content["samples"]
+                ],
+                log_weights=_floats(content["log_weights"]),
+                log_evidence=float(content["log_evidence"]),
+                log_evidence_error=float(content["log_evidence_error"]),
+                method=content["method"],
+                guide=content["guide"],
+                sites=content["sites"],
+                returns=None
+                if content["returns"] is None
+                else [_decode(value) for value in content["returns"]],
+                log_joint=_floats(content["log_joint"]),
+                log_q=_floats(content["log_q"]),
+                elapsed=content["elapsed"],
+                failed_sites=content["failed_sites"],
+                notes=content["notes"],
+            )
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged langppl posterior: {error!r}") from error
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return self.num_samples
+
+    def __repr__(self) -> str:
+        """One line: method, guide, size, evidence."""
+        return (
+            f"Posterior(method={self.method!r}, guide={self.guide!r}, n={self.num_samples}, "
+            f"sites={list(self.sites)!r}, log_evidence={self.log_evidence:.3f})"
+        )
+
+    def __str__(self) -> str:
+        """The table of `__rich__` as plain text, as wide as the terminal."""
+        console = rich.console.Console(
+            file=io.StringIO(), color_system=None, force_terminal=False, force_jupyter=False
+        )
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def __rich__(self) -> rich.console.RenderableType:
+        """A table of each site's likeliest values, and below it what they are worth."""
+        lines = [rich.text.Text(line) for line in self._summary()]
+        if not self._possible or not self.sites:
+            return rich.console.Group(*lines)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("site", overflow="fold")
+        table.add_column("value", overflow="fold")
+        table.add_column("probability", justify="right", no_wrap=True)
+        for site in self.sites:
+            name = site
+            for value, probability in self._rows(site):
+                table.add_row(rich.text.Text(name), rich.text.Text(value), probability)
+                name = ""
+            table.add_section()
+        return rich.console.Group(table, rich.text.Text(""), *lines)
+
+    @property
+    def _exact(self) -> bool:
+        return self.method == "exact"
+
+    def _rows(self, site: str) -> list[tuple[str, str]]:
+        """The likeliest values of a site as shown, the rest in one row; a mean for numbers."""
+        table = self.probabilities(site)
+        numeric = {v: p for v, p in table.items() if isinstance(v, float)}
+        if len(numeric) > _TOP_VALUES:
+            mass = math.fsum(numeric.values())
+            mean = math.fsum(v * p for v, p in numeric.items()) / mass
+            variance = math.fsum((v - mean) ** 2 * p for v, p in numeric.items()) / mass
+            summary = f"mean {mean:.4g}, sd {math.sqrt(variance):.4g} ({len(numeric)} values)"
+            rows = [(summary, _percentage(mass))]
+            table = {v: p for v, p in table.items() if v not in numeric}
+        else:
+            rows = []
+        shown = list(table.items())[:_TOP_VALUES]
+        rows += [(_shown(value), _percentage(p)) for value, p in shown]
+        others = list(table.values())[_TOP_VALUES:]
+        if others:
+            rows.append((f"{len(others)} more", _percentage(math.fsum(others))))
+        return rows
+
+    def _summary(self) -> list[str]:
+        """The lines under the table."""
+        kind = "points" if self._exact else "samples"
+        lines = [] if self._possible else [self._failure()]
+        if self._possible:
+            lines.append(self._evidence_line())
+            if not self._exact:
+                lines.append(
+                    f"ESS {self.ess:.1f} of {self.num_samples} samples, "
+                    f"Pareto k {_unknown(self.pareto_k)}"
+                )
+                if self.impossible_share > 0.0:
+                    lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
+        elapsed = "" if self.elapsed is None else f", {self.elapsed:.1f} s"
+        lines.append(
+            f"method {self.method}, guide {self.guide}, {self.num_samples} {kind}{elapsed}"
+        )
+        return [*lines, *self.notes]
+
+    def _evidence_line(self) -> str:
+        """The evidence, and in words whether its error can be trusted."""
+        if math.isnan(self.log_evidence):
+            return f"log evidence is not estimated by method {self.method}"
+        value = f"log evidence {self.log_evidence:.3f}"
+        if self._exact:
+            return f"{value} nats (exact)"
+        if math.isnan(self.log_evidence_error):
+            value += " nats (its error is not known)"
+        else:
+            value += f" ± {self.log_evidence_error:.3f} nats"
+        if self.reliable:
+            return value
+        if math.isnan(self.pareto_k):
+            return (
+                f"{value}: this error cannot be trusted, there are too few weighted samples "
+                f"to judge their tail"
+            )
+        threshold = diagnostics.pareto_k_threshold(self.num_samples)
+        return (
+            f"{value}: this error cannot be trusted, Pareto k {self.pareto_k:.2f} is above "
+            f"{threshold:.2f}; draw more samples or use a better guide"
+        )
+
+    def _failure(self) -> str:
+        """Why no sample has weight, and what to try."""
+        what = "point of the support" if self._exact else "sample"
+        text = f"no {what} explains the observations: all {self.num_samples} have weight zero. "
+        if self.failed_sites:
+            text += f"The log probability is -inf at {_counts(self.failed_sites)}. "
+        else:
+            text += "The site that failed is not recorded. "
+        text += (
+            "Try: check that an observed value there can be produced under its site's rules "
+            "(stop, max_tokens, min_tokens, ban, allow), and that a latent with "
+            'truncate="reject" has room to finish'
+        )
+        if not self._exact:
+            text += (
+                "; draw more samples; or use a guide that reads the observations "
+                '("prompted", "gflownet")'
+            )
+        return text + "."
+
+    def _require_weight(self) -> None:
+        if not self._possible:
+            raise ValueError(self._failure())
+
+    def _require_site(self, site: str) -> None:
+        if site not in self.sites:
+            known = ", ".join(repr(name) for name in self.sites) or "none"
+            raise UnknownSiteError(f"no latent site {site!r}; the latent sites are: {known}")
+
+    def _check_length(self, name: str, values: Sequence[Any] | Array | None) -> None:
+        if values is not None and len(values) != self.num_samples:
+            raise ValueError(
+                f"{name} has {len(values)} entries, but there are {self.num_samples} samples"
+            )
+
+    def _per_sample(self, name: str, values: LogWeights | None) -> Array | None:
+        """An array of shape [n] in float64; unlike log weights, these may be infinite."""
+        if values is None:
+            return None
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().double().numpy()
+        array = np.array(values, dtype=np.float64)
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have shape [n], got {array.shape}")
+        self._check_length(name, array)
+        return array
+
+
+def _plain(value: Any) -> Any:
+    """A site's value as plain Python: `str`, number or (nested) list."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return value
+
+
+def _key(value: Any) -> Any:
+    """A site's value as a key: equal values have equal keys."""
+    value = _plain(value)
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(entry) for entry in value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as the table shows it: quoted, so that spaces at its ends can be seen."""
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    if len(text) > _LONGEST_VALUE:
+        half = _LONGEST_VALUE // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return text
+
+
+def _percentage(probability: float) -> str:
+    return "<0.001" if 0.0 < probability < 0.0005 else f"{probability:.3f}"
+
+
+def _unknown(number: float) -> str:
+    return "unknown" if math.isnan(number) else f"{number:.2f}"
+
+
+def _counts(failed_sites: Mapping[str, int]) -> str:
+    """Sites and how often each failed, the most frequent first."""
+    ordered = sorted(failed_sites.items(), key=lambda item: -item[1])
+    return ", ".join(f"site {name!r} (in {count} samples)" for name, count in ordered)
+
+
+def _number(value: float) -> float | str:
+    """A float in strict JSON, which has no infinities: "-inf", "inf", "nan"."""
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def _numbers(values: Iterable[float] | None) -> list[float | str] | None:
+    return None if values is None else [_number(value) for value in values]
+
+
+def _floats(values: Iterable[float | str] | None) -> list[float] | None:
+    """The inverse of `_numbers`."""
+    return None if values is None else [float(value) for value in values]
+
+
+def _encode(value: Any) -> Any:
+    """A sample's value in strict JSON; objects mark the types that JSON lacks."""
+    if isinstance(value, Text):
+        ids = None if value.ids is None else list(value.ids)
+        return {"text": str(value), "ids": ids, "tokenizer": value.tokenizer}
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": _number(value)}
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"tensor": _encode(value.detach().cpu().tolist()), "dtype": dtype}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _encode(value.tolist())
+    if isinstance(value, list):
+        return [_encode(entry) for entry in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(entry) for entry in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {str(key): _encode(entry) for key, entry in value.items()}}
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
+
+
+def _decode(value: Any) -> Any:
+    """The inverse of `_encode`."""
+    if isinstance(value, list):
+        return [_decode(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if "text" in value:
+        return Text(value["text"], value["ids"], value["tokenizer"])
+    if "float" in value:
+        return float(value["float"])
+    if "tensor" in value:
+        dtype = getattr(torch, value["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value['dtype']!r} is not a tensor type")
+        return torch.tensor(_decode(value["tensor"]), dtype=dtype)
+    if "tuple" in value:
+        return tuple(_decode(entry) for entry in value["tuple"])
+    return {key: _decode(entry) for key, entry in value["dict"].items()}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a broken write never looks like a good file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,366 @@
+"""What a program's sites are, and what flows into what.
+
+First the model runs once with a marked placeholder for every latent string and every tool call.
+If nothing looks inside them, every prompt is a template, and runs with made-up values must meet
+exactly the sites that the filled templates say: then the program is *static*. Otherwise the graph
+is found by experiment: one site's value is changed while all the others are held, and the sites
+that come out different depend on it. No step scores anything; the LM is asked only where made-up
+values will not do, as with tool calls, which must not be run on made-up arguments.
+
+An experiment finds a dependence only if one of its values shows it. The values are taken from the
+program itself (its string constants, and what it compares its latents with) and from a small
+general list.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langppl.distributions import LMChoice, StringDistribution, Text
+from langppl.program.execution import (
+    Choice,
+    Execution,
+    Site,
+    draw_prior,
+    given,
+    kind_of,
+    run_many,
+    run_once,
+)
+from langppl.program.graph import ProgramGraph
+from langppl.program.placeholders import Placeholder, marker, sites_in
+from langppl.program.statements import Known, Memo, Model, _Boxed
+from langppl.program.templates import fill_all, signature, signatures
+
+_VALUES = (
+    " yes", " no", "yes", "no", "0", " 1", "7", " 12", "-3.5", "True", "a", "b", "ab.", " the",
+    " The quick brown fox.", " Yes, she did!", "\n", "{}", "[1, 2]", "x = 1", "",
+)  # fmt: skip
+_MOST_VALUES = 48
+_DRAWS = 8
+
+
+@dataclass
+class Structure:
+    """What is known of a program before any inference.
+
+    Attributes:
+        graph: sites and dependencies.
+        templates: its sites with markers in their prompts, if the placeholder run went through.
+        is_static: whether the templates are the program.
+    """
+
+    graph: ProgramGraph
+    templates: tuple[Site, ...] | None
+    is_static: bool
+
+
+class _ToolNeeded(Exception):
+    """A run with made-up values met a tool call."""
+
+
+def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Structure:
+    """Finds a program's sites and dependencies.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        memo: results of tool calls.
+        seed: of the numeric latents' values and of draws, where those are needed.
+
+    Raises:
+        ValueError: if the model has no sites, or its sites change between equal runs.
+    """
+    search = _Search(model, args, memo, seed)
+    traced = search.trace()
+    if traced is not None:
+        numeric = [s for s in traced.sites.values() if s.kind == "latent" and not s.is_string]
+        known = [s for s in traced.sites.values() if s.kind == "deterministic"]
+        if not search.looked_inside and not numeric and not known:
+            _check_has_sites(traced)
+            if search.templates_hold(traced):
+                return Structure(_graph(traced), tuple(traced.sites.values()), True)
+    graph = search.experiment()
+    if traced is not None and not search.looked_inside:
+        for name, parents in _edges(traced):
+            graph.add_edges_from((p, name) for p in parents if p in graph and name in graph)
+    templates = None if traced is None else tuple(traced.sites.values())
+    return Structure(graph, templates, False)
+
+
+def _check_has_sites(execution: Execution) -> None:
+    if not execution.sites:
+        raise ValueError(
+            "the model returned without meeting a site: it has no lp.sample, so there is nothing "
+            "to infer"
+        )
+
+
+def _family(site: Site) -> str:
+    if isinstance(site.fn, Known):
+        return "call"
+    return "factor" if site.kind == "factor" else type(site.fn).__name__
+
+
+def _edges(traced: Execution) -> Iterator[tuple[str, set[str]]]:
+    for name, site in traced.sites.items():
+        found = sites_in(signature(site))
+        yield name, {p for p in found if p != name}
+
+
+def _graph(traced: Execution) -> ProgramGraph:
+    graph = ProgramGraph()
+    for name, site in traced.sites.items():
+        graph.add_node(name, kind=site.kind, family=_family(site))
+    for name, parents in _edges(traced):
+        graph.add_edges_from((p, name) for p in traced.sites if p in parents)
+    return graph
+
+
+class _Search:
+    """Runs a model in all the ways that show its structure."""
+
+    def __init__(self, model: Model, args: Sequence[Any], memo: Memo, seed: int) -> None:
+        self.model, self.args, self.memo, self.seed = model, args, memo, seed
+        self.looked_inside = False
+        self.literals: list[str] = []
+
+    def _run(self, choose: Any, know: Any = None) -> Execution:
+        def task() -> Execution:
+            return run_once(self.model, self.args, choose, know=know)
+
+        return run_many([task], self.memo)[0]
+
+    def _numeric(self, name: str, fn: Any, round_: int = 0) -> Choice:
+        return draw_prior(fn, (self.seed, "structure", round_, name))
+
+    # -- the placeholder run -----------------------------------------------------------------
+
+    def trace(self) -> Execution | None:
+        """A run with placeholders; None if the program does not go through with them."""
+
+        def report(method: str, args: tuple[Any, ...]) -> None:
+            self.looked_inside = True
+            self.literals += [a for a in args if isinstance(a, str) and "\ue000" not in a]
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if isinstance(fn, StringDistribution):
+                return Choice(Placeholder.make(marker(name), report))
+            return self._numeric(name, fn)
+
+        def know(name: str, fn: Known) -> Any:
+            return _Boxed(Placeholder.make(marker(name), report))
+
+        try:
+            return self._run(choose, know)
+        except Exception:
+            # Whatever a program does with a marker in place of text, real values will tell.
+            self.looked_inside = True
+            return None
+
+    def templates_hold(self, traced: Execution) -> bool:
+        """Whether runs with made-up values meet what the filled templates say."""
+        latents = [s for s in traced.sites.values() if s.kind == "latent"]
+        pool = self._pool()
+        for at in range(max(len(pool), 2)):
+            values = {}
+            for k, site in enumerate(latents):
+                options = site.fn.options if isinstance(site.fn, LMChoice) else pool
+                values[site.name] = Text(str(options[(at + 5 * k) % len(options)]))
+            try:
+                execution = self._run(given(values))
+            except Exception:
+                return False
+            expected = signatures(fill_all(tuple(traced.sites.values()), values))
+            if list(signatures(execution).items()) != list(expected.items()):
+                return False
+        return True
+
+    # -- experiments -------------------------------------------------------------------------
+
+    def _pool(self) -> list[str]:
+        constants = [c for c in _constants(self.model) if len(c) <= 40]
+        around = [f" {c} x" for c in dict.fromkeys(self.literals)]
+        found = dict.fromkeys([*self.literals, *around, *_VALUES, *constants])
+        return list(found)[:_MOST_VALUES]
+
+    def experiment(self) -> ProgramGraph:
+        """The graph from changing one site's value at a time."""
+        runs = self._base_runs()
+        base = runs[0]
+        _check_has_sites(base)
+        self._check_repeats(base)
+        graph = ProgramGraph()
+        changes: dict[str, list[Any]] = {}
+        todo = [base, *runs[1:]]
+        nodes: dict[str, Site] = {}
+        for execution in todo:
+            for name, site in execution.sites.items():
+                nodes.setdefault(name, site)
+        edges: set[tuple[str, str]] = set()
+        examined: set[str] = set()
+        # Changing a value may bring sites that no run has met; those are examined in their turn.
+        while waiting := [n for n in nodes if n not in examined and _can_change(nodes[n])]:
+            for name in waiting:
+                examined.add(name)
+                start = next(r for r in [*runs, *self._seen] if name in r.sites)
+                changes[name] = self._alternatives(nodes[name], runs)
+                before = signatures(start)
+                for value in changes[name]:
+                    after = self._changed(start, name, value)
+                    if after is None:
+                        continue
+                    self._seen.append(after)
+                    now = signatures(after)
+                    for other in {*before, *now} - {name}:
+                        nodes.setdefault(other, (after if other in now else start).sites[other])
+                        if before.get(other) != now.get(other):
+                            edges.add((name, other))
+        order = _merged_order([*runs, *self._seen])
+        for name in order:
+            graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
+        position = {name: k for k, name in enumerate(order)}
+        graph.add_edges_from(
+            sorted(
+                ((a, b) for a, b in edges if position[a] < position[b]),
+                key=lambda e: (position[e[0]], position[e[1]]),
+            )
+        )
+        return graph
+
+    def _base_runs(self) -> list[Execution]:
+        self._seen: list[Execution] = []
+        self.drawn = False
+
+        def no_tools(name: str, fn: Known) -> Any:
+            raise _ToolNeeded
+
+        for value in self._pool():
+            try:
+                return [self._run(self._made_up(value), no_tools)]
+            except _ToolNeeded:
+                break
+            except Exception:  # noqa: S112 - this made-up value does not suit the program
+                continue
+        self.drawn = True
+        return run_many(
+            [lambda k=k: run_once(self.model, self.args, self._drawn(k)) for k in range(_DRAWS)],
+            self.memo,
+        )
+
+    def _made_up(self, value: str) -> Any:
+        def report(method: str, args: tuple[Any, ...]) -> None:
+            self.literals += [a for a in args if isinstance(a, str)]
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if isinstance(fn, LMChoice):
+                return Choice(Placeholder.make(str(fn.options[0]), report))
+            if isinstance(fn, StringDistribution):
+                return Choice(Placeholder.make(value, report))
+            return self._numeric(name, fn)
+
+        return choose
+
+    def _drawn(self, k: int) -> Any:
+        return lambda name, fn, _: draw_prior(fn, (self.seed, "structure", k, name))
+
+    def _alternatives(self, site: Site, runs: Sequence[Execution]) -> list[Any]:
+        drawn = [r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites]
+        if isinstance(site.fn, Known):
+            return drawn
+        if not site.is_string:
+            return [self._numeric(site.name, site.fn, k).value for k in range(1, 6)]
+        if isinstance(site.fn, LMChoice):
+            return [Text(str(o)) for o in site.fn.options]
+        if self.drawn:
+            more = run_many(
+                [
+                    lambda k=k: draw_prior(site.fn, (self.seed, "structure", 100 + k, site.name))
+                    for k in range(_DRAWS)
+                ],
+                self.memo,
+            )
+            return [*drawn, *(choice.value for choice in more)]
+        return [Text(v) for v in self._pool()]
+
+    def _changed(self, start: Execution, name: str, value: Any) -> Execution | None:
+        """A run with one site changed and the others held; None if it does not go through."""
+        held = {n: s.value for n, s in start.sites.items() if s.kind in ("latent", "deterministic")}
+        held[name] = value
+
+        def know(site: str, fn: Known) -> Any:
+            if site in held:
+                return held[site]
+            if not self.drawn:
+                raise _ToolNeeded
+            return fn()
+
+        default = self._made_up(_VALUES[0]) if not self.drawn else self._drawn(0)
+        try:
+            return self._run(given(held, default), know)
+        except Exception:
+            return None
+
+    def _check_repeats(self, base: Execution) -> None:
+        values = {n: s.value for n, s in base.sites.items() if s.kind in ("latent", "deterministic")}
+        again = self._run(given(values, self._drawn(0)), lambda n, fn: values.get(n) or fn())
+        check_same_sites(base, again)
+
+
+def _can_change(site: Site) -> bool:
+    return site.kind == "latent" or isinstance(site.fn, Known)
+
+
+def _merged_order(executions: Iterable[Execution]) -> list[str]:
+    order: list[str] = []
+    for execution in executions:
+        at = 0
+        for name in execution.sites:
+            if name in order:
+                at = order.index(name) + 1
+            else:
+                order.insert(at, name)
+                at += 1
+    return order
+
+
+def check_same_sites(first: Execution, second: Execution) -> None:
+    """Raises ValueError, naming the site that moved, unless two equal runs met equal sites."""
+    before, after = signatures(first), signatures(second)
+    rule = (
+        "a model must be a function of its sites: with the same values it must meet the same "
+        "sites in the same order. Randomness belongs into lp.sample, and state that changes "
+        "between runs out of the model"
+    )
+    for one, two in zip(before, after, strict=False):
+        if one != two:
+            raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {rule}")
+        if before[one] != after[two]:
+            raise ValueError(
+                f"run again, site {one!r} had another distribution or observed value; {rule}"
+            )
+    if len(before) != len(after):
+        moved = (set(before) ^ set(after)).pop()
+        raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
+
+
+def _constants(model: Any) -> Iterator[str]:
+    """String constants of a function and of the functions in it."""
+    code = getattr(model, "__code__", None)
+    while code is None and hasattr(model, "__wrapped__"):
+        model = model.__wrapped__
+        code = getattr(model, "__code__", None)
+    pending = [code] if code is not None else []
+    while pending:
+        for constant in pending.pop().co_consts:
+            if isinstance(constant, types.CodeType):
+                pending.append(constant)
+            elif isinstance(constant, str):
+                yield constant
+            elif isinstance(constant, tuple | frozenset):
+                yield from (c for c in constant if isinstance(c, str))
+
+

@@ -1,0 +1,329 @@
+"""One run of a model under langppl's handlers, and its log joint site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+
+from langppl.distributions import StringDistribution
+from langppl.distributions.base import Key, Pending
+from langppl.distributions.sites import naming
+from langppl.distributions.tempered import TemperedFactor
+from langppl.lm.decoding import generator
+from langppl.lm.requests import Reply, Request, perform
+from langppl.program.scheduler import run
+from langppl.program.statements import (
+    Known,
+    Memo,
+    Model,
+    check_string_site,
+    memo_of_calls,
+    plate_error,
+)
+
+Kind = Literal["latent", "observed", "factor", "deterministic"]
+T = TypeVar("T")
+
+
+@dataclass
+class Site:
+    """What happened at one site of one execution.
+
+    Attributes:
+        name: the site's name.
+        kind: `"latent"`, `"observed"`, `"factor"` or `"deterministic"` (tool calls too).
+        fn: the distribution.
+        value: the value.
+        log_prob: nats, after Pyro's `scale` and `mask`; None until scored.
+        log_q: nats, with which a latent was proposed; None if it was given.
+        scale: Pyro's scale.
+        mask: Pyro's mask.
+    """
+
+    name: str
+    kind: Kind
+    fn: Any
+    value: Any
+    log_prob: float | None = None
+    log_q: float | None = None
+    scale: Any = 1.0
+    mask: Any = None
+
+    @property
+    def is_string(self) -> bool:
+        """Whether the site's distribution is over strings."""
+        return isinstance(self.fn, StringDistribution)
+
+
+@dataclass
+class Execution:
+    """One run of a model.
+
+    Attributes:
+        sites: by name, in the order they were met.
+        returned: what the model returned.
+    """
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    returned: Any = None
+
+    @property
+    def latents(self) -> dict[str, Any]:
+        """Values of the latent sites."""
+        return {s.name: s.value for s in self.sites.values() if s.kind == "latent"}
+
+    @property
+    def log_joint(self) -> float:
+        """Sum of the sites' log-probabilities, nats."""
+        return _total(s.log_prob for s in self.sites.values())
+
+    @property
+    def log_q(self) -> float:
+        """Log-probability (nats) with which the latents were proposed."""
+        return _total(s.log_q for s in self.sites.values())
+
+
+def _total(terms: Any) -> float:
+    return float(sum(t for t in terms if t is not None))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value for a latent site.
+
+    Attributes:
+        value: the value.
+        log_q: nats, with which it was proposed; None if it was given.
+        log_prob: nats, under the model, where the proposal knows it already.
+    """
+
+    value: Any
+    log_q: float | None = None
+    log_prob: float | None = None
+
+
+Chooser = Callable[[str, Any, Execution], Choice]
+"""Decides a latent's value from its name, its distribution and the execution so far."""
+
+
+def kind_of(fn: Any, is_observed: bool) -> Kind:
+    """What a site is in the graph, by its distribution."""
+    if isinstance(fn, Known):
+        return "deterministic"
+    if isinstance(fn, TemperedFactor) or type(fn).__name__ == "Unit":
+        return "factor"
+    return "observed" if is_observed else "latent"
+
+
+class _Handler(Messenger):
+    """Outermost on the stack: decides the latents and records every site."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        choose: Chooser,
+        know: Callable[[str, Known], Any] | None,
+        observe: Callable[[str, Any], Any] | None,
+    ) -> None:
+        super().__init__()
+        self.execution = execution
+        self.choose = choose
+        self.know = know
+        self.observe = observe
+
+    @staticmethod
+    def _is_internal(msg: Any) -> bool:
+        return type(msg["fn"]).__name__ == "_Subsample" or bool(msg["infer"].get("_do_not_trace"))
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self._is_internal(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        if name in self.execution.sites:
+            raise ValueError(
+                f"site {name!r} is met twice in one execution; give each site its own name, in a "
+                f'loop for instance f"{name}_{{i}}"'
+            )
+        if isinstance(fn, StringDistribution):
+            check_string_site(name, msg["value"])
+            for frame in msg["cond_indep_stack"]:
+                if frame.vectorized:
+                    raise plate_error(name, frame.name)
+        if msg["is_observed"]:
+            if self.observe is not None and kind_of(fn, is_observed=True) == "observed":
+                with naming(name):
+                    msg["value"] = self.observe(name, fn)
+            return
+        if msg["done"] or msg["value"] is not None:
+            return
+        if isinstance(fn, Known) and self.know is not None:
+            msg["value"], msg["done"] = self.know(name, fn), True
+        elif kind_of(fn, is_observed=False) == "latent":
+            with naming(name):
+                choice = self.choose(name, fn, self.execution)
+            msg["value"], msg["done"] = choice.value, True
+            msg["infer"] = {**msg["infer"], "langppl_choice": choice}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self._is_internal(msg):
+            return
+        choice = msg["infer"].get("langppl_choice", Choice(None))
+        self.execution.sites[msg["name"]] = Site(
+            name=msg["name"],
+            kind=kind_of(msg["fn"], msg["is_observed"]),
+            fn=msg["fn"],
+            value=msg["value"],
+            # Under Pyro's scale or mask, what the proposal knows is not the site's term.
+            log_prob=choice.log_prob if msg["scale"] == 1.0 and msg["mask"] is None else None,
+            log_q=choice.log_q,
+            scale=msg["scale"],
+            mask=msg["mask"],
+        )
+
+
+def run_once(
+    model: Model,
+    args: Sequence[Any],
+    choose: Chooser,
+    *,
+    know: Callable[[str, Known], Any] | None = None,
+    observe: Callable[[str, Any], Any] | None = None,
+) -> Execution:
+    """Runs a model once; to be called within a scheduler's task.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        choose: decides the latents.
+        know: answers tool calls and deterministic sites in place of evaluating them.
+        observe: replaces the values of observed sites.
+    """
+    execution = Execution()
+    with _Handler(execution, choose, know, observe):
+        execution.returned = model(*args)
+    return execution
+
+
+def score(execution: Execution, only: Callable[[Site], bool] = lambda _: True) -> Execution:
+    """Fills in the sites' log-probabilities; see `score_all`."""
+    score_all([execution], only)
+    return execution
+
+
+def score_all(
+    executions: Sequence[Execution], only: Callable[[Site], bool] = lambda _: True
+) -> None:
+    """Fills in the sites' log-probabilities, all LM requests at once.
+
+    Args:
+        executions: runs; sites that have a log-probability keep it.
+        only: which of the others to score.
+
+    Raises:
+        ValueError: if a site's log-probability is NaN or +inf; names the site.
+    """
+    wanted: list[tuple[Site, Pending]] = []
+    for execution in executions:
+        for site in execution.sites.values():
+            if site.log_prob is not None or not only(site):
+                continue
+            with naming(site.name):
+                if isinstance(site.fn, StringDistribution):
+                    wanted.append((site, site.fn.pending(site.value)))
+                elif isinstance(site.fn, TemperedFactor):
+                    wanted.append((site, _tempered(site.fn)))
+                else:
+                    log_prob = site.fn.log_prob(site.value)
+                    site.log_prob = float(scale_and_mask(log_prob, site.scale, site.mask).sum())
+    requests: list[Request] = [r for _, pending in wanted for r in pending.requests]
+    replies: list[Reply] = perform(requests)
+    at = 0
+    for site, pending in wanted:
+        mine = replies[at : at + len(pending.requests)]
+        at += len(mine)
+        plain = torch.tensor(pending.finish(mine), dtype=torch.float64)
+        site.log_prob = float(scale_and_mask(plain, site.scale, site.mask).sum())
+    for execution in executions:
+        for site in execution.sites.values():
+            check_number(site.name, site.log_prob)
+
+
+def _tempered(fn: TemperedFactor) -> Pending:
+    base = fn.base.pending(fn.value)
+
+    def finish(replies: Sequence[Reply]) -> float:
+        log_prob = base.finish(replies)
+        # An impossible string stays impossible, whatever the sign of the power.
+        return log_prob if log_prob == -math.inf else fn.power * log_prob
+
+    return Pending(base.requests, finish)
+
+
+def check_number(site: str, log_prob: float | None) -> None:
+    """Raises ValueError, naming the site, if a log-probability is NaN or +inf."""
+    if log_prob is not None and (math.isnan(log_prob) or log_prob == math.inf):
+        raise ValueError(f"the log-probability of site {site!r} is {log_prob}")
+
+
+# -- choosers ----------------------------------------------------------------------------------
+
+
+def draw_prior(fn: Any, key: Key) -> Choice:
+    """Draws a value from a site's own distribution.
+
+    The log-probability of the draw is both its proposal's and the model's.
+    """
+    if isinstance(fn, StringDistribution):
+        value, log_q = fn.draw(key)
+        impossible = fn.why_impossible(value) is not None
+        return Choice(value, log_q, -np.inf if impossible else log_q)
+    seed = int(generator(key).integers(2**62))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        value = fn()
+    log_q = float(fn.log_prob(value).sum())
+    return Choice(value, log_q, log_q)
+
+
+def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Chooser:
+    """Takes latents from a mapping.
+
+    Args:
+        values: site → value.
+        otherwise: for the other sites; None to make them an error.
+    """
+
+    def choose(name: str, fn: Any, execution: Execution) -> Choice:
+        if name in values:
+            check = check_string_site if isinstance(fn, StringDistribution) else None
+            if check is not None:
+                check(name, values[name])
+            return Choice(values[name])
+        if otherwise is None:
+            raise ValueError(
+                f"latent site {name!r} has no value; values are given for: "
+                + (", ".join(sorted(values)) or "none")
+            )
+        return otherwise(name, fn, execution)
+
+    return choose
+
+
+def run_many(tasks: Sequence[Callable[[], T]], memo: Memo) -> list[T]:
+    """Runs tasks at once, with tool calls remembered in `memo`."""
+
+    def with_memo(task: Callable[[], T]) -> Callable[[], T]:
+        def inner() -> T:
+            memo_of_calls.set(memo)
+            return task()
+
+        return inner
+
+    return run([with_memo(t) for t in tasks])

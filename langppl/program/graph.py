@@ -1,0 +1,52 @@
+"""The dependency graph of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import networkx as nx
+
+_SHAPES = {"latent": "ellipse", "observed": "ellipse", "factor": "box", "deterministic": "box"}
+
+
+class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
+    """Sites as nodes, "flows into" as edges; a networkx `DiGraph`.
+
+    Node attributes: `kind` (`"latent"`, `"observed"`, `"factor"`, `"deterministic"`) and `family`
+    (the distribution's name, `"call"` for tool calls).
+    """
+
+    def __str__(self) -> str:
+        """One line for each site: its kind, its family, and what flows into it."""
+        width = max((len(str(n)) for n in self.nodes), default=0)
+        lines = []
+        for name, data in self.nodes(data=True):
+            parents = ", ".join(str(p) for p in self.predecessors(name))
+            line = f"{name!s:<{width}}  {data['kind']:<13}  {data['family']}"
+            lines.append(line + (f"  <- {parents}" if parents else ""))
+        return "\n".join(lines)
+
+    def show(self) -> None:
+        """Prints the graph as text."""
+        print(self)
+
+    def to_dot(self) -> str:
+        """The graph in Graphviz's language; observed sites are filled."""
+        lines = ["digraph program {"]
+        for name, data in self.nodes(data=True):
+            style = ' style="filled"' if data["kind"] == "observed" else ""
+            label = f"{name}\\n{data['family']}"
+            lines.append(f'  "{_esc(name)}" [label="{_esc(label)}" '
+                         f'shape="{_SHAPES[data["kind"]]}"{style}];')
+        lines += [f'  "{_esc(a)}" -> "{_esc(b)}";' for a, b in self.edges]
+        return "\n".join([*lines, "}"])
+
+    def below(self, site: str, kinds: Iterable[str]) -> list[str]:
+        """Sites of some kinds that depend on a site, also through others, in program order."""
+        wanted, reached = set(kinds), nx.descendants(self, site)
+        return [n for n in self.nodes if n in reached and self.nodes[n]["kind"] in wanted]
+
+
+def _esc(text: Any) -> str:
+    return str(text).replace('"', '\\"')

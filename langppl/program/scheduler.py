@@ -1,0 +1,141 @@
+"""Many executions of a program at once, so that the LM always sees full batches.
+
+Each execution is a greenlet. It runs until it performs a request (see `langppl.lm.requests`),
+which switches back here; when every execution waits, all requests are served in one batch and the
+executions go on. User code is plain synchronous Python.
+
+Pyro and torch keep ambient state per process or per thread: handler stack, plate dimensions, grad
+mode, autocast, random numbers. Each execution owns its own, swapped in and out at every switch;
+context variables come with the greenlet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from typing import Any, Generic, TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from pyro.poutine import runtime
+
+from langppl.lm.requests import Reply, Request, serve, served_by
+
+T = TypeVar("T")
+
+
+class _Ambient:
+    """A snapshot of the state that Pyro and torch keep outside of any object."""
+
+    def __init__(
+        self,
+        stack: list[Any],
+        dims: list[Any],
+        grad: bool,
+        autocast: tuple[tuple[str, bool, torch.dtype], ...],
+        rng: torch.Tensor,
+    ) -> None:
+        self.stack = stack
+        self.dims = dims
+        self.grad = grad
+        self.autocast = autocast
+        self.rng = rng
+
+    @classmethod
+    def capture(cls) -> _Ambient:
+        return cls(
+            list(runtime._PYRO_STACK),
+            list(runtime._DIM_ALLOCATOR._stack),
+            torch.is_grad_enabled(),
+            tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in ("cpu", "cuda")
+            ),
+            torch.get_rng_state(),
+        )
+
+    def install(self) -> None:
+        # In place: Pyro's modules hold references to these very lists.
+        runtime._PYRO_STACK[:] = self.stack
+        runtime._DIM_ALLOCATOR._stack[:] = self.dims
+        torch.set_grad_enabled(self.grad)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_rng_state(self.rng)
+
+
+class _Execution(Generic[T]):
+    """One task and where it stands."""
+
+    def __init__(self, task: Callable[[], T], ambient: _Ambient) -> None:
+        self.ambient = ambient
+        self.result: T | None = None
+        self.wanted: Sequence[Request] | None = None
+        self.greenlet = greenlet(self._main)
+        self.greenlet.gr_context = copy_context()
+        self._task = task
+
+    def _main(self) -> None:
+        with served_by(_ask):
+            self.result = self._task()
+
+    def go_on(self, replies: list[Reply] | None) -> None:
+        """Runs until the next requests or the end; what the task raises is raised here."""
+        outside = _Ambient.capture()
+        self.ambient.install()
+        try:
+            self.wanted = self.greenlet.switch(*([] if replies is None else [replies]))
+        finally:
+            self.ambient = _Ambient.capture()
+            outside.install()
+
+    def close(self) -> None:
+        """Ends an unfinished task as if it had been interrupted where it waits."""
+        if self.greenlet and not self.greenlet.dead:
+            outside = _Ambient.capture()
+            self.ambient.install()
+            try:
+                self.greenlet.throw(GreenletExit)
+            finally:
+                outside.install()
+
+
+def _ask(requests: Sequence[Request]) -> list[Reply]:
+    # A local name for the current greenlet would make it uncollectable.
+    replies: list[Reply] = getcurrent().parent.switch(requests)
+    return replies
+
+
+def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Runs tasks at once, serving the LM requests of all of them in batches.
+
+    Args:
+        tasks: plain functions; what they perform is served together.
+
+    Returns:
+        Their results, in order.
+
+    Raises:
+        BaseException: the first error that a task raises, with its own traceback; the other
+            tasks are closed, and Pyro's and torch's state is what it was.
+    """
+    outside = _Ambient.capture()
+    inside = _Ambient([], [], outside.grad, outside.autocast, outside.rng)
+    executions = [_Execution(task, inside) for task in tasks]
+    try:
+        # Served directly, also where this call itself runs inside another scheduler.
+        with served_by(None):
+            for execution in executions:
+                execution.go_on(None)
+            while waiting := [e for e in executions if e.wanted is not None]:
+                requests = [r for e in waiting for r in e.wanted or ()]
+                replies = iter(serve(requests))
+                for execution in waiting:
+                    mine = [next(replies) for _ in execution.wanted or ()]
+                    execution.go_on(mine)
+    finally:
+        for execution in executions:
+            execution.close()
+    results: list[Any] = [e.result for e in executions]
+    return results

@@ -1,0 +1,273 @@
+"""The statements of a program: `sample`, `factor`, `call`, and what changes a model.
+
+A site is a Pyro site. This module is the one typed door between strings and Pyro, whose types
+speak of tensors only, and completes what Pyro cannot do with text.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast, overload
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+
+from langppl.distributions import StringDistribution, Tempered, Text
+from langppl.distributions.sites import naming
+from langppl.distributions.tempered import TemperedFactor
+
+R = TypeVar("R")
+Model = Callable[..., Any]
+
+Memo = dict[Any, Any]
+memo_of_calls: ContextVar[Memo | None] = ContextVar("langppl_memo_of_calls", default=None)
+_impure: set[Any] = set()
+
+
+@overload
+def sample(name: str, dist: StringDistribution | Tempered, obs: str | None = None) -> Text: ...
+@overload
+def sample(name: str, dist: Any, obs: torch.Tensor | float | None = None) -> torch.Tensor: ...
+
+
+def sample(name: str, dist: Any, obs: Any = None) -> Any:
+    """Draws from a distribution, or observes a value.
+
+    Args:
+        name: the site's name, unique within an execution.
+        dist: an `LMString`, `LMChoice` or `Tempered`, or one of Pyro's distributions.
+        obs: the observed value: a string at a string site, else a tensor or a number.
+
+    Returns:
+        The site's value; a `Text`, which is a `str`, at a string site that is drawn.
+
+    Raises:
+        TypeError: if the name or an observation is of the wrong type.
+        ValueError: for a string site in a vectorised plate.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a site's name must be a non-empty string, got {name!r}")
+    with naming(name):
+        if isinstance(dist, Tempered):
+            return _sample_tempered(name, dist, obs)
+        if isinstance(dist, StringDistribution):
+            check_string_site(name, obs)
+            for handler in _PYRO_STACK:
+                if isinstance(handler, IndepMessenger) and handler._vectorized:
+                    raise plate_error(name, handler.name)
+        elif isinstance(obs, numbers.Number):
+            obs = torch.tensor(obs)
+        value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
+        if isinstance(dist, StringDistribution):
+            check_string_site(name, value)
+        return value
+
+
+def check_string_site(name: str, value: object) -> None:
+    """Raises TypeError unless a string site's value is a string (or None: to be drawn)."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(
+            f"site {name!r} is a string site, but its value is {value!r} "
+            f"({type(value).__name__}); give a str"
+        )
+
+
+def plate_error(site: str, plate: str) -> ValueError:
+    """What is raised for a string site in a vectorised plate."""
+    return ValueError(
+        f"string site {site!r} is inside the vectorised plate {plate!r}, and strings are drawn one "
+        f'by one; use a sequential plate: for i in pyro.plate("{plate}", n): '
+        f'lp.sample(f"{site}_{{i}}", ...)'
+    )
+
+
+def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
+    value = sample(name, tempered.base, obs)
+    # A site that `do` removed has no density, and so no tempered one.
+    removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
+    if _PYRO_STACK and not removed:
+        fn = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
+        pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
+    return value
+
+
+def factor(name: str, log_weight: torch.Tensor | float) -> None:
+    """Multiplies an execution's weight by exp(log_weight).
+
+    Args:
+        name: the site's name.
+        log_weight: nats, a scalar; −inf makes the execution impossible.
+
+    Raises:
+        ValueError: if the weight is NaN, +inf, or not a scalar.
+    """
+    value = torch.as_tensor(log_weight, dtype=torch.float64)
+    if value.numel() != 1:
+        raise ValueError(f"factor {name!r} must be one number, got shape {tuple(value.shape)}")
+    if math.isnan(float(value)) or float(value) == math.inf:
+        raise ValueError(f"factor {name!r} is {float(value)}; a log weight must be below infinity")
+    pyro.factor(name, value.reshape(()))
+
+
+class _Boxed:
+    """A tool's result as a site's value; Pyro takes no None."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class Known(dist.Distribution):  # type: ignore[misc]
+    """A site that is a function of others: it has a value and no density.
+
+    Attributes:
+        evaluate: makes the value.
+        inputs: what it is made of, for the graph.
+    """
+
+    def __init__(self, evaluate: Callable[[], Any], inputs: tuple[Any, ...]) -> None:
+        self.evaluate = evaluate
+        self.inputs = inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Boxed:
+        return _Boxed(self.evaluate())
+
+    def log_prob(self, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """0 nats: nothing is random here."""
+        return torch.zeros((), dtype=torch.float64)
+
+
+def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
+    """A tool call: a site whose value is a fixed function of its arguments.
+
+    Within one inference, the tool is evaluated once for each name and arguments.
+
+    Args:
+        name: the site's name.
+        fn: the tool.
+        *args: its arguments.
+        pure: False for a tool that must not be evaluated twice with the same arguments, in the
+            life of the process: a second evaluation is an error.
+
+    Returns:
+        What the tool returned.
+
+    Raises:
+        RuntimeError: if a tool that is not pure would be evaluated a second time.
+    """
+
+    def evaluate() -> R:
+        memo = memo_of_calls.get()
+        key = (name, tuple(hashable(a) for a in args))
+        if memo is not None and key in memo:
+            return cast(R, memo[key])
+        if not pure:
+            if (fn, key) in _impure:
+                raise RuntimeError(
+                    f"call {name!r} was evaluated with {args!r} before, and pure=False forbids a "
+                    "second time"
+                )
+            _impure.add((fn, key))
+        result = fn(*args)
+        if memo is not None:
+            memo[key] = result
+        return result
+
+    return cast(R, _known(name, Known(evaluate, args)))
+
+
+def deterministic(name: str, value: R) -> R:
+    """Records a value that is computed from others, text included, as a site of the trace."""
+    return cast(R, _known(name, Known(lambda: value, (value,))))
+
+
+def _known(name: str, fn: Known) -> Any:
+    # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
+    result = pyro.sample(name, fn, infer={"is_auxiliary": True})
+    return result.value if isinstance(result, _Boxed) else result
+
+
+def hashable(value: Any) -> Any:
+    """A value as something that can be compared and hashed by content."""
+    if isinstance(value, str):
+        return ("str", str(value))
+    if isinstance(value, torch.Tensor):
+        return ("tensor", tuple(value.shape), tuple(value.flatten().tolist()))
+    if isinstance(value, Mapping):
+        return ("mapping", tuple((hashable(k), hashable(v)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, tuple(hashable(v) for v in value))
+    try:
+        hash(value)
+    except TypeError:
+        return (type(value).__name__, repr(value))
+    return (type(value).__name__, value)
+
+
+def condition(model: Model, data: Mapping[str, Any]) -> Model:
+    """The same model with some sites observed.
+
+    Args:
+        model: a langppl (or Pyro) model.
+        data: site → value.
+
+    Returns:
+        A model of the same arguments.
+    """
+    observed = {k: _as_value(v) for k, v in data.items()}
+
+    @functools.wraps(model)
+    def conditioned(*args: Any, **kwargs: Any) -> Any:
+        with pyro.poutine.condition(data=observed):
+            return model(*args, **kwargs)
+
+    return conditioned
+
+
+def do(model: Model, data: Mapping[str, Any]) -> Model:
+    """The same model with some sites set from outside: no density, no LM call.
+
+    Args:
+        model: a langppl (or Pyro) model.
+        data: site → value.
+
+    Returns:
+        A model of the same arguments, in which those sites do not exist.
+    """
+    fixed = {k: _as_value(v) for k, v in data.items()}
+
+    @functools.wraps(model)
+    def intervened(*args: Any, **kwargs: Any) -> Any:
+        with _Do(fixed):
+            return model(*args, **kwargs)
+
+    return intervened
+
+
+def _as_value(value: Any) -> Any:
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        return torch.tensor(value)
+    return value
+
+
+class _Do(Messenger):
+    """Answers some sites with given values and hides them from every outer handler."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        super().__init__()
+        self.data = data
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.data:
+            msg["value"] = self.data[msg["name"]]
+            msg["done"] = msg["stop"] = True

@@ -1,0 +1,152 @@
+"""Pictures: what is drawn, read back from the figures."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from langppl.plots import plot_log_weights, plot_posterior, plot_training, save_figure
+from langppl.posterior import Posterior
+
+INF = math.inf
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def strings() -> Posterior:
+    samples: list[dict[str, Any]] = [
+        {"z": " $a$ and $b$", "n": torch.tensor(0.0)},
+        {"z": "猫 [x]", "n": torch.tensor(1.0)},
+    ]
+    return Posterior(samples, [0.0, math.log(3.0)])
+
+
+def bar_lengths(figure: Figure, index: int = 0) -> list[float]:
+    return [float(bar.get_width()) for bar in figure.axes[index].patches]  # type: ignore[attr-defined]
+
+
+def test_bars_of_a_string(tmp_path: Path) -> None:
+    figure = plot_posterior(strings(), "z")
+    (ax,) = figure.axes
+    assert bar_lengths(figure) == pytest.approx([0.75, 0.25])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["'猫 [x]'", "' $a$ and $b$'"]
+    assert (ax.get_title(), ax.get_xlabel()) == ("Posterior of z", "posterior probability")
+    save_figure(figure, tmp_path / "new" / "z.png")
+    assert (tmp_path / "new" / "z.png").read_bytes().startswith(PNG)
+
+
+def test_all_sites_through_the_posterior() -> None:
+    figure = strings().plot()
+    assert [ax.get_title() for ax in figure.axes] == ["Posterior of z", "Posterior of n"]
+
+
+def test_the_rest_is_one_bar() -> None:
+    figure = plot_posterior(Posterior([{"z": str(i)} for i in range(16)], [0.0] * 16))
+    assert bar_lengths(figure) == pytest.approx([1 / 16] * 10 + [6 / 16])
+    assert figure.axes[0].get_yticklabels()[-1].get_text() == "6 more"
+
+
+def test_a_number_gets_a_histogram_that_sums_to_its_mass() -> None:
+    values = np.random.default_rng(0).normal(size=90)
+    samples: list[dict[str, Any]] = [{"x": float(value)} for value in values] + [{}] * 10
+    figure = plot_posterior(Posterior(samples, [0.0] * 100))
+    (ax,) = figure.axes
+    assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(0.9)  # type: ignore[attr-defined]
+    assert (ax.get_xlabel(), ax.get_title()) == ("x", "Posterior of x (absent: 10.0%)")
+
+
+def test_log_weights_share_bins_and_say_what_is_impossible(tmp_path: Path) -> None:
+    wide = Posterior([{"z": "a"}] * 4, [-4.0, -2.0, 0.0, -INF])
+    close = Posterior([{"z": "a"}] * 2, [-1.0, -1.0])
+    figure = plot_log_weights({"prior": wide, "guide": close})
+    (ax,) = figure.axes
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["prior (25.0% impossible)", "guide"]
+    assert ax.get_xlabel() == "log weight (nats)"
+    first, second = ax.containers[0], ax.containers[1]
+    assert [bar.get_x() for bar in first] == [bar.get_x() for bar in second]
+    assert sum(bar.get_height() for bar in first) == pytest.approx(0.75)
+    assert sum(bar.get_height() for bar in second) == pytest.approx(1.0)
+    save_figure(figure, tmp_path / "w.svg")
+    assert "<svg" in (tmp_path / "w.svg").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:no sample explains")
+def test_log_weights_that_are_all_impossible() -> None:
+    figure = plot_log_weights({"prior": Posterior([{"z": "a"}], [-INF])})
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert legend.get_texts()[0].get_text() == "prior (100.0% impossible)"
+
+
+def test_training(tmp_path: Path) -> None:
+    history = {
+        "step": [10, 20, 30],
+        "loss": [9.0, 3.0, 0.0],
+        "log_reward": [-9.0, -8.0, -7.0],
+        "elbo": [-INF, -9.0, -8.0],
+        "learning_rate": [1.0, 1.0, 1.0],
+    }
+    figure = plot_training(history)
+    nats, loss = figure.axes
+    assert (nats.get_xlabel(), nats.get_ylabel()) == ("step", "nats")
+    assert (loss.get_ylabel(), loss.get_yscale()) == ("loss (nats²)", "log")
+    assert [len(ax.lines) for ax in (nats, loss)] == [4, 2]
+    np.testing.assert_array_equal(nats.lines[0].get_xdata(), [10, 20, 30])
+    np.testing.assert_array_equal(nats.lines[2].get_ydata(), [math.nan, -9.0, -8.0])
+    save_figure(figure, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 1_000
+
+
+def test_the_running_mean() -> None:
+    series = [float(i % 2) for i in range(80)]  # a window of 80 // 40 = 2 steps to each side
+    figure = plot_training({"loss": series})
+    raw, mean = figure.axes[0].lines
+    np.testing.assert_array_equal(raw.get_ydata(), series)
+    middle = np.asarray(mean.get_ydata(), dtype=float)[10:12]
+    np.testing.assert_allclose(middle, [0.4, 0.6])  # 0 1 0 1 0 and 1 0 1 0 1
+
+
+def test_training_without_a_finite_value() -> None:
+    figure = plot_training({"elbo": [-INF, -INF]})
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert legend.get_texts()[0].get_text().endswith("no finite value")
+
+
+def test_drawing_on_given_axes(tmp_path: Path) -> None:
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    assert plot_training({"loss": [1.0]}, ax=left) is figure
+    assert plot_log_weights({"prior": strings()}, ax=right) is figure
+    assert (left.get_title(), right.get_title()) == (
+        "Training of the guide",
+        "Log weights of the samples",
+    )
+    save_figure(figure, tmp_path / "both.png")
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="at least one posterior"):
+        plot_log_weights({})
+    with pytest.raises(ValueError, match=r"has none of .* it has: \['a'\]"):
+        plot_training({"a": [1.0]})
+    with pytest.raises(ValueError, match=r"differ in length: \{'loss': 2, 'step': 1\}"):
+        plot_training({"step": [1], "loss": [1.0, 2.0]})
+    with pytest.raises(KeyError, match="no latent site 'y'"):
+        plot_posterior(strings(), "y")
+    with pytest.raises(ValueError, match="no latent sites"):
+        plot_posterior(Posterior([{}], [0.0]))
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
+        plot_posterior(strings())

@@ -1,0 +1,525 @@
+"""`Posterior`: probabilities, expectations, printing and files, against values made by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rich.console
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from langppl.diagnostics import InferenceWarning
+from langppl.distributions.text import Text
+from langppl.posterior import ABSENT, Posterior, UnknownSiteError
+
+LOG3 = math.log(3.0)
+INF = math.inf
+
+
+def one_to_three(**kwargs: Any) -> Posterior:
+    return Posterior([{"z": "cat"}, {"z": "dog"}], [0.0, LOG3], **kwargs)
+
+
+def dead(**kwargs: Any) -> Posterior:
+    with pytest.warns(InferenceWarning, match="no sample explains the observations"):
+        return Posterior([{"z": "a"}, {"z": "b"}], [-INF, -INF], **kwargs)
+
+
+def narrow(posterior: Posterior, width: int) -> str:
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(posterior)
+    return capture.get()
+
+
+def lognormal(spread: float, n: int = 200, **kwargs: Any) -> Posterior:
+    weights = np.random.default_rng(0).normal(-5.0, spread, n)
+    return Posterior([{"z": str(i % 4)} for i in range(n)], weights, **kwargs)
+
+
+# --- numbers ---
+
+
+def test_weights_one_to_three() -> None:
+    posterior = one_to_three()
+    np.testing.assert_allclose(posterior.weights, [0.25, 0.75])
+    assert posterior.log_weights.dtype == np.float64
+    assert posterior.probabilities("z") == pytest.approx({"dog": 0.75, "cat": 0.25})
+    assert list(posterior.probabilities("z")) == ["dog", "cat"]
+    assert posterior.log_evidence == pytest.approx(math.log(2.0))
+    assert posterior.log_evidence_error == pytest.approx(0.5)
+    assert posterior.ess == pytest.approx(1.6)
+    assert posterior.elbo == pytest.approx(LOG3 / 2.0)
+    assert posterior.elbo_possible == pytest.approx(LOG3 / 2.0)
+    assert posterior.impossible_share == 0.0
+    assert posterior.num_samples == len(posterior) == 2
+    assert math.isnan(posterior.pareto_k)
+    assert not posterior.reliable
+
+
+def test_impossible_samples() -> None:
+    posterior = Posterior([{"z": "a"}, {"z": "b"}, {"z": "c"}, {"z": "d"}], [0.0, LOG3, -INF, -INF])
+    assert posterior.elbo == -INF
+    assert posterior.elbo_possible == pytest.approx(LOG3 / 2.0)
+    assert posterior.impossible_share == 0.5
+    assert posterior.log_evidence == pytest.approx(0.0, abs=1e-12)
+    assert posterior.probabilities("z") == pytest.approx({"b": 0.75, "a": 0.25})
+
+
+def test_strings_are_merged_by_text() -> None:
+    samples = [
+        {"z": Text("ab", ids=(1, 2), tokenizer="t")},
+        {"z": Text("ab", ids=(3,), tokenizer="t")},
+        {"z": "ab"},
+        {"z": Text("ba", ids=(2, 1), tokenizer="t")},
+    ]
+    table = Posterior(samples, [0.0, 0.0, 0.0, 0.0]).probabilities("z")
+    assert table == pytest.approx({"ab": 0.75, "ba": 0.25})
+    assert [type(value) for value in table] == [str, str]
+
+
+def test_numbers_are_keyed_by_floats() -> None:
+    samples: list[dict[str, Any]] = [
+        {"n": torch.tensor(2)},
+        {"n": 2.0},
+        {"n": np.float32(2.0)},
+        {"n": torch.tensor(0.5)},
+    ]
+    table = Posterior(samples, [0.0] * 4).probabilities("n")
+    assert table == {2.0: 0.75, 0.5: 0.25}
+    assert [type(value) for value in table] == [float, float]
+
+
+def test_tensors_are_keyed_by_tuples() -> None:
+    samples = [{"v": torch.tensor([0.25, 0.75])}, {"v": torch.tensor([0.25, 0.75])}]
+    assert Posterior(samples, [0.0, 0.0]).probabilities("v") == {(0.25, 0.75): 1.0}
+
+
+def test_equal_probabilities_keep_the_order_of_the_samples() -> None:
+    posterior = Posterior([{"z": "b"}, {"z": "a"}, {"z": "c"}], [0.0, 0.0, 0.0])
+    assert list(posterior.probabilities("z")) == ["b", "a", "c"]
+
+
+def test_a_latent_that_exists_in_some_executions_only() -> None:
+    samples = [{"z": "yes", "why": "(absent)"}, {"z": "no"}, {"z": "no"}, {"z": "no"}]
+    posterior = Posterior(samples, [0.0] * 4)
+    assert posterior.sites == ("z", "why")
+    table = posterior.probabilities("why")
+    assert table == {ABSENT: 0.75, "(absent)": 0.25}
+    assert str(ABSENT) == f"{ABSENT}" == "(absent)"
+    assert ABSENT != "(absent)"
+    assert pickle.loads(pickle.dumps(ABSENT)) is ABSENT
+    printed = str(posterior)
+    assert " (absent) " in printed  # the row of the absent ones
+    assert "'(absent)'" in printed  # the row of the string
+
+
+def test_sites_come_in_the_given_order_and_may_be_absent_everywhere() -> None:
+    posterior = Posterior([{"b": "1", "a": "2"}], [0.0], sites=["a", "never"])
+    assert posterior.sites == ("a", "never", "b")
+    assert posterior.probabilities("never") == {ABSENT: 1.0}
+
+
+def test_an_unknown_site() -> None:
+    with pytest.raises(UnknownSiteError) as caught:
+        Posterior([{"z": "a", "y": "b"}], [0.0]).probabilities("x")
+    assert isinstance(caught.value, KeyError)
+    assert str(caught.value) == "no latent site 'x'; the latent sites are: 'z', 'y'"
+
+
+def test_exact() -> None:
+    # Joints 0.1 and 0.3 of two points, a third one impossible: evidence 0.4.
+    joint = [math.log(0.1), math.log(0.3), -INF]
+    posterior = Posterior([{"z": "a"}, {"z": "b"}, {"z": "c"}], joint, method="exact")
+    assert posterior.log_evidence == pytest.approx(math.log(0.4))
+    assert posterior.log_evidence_error == 0.0
+    assert posterior.probabilities("z") == pytest.approx({"b": 0.75, "a": 0.25})
+    assert posterior.reliable
+    assert posterior.elbo == posterior.elbo_possible == posterior.log_evidence
+    assert (posterior.ess, posterior.pareto_k, posterior.impossible_share) == (INF, -INF, 0.0)
+    assert "log evidence -0.916 nats (exact)" in str(posterior)
+
+
+def test_given_evidence() -> None:
+    posterior = one_to_three(log_evidence=-3.0, method="smc")
+    assert posterior.log_evidence == -3.0
+    assert math.isnan(posterior.log_evidence_error)
+    assert "log evidence -3.000 nats (its error is not known)" in " ".join(str(posterior).split())
+    assert one_to_three(log_evidence=-3.0, log_evidence_error=0.1).log_evidence_error == 0.1
+    unknown = one_to_three(log_evidence=math.nan, method="mh")
+    assert "log evidence is not estimated by method mh" in str(unknown)
+
+
+def test_reliable_follows_the_threshold() -> None:
+    assert lognormal(0.1).reliable
+    assert not lognormal(4.0).reliable
+    assert lognormal(4.0).pareto_k > 0.7
+
+
+# --- expectations and draws ---
+
+
+def test_expect() -> None:
+    posterior = Posterior([{"n": 1.0}, {"n": 5.0}], [0.0, LOG3])
+    assert posterior.expect(lambda s: s["n"]) == pytest.approx(4.0)  # 0.25·1 + 0.75·5
+    assert posterior.expect(lambda s: s["n"] > 2.0) == pytest.approx(0.75)
+    assert posterior.expect(lambda s: torch.tensor([s["n"]])) == pytest.approx(4.0)
+    assert posterior.expect(lambda s: np.float64(s["n"])) == pytest.approx(4.0)
+    assert posterior.expect(lambda s: INF) == INF
+
+
+def test_expect_leaves_impossible_samples_alone() -> None:
+    posterior = Posterior([{"n": "3"}, {"n": "not a number"}], [0.0, -INF])
+    assert posterior.expect(lambda s: int(s["n"])) == 3.0
+
+
+def test_expect_cannot_change_the_samples() -> None:
+    posterior = one_to_three()
+    posterior.expect(lambda s: s.pop("z") == "cat")
+    assert posterior.samples == [{"z": "cat"}, {"z": "dog"}]
+
+
+def test_expect_refuses_nan_and_what_is_no_number() -> None:
+    with pytest.raises(ValueError, match="NaN for sample 0"):
+        one_to_three().expect(lambda s: math.nan)
+    for value in ("1.0", None, torch.zeros(2)):
+        with pytest.raises(TypeError, match="must return one number, but gave"):
+            one_to_three().expect(lambda s, value=value: value)
+
+
+def test_resample() -> None:
+    posterior = Posterior([{"z": "a"}, {"z": "b"}, {"z": "c"}], [0.0, LOG3, -INF])
+    draws = posterior.resample(4_000, seed=1)
+    share = sum(draw["z"] == "b" for draw in draws) / 4_000
+    assert share == pytest.approx(0.75, abs=0.03)  # four standard errors
+    assert {draw["z"] for draw in draws} == {"a", "b"}
+    assert draws == posterior.resample(4_000, seed=1)
+    assert draws != posterior.resample(4_000, seed=2)
+    draws[0]["z"] = "changed"
+    assert [sample["z"] for sample in posterior.samples] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        posterior.resample(0)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.text(max_size=3), st.floats(-20.0, 20.0)), min_size=1, max_size=20),
+    st.floats(-500.0, 500.0),
+)
+def test_a_constant_factor_on_the_weights_leaves_the_probabilities(
+    drawn: list[tuple[str, float]], shift: float
+) -> None:
+    samples = [{"z": text} for text, _ in drawn]
+    weights = np.array([weight for _, weight in drawn])
+    table = Posterior(samples, weights).probabilities("z")
+    assert Posterior(samples, weights + shift).probabilities("z") == pytest.approx(table, rel=1e-9)
+    assert math.fsum(table.values()) == pytest.approx(1.0)
+    assert sorted(table.values(), reverse=True) == list(table.values())
+    assert set(table) == {text for text, _ in drawn}
+
+
+# --- bad input ---
+
+
+def test_nan_names_the_indices_and_the_site() -> None:
+    with pytest.raises(ValueError, match=r"^log_weights is NaN at index 1 of 2$"):
+        Posterior([{"z": "a"}, {"z": "b"}], [0.0, math.nan])
+    with pytest.raises(ValueError, match=r"index 1 of 2; .* at site 'ending' \(in 1 samples\)"):
+        Posterior([{"z": "a"}, {"z": "b"}], [0.0, math.nan], failed_sites={"ending": 1})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"log_weights": [0.0]}, "log_weights has 1 entries, but there are 2 samples"),
+        ({"log_q": [0.0]}, "log_q has 1 entries"),
+        ({"log_joint": [[0.0, 0.0]]}, r"log_joint must have shape \[n\], got \(1, 2\)"),
+        ({"returns": [1, 2, 3]}, "returns has 3 entries"),
+        ({"samples": [], "log_weights": []}, "at least one sample, got none"),
+        ({"log_weights": [0.0, INF]}, r"\+inf at index 1"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    arguments = {"samples": [{"z": "a"}, {"z": "b"}], "log_weights": [0.0, 0.0], **kwargs}
+    with pytest.raises(ValueError, match=message):
+        Posterior(**arguments)
+
+
+def test_no_sample_explains_the_observations() -> None:
+    posterior = dead(failed_sites={"x": 1, "ending": 2})
+    assert posterior.log_evidence == posterior.elbo == posterior.elbo_possible == -INF
+    assert (posterior.ess, posterior.impossible_share, posterior.reliable) == (0.0, 1.0, False)
+    message = r"no sample explains .* 'ending' \(in 2 samples\), site 'x' .* Try: "
+    for ask in (
+        lambda: posterior.weights,
+        lambda: posterior.probabilities("z"),
+        lambda: posterior.expect(lambda s: 1.0),
+        lambda: posterior.resample(3),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    printed = " ".join(str(posterior).split())
+    assert "no sample explains the observations: all 2 have weight zero" in printed
+    assert '("prompted", "gflownet")' in printed
+    assert list(posterior.to_pandas()["weight"]) == [0.0, 0.0]
+    assert "log_evidence=-inf" in repr(posterior)
+
+
+def test_no_point_explains_the_observations() -> None:
+    with pytest.warns(InferenceWarning, match=r"no point of the support explains .* not recorded"):
+        posterior = Posterior([{"z": "a"}], [-INF], method="exact")
+    assert posterior.log_evidence == posterior.elbo == -INF
+    assert posterior.impossible_share == 1.0
+    assert not posterior.reliable
+
+
+# --- printing ---
+
+
+def test_the_printed_table() -> None:
+    posterior = Posterior(
+        [{"z": " cat"}, {"z": "dog"}],
+        [0.0, LOG3],
+        elapsed=1.25,
+        guide="prompted",
+        notes=["A note."],
+    )
+    lines = [line.rstrip() for line in narrow(posterior, 80).splitlines()]
+    assert lines[0].split() == ["site", "value", "probability"]
+    assert lines[2].split() == ["z", "'dog'", "0.750"]
+    assert lines[3].split() == ["'", "cat'", "0.250"]
+    assert "' cat'" in lines[3]
+    text = " ".join("\n".join(lines).split())
+    assert "log evidence 0.693 ± 0.500 nats: this error cannot be trusted" in text
+    assert "too few weighted samples" in text
+    assert "ESS 1.6 of 2 samples, Pareto k unknown" in text
+    assert "method importance, guide prompted, 2 samples, 1.2 s" in text
+    assert text.endswith("A note.")
+
+
+def test_the_evidence_line_says_whether_its_error_can_be_trusted() -> None:
+    assert "cannot be trusted" not in str(lognormal(0.1))
+    bad = lognormal(4.0)
+    # n = 200: the threshold is 1 − 1/log₁₀ 200 = 0.565.
+    expected = f"cannot be trusted, Pareto k {bad.pareto_k:.2f} is above 0.57"
+    assert expected in " ".join(str(bad).split())
+
+
+def test_markup_in_strings_is_printed_as_it_is() -> None:
+    samples = [{"a[b]": "[bold]x[/bold] :smile: [/]"}, {"a[b]": "\n\x1b[31m"}]
+    posterior = Posterior(samples, [0.0, -1.0], guide="g[i]", notes=["[red]"])
+    printed = narrow(posterior, 100)
+    for literal in (
+        "'[bold]x[/bold] :smile: [/]'",
+        r"'\n\x1b[31m'",
+        "a[b]",
+        "guide g[i]",
+        "[red]",
+    ):
+        assert literal in printed
+
+
+def test_a_narrow_terminal() -> None:
+    posterior = Posterior([{"middle": " She ate a whole fish."}] * 2, [0.0, -1.0])
+    lines = narrow(posterior, 30).splitlines()
+    assert max(map(len, lines)) <= 30
+    joined = "".join(line[8:19].strip() for line in lines[2:6]).replace(" ", "")
+    assert "'Sheateawholefish.'" in joined
+
+
+def test_long_tables_are_shortened() -> None:
+    samples: list[dict[str, Any]] = [
+        {"z": f"string {i}", "n": torch.tensor(float(i)), "long": "x" * 1000} for i in range(8)
+    ]
+    printed = str(Posterior(samples, [0.0] * 8))
+    assert "string 4" in printed and "string 5" not in printed
+    assert "3 more" in printed and "0.375" in printed
+    # Of 0 … 7: mean 3.5, variance (8² − 1)/12 = 5.25.
+    assert "mean 3.5, sd 2.291 (8 values)" in printed
+    assert printed.count("x") < 200
+
+
+def test_small_probabilities_are_not_printed_as_zero() -> None:
+    assert "<0.001" in str(Posterior([{"z": "a"}, {"z": "b"}], [0.0, -20.0]))
+
+
+def test_repr_is_one_line() -> None:
+    assert repr(one_to_three()) == (
+        "Posterior(method='importance', guide='prior', n=2, sites=['z'], log_evidence=0.693)"
+    )
+
+
+# --- pandas ---
+
+
+def test_to_pandas() -> None:
+    samples: list[dict[str, Any]] = [{"z": Text("a", ids=(1,)), "n": torch.tensor(0.5)}, {"z": "b"}]
+    posterior = Posterior(samples, [0.0, LOG3], log_q=[-1.0, -2.0], log_joint=torch.tensor([1, 2]))
+    frame = posterior.to_pandas()
+    assert list(frame.columns) == ["z", "n", "log_weight", "weight", "log_q", "log_joint"]
+    assert list(frame["z"]) == ["a", "b"]
+    assert frame["n"][0] == 0.5 and frame["n"].isna()[1]
+    np.testing.assert_allclose(frame["weight"], [0.25, 0.75])
+    np.testing.assert_allclose(frame["log_q"], [-1.0, -2.0])
+    np.testing.assert_allclose(frame["log_joint"], [1.0, 2.0])
+
+
+def test_to_pandas_keeps_a_site_called_weight() -> None:
+    frame = Posterior([{"weight": 3.0}], [0.0]).to_pandas()
+    assert list(frame.columns) == ["weight", "log_weight", "weight_"]
+    assert frame["weight"][0] == 3.0
+
+
+def test_to_pandas_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
+        one_to_three().to_pandas()
+
+
+# --- files ---
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "posterior.json"
+    samples: list[dict[str, Any]] = [
+        {"z": Text(" a\ud800ü", ids=(5, 7), tokenizer="abc"), "p": torch.tensor(0.1)},
+        {"z": Text("plain"), "p": torch.tensor(3), "v": torch.tensor([[0.5, -INF]])},
+        {"z": "-inf", "p": -INF, "n": 7, "b": True, "none": None, "t": (1, [2.5, "x"], {"k": ()})},
+    ]
+    posterior = Posterior(
+        samples,
+        [0.1, -2.0 / 3.0, -INF],
+        method="smc",
+        guide="prompted",
+        log_evidence=-1.5,
+        sites=["p", "z"],
+        returns=["a", ("b", 1), None],
+        log_joint=[-1.0, -2.0, -INF],
+        log_q=torch.tensor([-0.5, -0.25, -1.0]),
+        elapsed=2.5,
+        failed_sites={"z": 1},
+        notes=["one", "two"],
+    )
+    posterior.save(path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert (content["format"], content["version"]) == ("langppl-posterior", 1)
+    assert content["log_weights"][2] == "-inf"
+    assert content["samples"][0]["z"] == {"text": " a\ud800ü", "ids": [5, 7], "tokenizer": "abc"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["posterior.json"]
+
+    loaded = Posterior.load(path)
+    for name in ("method", "guide", "sites", "returns", "elapsed", "failed_sites", "notes"):
+        assert getattr(loaded, name) == getattr(posterior, name), name
+    assert loaded.log_evidence == -1.5
+    assert math.isnan(loaded.log_evidence_error)
+    for name in ("log_weights", "log_joint", "log_q"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(posterior, name))
+    for before, after in zip(samples, loaded.samples, strict=True):
+        assert before.keys() == after.keys()
+        for site, value in before.items():
+            assert type(after[site]) is type(value), site
+            if isinstance(value, torch.Tensor):
+                assert after[site].dtype == value.dtype
+                assert torch.equal(after[site], value)
+            else:
+                assert after[site] == value
+    first = loaded.samples[0]["z"]
+    assert (first.ids, first.tokenizer) == ((5, 7), "abc")
+    assert loaded.samples[1]["z"].ids is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text(), st.lists(st.integers(0, 50_000)), st.floats(-1e6, 1e6)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_files_lose_nothing(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, list[int], float]]
+) -> None:
+    path = tmp_path_factory.mktemp("posterior") / "p.json"
+    samples = [{"z": Text(text, ids, "t")} for text, ids, _ in drawn]
+    posterior = Posterior(samples, [weight for *_, weight in drawn])
+    posterior.save(path)
+    loaded = Posterior.load(path)
+    assert loaded.samples == posterior.samples
+    assert [s["z"].ids for s in loaded.samples] == [s["z"].ids for s in samples]
+    np.testing.assert_array_equal(loaded.log_weights, posterior.log_weights)
+    assert loaded.log_evidence == posterior.log_evidence
+    assert loaded.log_evidence_error == posterior.log_evidence_error
+
+
+def test_a_posterior_without_weight_survives_a_file(tmp_path: Path) -> None:
+    dead(failed_sites={"ending": 2}).save(tmp_path / "dead.json")
+    with pytest.warns(InferenceWarning, match="'ending'"):
+        loaded = Posterior.load(tmp_path / "dead.json")
+    assert (loaded.log_evidence, loaded.log_evidence_error) == (-INF, INF)
+
+
+def test_return_values_that_json_cannot_hold_are_left_out_with_a_note(tmp_path: Path) -> None:
+    one_to_three(returns=[object(), object()]).save(tmp_path / "p.json")
+    loaded = Posterior.load(tmp_path / "p.json")
+    assert loaded.returns is None
+    assert loaded.notes[0].startswith("The return values were not saved: a value of type object")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    one_to_three().save(path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="type set cannot be written as JSON"):
+        Posterior([{"z": {1}}], [0.0]).save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "is not a langppl posterior: not JSON"),
+        ("[1, 2]", "is not a langppl posterior: no"),
+        ('{"format": "other"}', "is not a langppl posterior: no"),
+        ('{"format": "langppl-posterior", "version": 2}', "has version 2 .* reads version 1"),
+        ('{"format": "langppl-posterior", "version": 1}', "damaged .*KeyError"),
+    ],
+)
+def test_loading_another_file(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Posterior.load(path)
+
+
+def test_loading_a_binary_file_and_none(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not a langppl posterior"):
+        Posterior.load(tmp_path / "p.json")
+    with pytest.raises(FileNotFoundError):
+        Posterior.load(tmp_path / "missing.json")
+
+
+def test_making_a_posterior_loads_no_plotting() -> None:
+    code = (
+        "import sys\n"
+        "from langppl.posterior import Posterior\n"
+        "Posterior([{'z': 'a'}], [0.0]).probabilities('z')\n"
+        "print([m for m in ('matplotlib', 'pandas', 'arviz') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
