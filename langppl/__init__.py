@@ -1,0 +1,90 @@
+"""langppl: probabilistic programming in which strings are random variables."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from langppl import testing
+    from langppl.distributions import JoinWarning, LMChoice, LMString, Tempered, Text
+    from langppl.guides import (
+        GFlowNetGuide,
+        Guide,
+        PriorGuide,
+        PromptedGuide,
+        RewardSchedule,
+    )
+    from langppl.inference import compare, infer
+    from langppl.lm import LM
+    from langppl.posterior import ABSENT, Posterior
+    from langppl.program import Program, call, compile, condition, deterministic, do, factor, sample
+
+_HOMES = {
+    "langppl.distributions": ("JoinWarning", "LMChoice", "LMString", "Tempered", "Text"),
+    "langppl.guides": (
+        "GFlowNetGuide",
+        "Guide",
+        "PriorGuide",
+        "PromptedGuide",
+        "RewardSchedule",
+    ),
+    "langppl.inference": ("compare", "infer"),
+    "langppl.lm": ("LM",),
+    "langppl.posterior": ("ABSENT", "Posterior"),
+    "langppl.program": (
+        "Program",
+        "call",
+        "compile",
+        "condition",
+        "deterministic",
+        "do",
+        "factor",
+        "sample",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ABSENT",
+    "LM",
+    "GFlowNetGuide",
+    "Guide",
+    "JoinWarning",
+    "LMChoice",
+    "LMString",
+    "Posterior",
+    "PriorGuide",
+    "Program",
+    "PromptedGuide",
+    "RewardSchedule",
+    "Tempered",
+    "Text",
+    "call",
+    "compare",
+    "compile",
+    "condition",
+    "deterministic",
+    "do",
+    "factor",
+    "infer",
+    "sample",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: the command line needs none of torch.
+    if name == "testing":
+        return importlib.import_module("langppl.testing")
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'langppl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

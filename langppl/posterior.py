@@ -37,6 +37,8 @@ import torch
 from langppl import diagnostics
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions.text import Text
+from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
+from langppl.program.statements import Model
 
 if TYPE_CHECKING:
     import pandas
@@ -329,6 +331,44 @@ class Posterior:
             raise ValueError(f"n must be at least 1, got {n}")
         chosen = np.random.default_rng(seed).choice(self.num_samples, size=n, p=self.weights)
         return [dict(self.samples[i]) for i in chosen]
+
+    def predict(
+        self, model: Model, *args: Any, num_samples: int | None = None, seed: int = 0
+    ) -> list[dict[str, Any]]:
+        """Runs a second model on posterior draws: Bayesian model averaging.
+
+        Latents of the second model that have the name of one of this posterior's take the drawn
+        values; its other latents are sampled. What it observes is not weighed.
+
+        Args:
+            model: a model function.
+            *args: its arguments.
+            num_samples: posterior draws to run it on; as many as there are samples if None.
+            seed: equal seeds give equal predictions.
+
+        Returns:
+            For each draw, site → value of the second model's sites that this posterior does not
+            have, and `"_RETURN"`: what the model returned.
+
+        Raises:
+            ValueError: if no sample has weight, or the model has none of this posterior's sites.
+        """
+        draws = self.resample(self.num_samples if num_samples is None else num_samples, seed)
+
+        def task(i: int, values: dict[str, Any]) -> dict[str, Any]:
+            def prior(name: str, fn: Any, execution: Execution) -> Choice:
+                return draw_prior(fn, (seed, "predict", i, name))
+
+            execution = run_once(model, args, given(values, prior))
+            if not any(name in execution.sites for name in values):
+                raise ValueError(
+                    f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "
+                    "there is nothing to predict from"
+                )
+            new = {s.name: s.value for s in execution.sites.values() if s.name not in self.sites}
+            return {**new, "_RETURN": execution.returned}
+
+        return run_many([lambda i=i, v=v: task(i, v) for i, v in enumerate(draws)], {})
 
     def to_pandas(self) -> pandas.DataFrame:
         """The samples as a table, one row each, impossible ones included.

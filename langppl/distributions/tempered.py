@@ -49,6 +49,10 @@ class Tempered(dist.Distribution):  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Text:
         """Samples the base: a tempered string itself can only be weighted."""
+        return self.sample()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Text:
+        """Samples the base: a tempered string itself can only be weighted."""
         return self.base.sample()
 
     def log_prob(self, value: str, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -65,6 +69,10 @@ class TemperedFactor(dist.Distribution):  # type: ignore[misc]
         self.value = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A factor has no value."""
+        return self.sample()
+
+    def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A factor has no value."""
         return torch.empty(0)
 

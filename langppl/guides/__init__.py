@@ -1,0 +1,16 @@
+"""Guides: what proposes values for the latents."""
+
+from langppl.guides.base import Guide, PriorGuide
+from langppl.guides.context import ContextInfo, default_context
+from langppl.guides.gflownet import GFlowNetGuide, RewardSchedule
+from langppl.guides.prompted import PromptedGuide
+
+__all__ = [
+    "ContextInfo",
+    "GFlowNetGuide",
+    "Guide",
+    "PriorGuide",
+    "PromptedGuide",
+    "RewardSchedule",
+    "default_context",
+]

@@ -1,0 +1,16 @@
+"""A model as a mathematical object: statements, executions, graph, log joint."""
+
+from langppl.program.program import Program, StaticMismatchWarning, compile
+from langppl.program.statements import call, condition, deterministic, do, factor, sample
+
+__all__ = [
+    "Program",
+    "StaticMismatchWarning",
+    "call",
+    "compile",
+    "condition",
+    "deterministic",
+    "do",
+    "factor",
+    "sample",
+]

@@ -49,11 +49,13 @@ class Structure:
 
     Attributes:
         graph: sites and dependencies.
+        sites: each site as some run met it.
         templates: its sites with markers in their prompts, if the placeholder run went through.
         is_static: whether the templates are the program.
     """
 
     graph: ProgramGraph
+    sites: dict[str, Site]
     templates: tuple[Site, ...] | None
     is_static: bool
 
@@ -82,13 +84,15 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
         if not search.looked_inside and not numeric and not known:
             _check_has_sites(traced)
             if search.templates_hold(traced):
-                return Structure(_graph(traced), tuple(traced.sites.values()), True)
+                return Structure(
+                    _graph(traced), traced.sites, tuple(traced.sites.values()), True
+                )
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
         for name, parents in _edges(traced):
             graph.add_edges_from((p, name) for p in parents if p in graph and name in graph)
     templates = None if traced is None else tuple(traced.sites.values())
-    return Structure(graph, templates, False)
+    return Structure(graph, search.nodes, templates, False)
 
 
 def _check_has_sites(execution: Execution) -> None:
@@ -195,9 +199,8 @@ class _Search:
         self._check_repeats(base)
         graph = ProgramGraph()
         changes: dict[str, list[Any]] = {}
-        todo = [base, *runs[1:]]
-        nodes: dict[str, Site] = {}
-        for execution in todo:
+        nodes = self.nodes = dict[str, Site]()
+        for execution in runs:
             for name, site in execution.sites.items():
                 nodes.setdefault(name, site)
         edges: set[tuple[str, str]] = set()

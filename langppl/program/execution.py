@@ -231,6 +231,7 @@ def score_all(
     """
     wanted: list[tuple[Site, Pending]] = []
     for execution in executions:
+        start = len(wanted)
         for site in execution.sites.values():
             if site.log_prob is not None or not only(site):
                 continue
@@ -242,6 +243,10 @@ def score_all(
                 else:
                     log_prob = site.fn.log_prob(site.value)
                     site.log_prob = float(scale_and_mask(log_prob, site.scale, site.mask).sum())
+        # One impossible site makes the execution impossible: the LM need not score the others.
+        hopeless = [p for p in wanted[start:] if not p[1].requests and p[1].finish(()) == -math.inf]
+        if hopeless or any(s.log_prob == -math.inf for s in execution.sites.values()):
+            wanted[start:] = hopeless
     requests: list[Request] = [r for _, pending in wanted for r in pending.requests]
     replies: list[Reply] = perform(requests)
     at = 0

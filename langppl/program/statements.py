@@ -140,6 +140,11 @@ class Known(dist.Distribution):  # type: ignore[misc]
         self.inputs = inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Boxed:
+        """The value, boxed."""
+        return self.sample()
+
+    def sample(self, *args: Any, **kwargs: Any) -> _Boxed:
+        """Evaluates."""
         return _Boxed(self.evaluate())
 
     def log_prob(self, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,462 @@
+"""`GFlowNetGuide`: the LM with a LoRA adapter, trained so that its draws follow the posterior.
+
+The policy reads a context made from the observations (see `langppl.guides.context`) and then
+writes the latent, under the latent's own rules. It is trained until q(z | observations) is
+proportional to the reward R(z), the program's joint density (Hu et al. 2024, arXiv 2310.04363).
+What it proposes is weighted like any other guide's draws, so its training can only make inference
+more or less efficient, never wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from langppl.distributions import LMString
+from langppl.guides import objectives
+from langppl.guides.base import Guide, Key
+from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.guides.replay import ReplayBuffer
+from langppl.guides.trajectories import (
+    Draw,
+    covered,
+    log_q,
+    make_draws,
+    policy_scores,
+    trajectory,
+)
+from langppl.lm.decoding import generator
+from langppl.lm.model import LM
+from langppl.program import Program, compile
+from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.progress import bar
+
+OBJECTIVES = ("auto", "subtb", "vargrad")
+GUIDE_FILE = "guide.json"
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class RewardSchedule:
+    """How much of the reward counts during training.
+
+    The target is p(latents)·(the rest of the joint)^power: at power 0 the prior, where an untrained
+    policy stands, at 1 the posterior.
+
+    Attributes:
+        start: power at the first step, between 0 and 1.
+        until: share of the steps after which it is 1.
+    """
+
+    start: float = 0.5
+    until: float = 0.3
+
+    def power(self, step: int, steps: int) -> float:
+        """The power at a step, counted from 0."""
+        done = step / max(self.until * steps, 1.0)
+        return min(1.0, self.start + (1.0 - self.start) * done)
+
+
+class GFlowNetGuide(Guide):
+    """An amortised posterior: draws from it are (nearly) posterior samples.
+
+    Args:
+        lm: the LM; latents under another LM are drawn from the prior.
+        context: makes what the policy reads before a latent; the default shows the observations
+            that depend on it (see `langppl.guides.context.ContextInfo`).
+        rank: of the LoRA adapter.
+        alpha: LoRA's scale; the rank if None.
+        objective: `"subtb"` (sub-trajectory balance with the reward at every prefix; programs with
+            one latent string), `"vargrad"` (trajectory balance with the batch's own log Z), or
+            `"auto"`: subtb where it can be, vargrad otherwise.
+        seed: of the adapter's initial weights and of all random numbers of training.
+
+    Attributes:
+        history: what training reported, one list for each figure.
+
+    Example:
+        >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP
+        >>> guide.fit(story, data=[("The cat was hungry.", " Now it sleeps.")])  # doctest: +SKIP
+    """
+
+    name = "gflownet"
+
+    def __init__(
+        self,
+        lm: LM,
+        *,
+        context: ContextFunction | None = None,
+        rank: int = 16,
+        alpha: float | None = None,
+        objective: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        from peft import LoraConfig
+
+        if objective not in OBJECTIVES:
+            raise ValueError(
+                f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
+            )
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=lm.name,
+        )
+        self._setup(lm, context, objective, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm.add_adapter(self.adapter, config)
+
+    def _setup(self, lm: LM, context: ContextFunction | None, objective: str, seed: int) -> None:
+        self.lm = lm
+        self.context = context or default_context
+        self.objective = objective
+        self.seed = seed
+        self.adapter = f"guide{next(_numbers)}"
+        self.history: dict[str, list[float]] = {}
+        self._latents: tuple[str, ...] | None = None
+        weakref.finalize(self, _remove, lm, self.adapter)
+
+    def check(self, program: Program) -> None:
+        """Raises ValueError if the guide's LM draws none of the program's latent strings."""
+        strings = {n: program.sites[n] for n in program.latents if program.sites[n].is_string}
+        if strings and not any(covered(s.fn, self.lm) for s in strings.values()):
+            name, site = next(iter(strings.items()))
+            raise ValueError(
+                f"this guide was made for {self.lm!r}, but latent {name!r} is under "
+                f"{site.fn.lm!r}; make a guide for that LM (or use the same LM object)"
+            )
+
+    def chooser(self, program: Program, key: Key) -> Chooser:
+        """See `Guide.chooser`."""
+        return _Policy(self, program, key, 1.0)
+
+    # -- training -----------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: Callable[..., Any] | Program,
+        data: Sequence[Any] | None = None,
+        *,
+        steps: int = 60,
+        batch: int = 16,
+        learning_rate: float = 1e-3,
+        warmup: int = 5,
+        clip: float = 1.0,
+        lam: float = 1.0,
+        schedule: RewardSchedule | None = None,
+        tempered_share: float = 0.25,
+        sampling_temperature: float = 1.5,
+        replay_share: float = 0.25,
+        replay_size: int = 64,
+        progress: bool = True,
+    ) -> GFlowNetGuide:
+        """Trains the adapter; called again, it goes on from where it was.
+
+        Args:
+            model: a model function, or a compiled `Program` (then without data).
+            data: the observations, each a tuple of the model's arguments; steps take them in turn.
+            steps: gradient steps.
+            batch: trajectories of one observation in a step, at least 2.
+            learning_rate: AdamW's, after warm-up.
+            warmup: steps over which it rises.
+            clip: largest norm of the gradient.
+            lam: SubTB's λ.
+            schedule: how much of the reward counts when.
+            tempered_share: share of the batch drawn at `sampling_temperature`.
+            sampling_temperature: divides the policy's logits for those draws.
+            replay_share: share of the batch taken from the best draws so far.
+            replay_size: how many of those are kept for each observation.
+            progress: whether to show a bar on a terminal.
+
+        Returns:
+            The guide itself. Interrupted (Ctrl-C), it keeps what it has learned.
+
+        Raises:
+            ValueError: for empty data, or a program without a latent string of the guide's LM.
+            FloatingPointError: if a loss or reward is NaN; names the step and the site.
+        """
+        programs = _programs(model, data)
+        for program in programs:
+            self.check(program)
+        if steps < 1 or batch < 2:
+            raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
+        schedule = schedule or RewardSchedule()
+        # Adding an adapter injects new tensors; those of this guide are found by its name.
+        parameters = [
+            p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n
+        ]
+        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        buffers = [ReplayBuffer[Draw](replay_size) for _ in programs]
+        done = len(self.history.get("step", []))
+        try:
+            with bar("training", steps, progress) as advance:
+                for step in range(steps):
+                    which = step % len(programs)
+                    for group in optimiser.param_groups:
+                        group["lr"] = learning_rate * min(1.0, (step + 1) / max(warmup, 1))
+                    optimiser.zero_grad(set_to_none=True)
+                    figures = self._step(
+                        programs[which],
+                        buffers[which],
+                        done + step,
+                        batch,
+                        schedule.power(step, steps),
+                        lam,
+                        (tempered_share, sampling_temperature, replay_share),
+                    )
+                    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+                    if not math.isfinite(norm):
+                        raise FloatingPointError(
+                            f"the gradient is {norm} at step {done + step}; nothing was changed "
+                            "by this step; lower the learning rate"
+                        )
+                    optimiser.step()
+                    for k, v in {"step": float(done + step), **figures, "grad": norm}.items():
+                        self.history.setdefault(k, []).append(v)
+                    text = " ".join(f"{k} {v:.2f}" for k, v in figures.items())
+                    advance(1, text=f"training {text}")
+        except KeyboardInterrupt:
+            warnings.warn(
+                f"training was interrupted after {len(self.history.get('step', [])) - done} of "
+                f"{steps} steps; the guide keeps what it has learned",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _step(
+        self,
+        program: Program,
+        buffer: ReplayBuffer[Draw],
+        step: int,
+        batch: int,
+        power: float,
+        lam: float,
+        shares: tuple[float, float, float],
+    ) -> dict[str, float]:
+        """One loss and its backward pass; returns the figures to report."""
+        tempered_share, temperature, replay_share = shares
+        rng = generator((self.seed, "replay", step))
+        replayed = buffer.sample(int(batch * replay_share), rng)
+        fresh = batch - len(replayed)
+        tempered = int(round(batch * tempered_share))
+        policies = [
+            _Policy(
+                self, program, (self.seed, "train", step, i), temperature if i < tempered else 1.0
+            )
+            for i in range(fresh)
+        ]
+        try:
+            executions = program.run(policies)
+            contexts = [p.contexts for p in policies]
+            if not all(contexts):
+                raise ValueError("some executions meet no latent string of this guide's LM")
+            prefixes = self._takes_prefixes(program, contexts)
+            draws = make_draws(program, executions, contexts, prefixes)
+        except ValueError as error:
+            if " is nan" in str(error):
+                raise FloatingPointError(f"at training step {step}, {error}") from error
+            raise
+        for d in draws:
+            buffer.add(d.key, d.log_reward, d)
+
+        everything = [d for d in [*draws, *replayed] if all(p.requests(None) for p in d.parts)]
+        if len(everything) < 2:
+            raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
+        found = policy_scores(everything, self.adapter)
+        total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
+        if prefixes:
+            paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
+            loss = objectives.subtb(paths, lam)
+        else:
+            rewards = [d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
+                       for d in everything]
+            loss = objectives.vargrad(total.new_tensor(rewards), total)
+        if not bool(torch.isfinite(loss)):
+            sites = ", ".join(sorted(policies[0].contexts))
+            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
+        loss.backward()  # type: ignore[no-untyped-call]
+
+        own = [
+            (d.log_reward, float(q))
+            for d, q in zip(everything, total.detach(), strict=True)
+            if d in draws[tempered:]
+        ]
+        possible = [(r, q) for r, q in own if r > -math.inf]
+        return {
+            "loss": float(loss.detach()),
+            "log_reward": float(np.mean([r for r, _ in possible])) if possible else -math.inf,
+            "elbo": float(np.mean([r - q for r, q in possible])) if possible else -math.inf,
+            "impossible": 1.0 - len(possible) / max(len(own), 1),
+        }
+
+    def _takes_prefixes(
+        self, program: Program, contexts: Sequence[dict[str, tuple[int, ...]]]
+    ) -> bool:
+        """Whether the objective is SubTB: one latent, and it is a string of this guide's LM."""
+        names = {n for c in contexts for n in c}
+        single = (
+            len(names) == 1
+            and set(program.latents) == names
+            and all(isinstance(program.sites[n].fn, LMString) for n in names)
+        )
+        if self.objective == "subtb" and not single:
+            raise ValueError(
+                'objective="subtb" needs a program with one latent, an LMString; this one has '
+                f'{", ".join(program.latents)}; use "vargrad" or "auto"'
+            )
+        return single and self.objective != "vargrad"
+
+    # -- using --------------------------------------------------------------------------------
+
+    def sample(
+        self, model: Callable[..., Any] | Program, *args: Any, n: int = 1, seed: int = 0
+    ) -> list[dict[str, Any]]:
+        """Raw draws from the guide, unweighted.
+
+        Args:
+            model: a model function, or a compiled `Program`.
+            *args: the model's arguments.
+            n: how many draws.
+            seed: equal seeds give equal draws.
+
+        Returns:
+            For each draw, site → value of its latents.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        program = model if isinstance(model, Program) else compile(model, *args)
+        self.check(program)
+        choosers = [self.chooser(program, (seed, "guide", i)) for i in range(n)]
+        return [e.latents for e in program.run(choosers)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a standard PEFT adapter folder, and `guide.json` beside it.
+
+        A context function is code and is not saved: give it again to `load`.
+        """
+        self.lm.save_adapter(self.adapter, folder)
+        packages = ("langppl", "torch", "transformers", "peft")
+        record = {
+            "format": "langppl-guide",
+            "version": 1,
+            "base_model": self.lm.name,
+            "base_fingerprint": self.lm.weights_fingerprint,
+            "objective": self.objective,
+            "default_context": self.context is default_context,
+            "seed": self.seed,
+            "steps": len(self.history.get("step", [])),
+            "versions": {p: importlib.metadata.version(p) for p in packages},
+        }
+        path = Path(folder) / GUIDE_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        lm: LM,
+        *,
+        context: ContextFunction | None = None,
+    ) -> GFlowNetGuide:
+        """Reads a guide that `save` wrote.
+
+        Args:
+            folder: where it was saved.
+            lm: the LM that it was trained on.
+            context: the context function, if the guide was made with one.
+
+        Raises:
+            ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
+                its context function is missing.
+        """
+        path = Path(folder) / GUIDE_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] != "langppl-guide":
+                raise KeyError("format")
+            base, fingerprint = record["base_model"], record["base_fingerprint"]
+            objective, seed = record["objective"], record["seed"]
+            plain = record["default_context"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is corrupt: {error}") from error
+        if fingerprint != lm.weights_fingerprint:
+            raise ValueError(
+                f"the guide in {folder} was trained on {base!r} (fingerprint {fingerprint}), and "
+                f"{lm!r} has other weights (fingerprint {lm.weights_fingerprint})"
+            )
+        if not plain and context is None:
+            raise ValueError(
+                f"the guide in {folder} was trained with its own context function; give it to load"
+            )
+        self = cls.__new__(cls)
+        self._setup(lm, context, objective, seed)
+        lm.load_adapter(self.adapter, folder)
+        return self
+
+
+class _Policy:
+    """Decides the latents of one execution with the guide's adapter, and keeps their contexts."""
+
+    def __init__(
+        self, guide: GFlowNetGuide, program: Program, key: Key, temperature: float
+    ) -> None:
+        self.guide, self.program, self.key = guide, program, key
+        self.temperature = temperature
+        self.contexts: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
+        guide, key = self.guide, (*self.key, name)
+        if not covered(fn, guide.lm):
+            return draw_prior(fn, key)
+        prompt = context_ids(self.program, name, fn, execution, guide.context)
+        self.contexts[name] = prompt
+        value, log_q = fn.draw(
+            key, prompt=prompt, adapter=guide.adapter, temperature=self.temperature
+        )
+        return Choice(value, log_q)
+
+
+def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -> list[Program]:
+    if isinstance(model, Program):
+        if data is not None:
+            raise TypeError("a compiled Program has its arguments already; give no data")
+        return [model]
+    if data is None:
+        data = [()]
+    rows = list(data)
+    if not rows:
+        raise ValueError("data is empty: give at least one tuple of the model's arguments")
+    for row in rows:
+        if not isinstance(row, tuple | list):
+            raise TypeError(
+                f"each observation must be a tuple of the model's arguments, got {row!r}"
+            )
+    return [compile(model, *row) for row in rows]
+
+
+def _remove(lm: LM, adapter: str) -> None:
+    if adapter in getattr(lm.model, "peft_config", {}):
+        lm.remove_adapter(adapter)

@@ -1,0 +1,213 @@
+"""What the training loop needs to know of one draw: its actions, contexts and rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from langppl.distributions import LMChoice, LMString, StringDistribution, Text
+from langppl.guides.objectives import Trajectory
+from langppl.lm.requests import ScoreReply, ScoreRequest
+from langppl.lm.rules import Path
+from langppl.lm.scoring import PathLogProbs, score, score_with_gradients
+from langppl.program import Program
+from langppl.program.execution import Execution, Site, score_all
+
+
+@dataclass
+class Part:
+    """One latent that the guide covers.
+
+    Attributes:
+        site: the latent, with its distribution and value.
+        context: ids that the policy reads before it.
+    """
+
+    site: Site
+    context: tuple[int, ...]
+
+    def requests(self, adapter: str | None) -> list[ScoreRequest]:
+        """What to ask the policy for; empty if the value is not the policy's to make."""
+        fn, value = self.site.fn, self.site.value
+        if isinstance(fn, LMString):
+            request = fn.request(value, prompt=self.context, adapter=adapter)
+            return [] if request is None else [request]
+        assert isinstance(fn, LMChoice)
+        return fn.requests(prompt=self.context, adapter=adapter)
+
+    def log_q(self, found: Sequence[PathLogProbs]) -> torch.Tensor:
+        """The policy's log-probability of the value, a scalar with gradients."""
+        if isinstance(self.site.fn, LMString):
+            return found[0].total
+        at = self.site.fn.options.index(self.site.value)
+        return torch.stack([f.total for f in found]).log_softmax(0)[at]
+
+
+@dataclass
+class Draw:
+    """One draw of all latents.
+
+    Attributes:
+        key: equal for equal draws.
+        parts: the latents that the guide covers.
+        log_prior: nats; of those latents under the model.
+        log_rest: nats; of all other factors, what the guide does not cover cancelled.
+        ends: for SubTB, the end points (position, log prior, log rest), the real one last.
+    """
+
+    key: object
+    parts: list[Part]
+    log_prior: float
+    log_rest: float
+    ends: list[tuple[int, float, float]] = field(default_factory=list)
+
+    @property
+    def log_reward(self) -> float:
+        """log R of the whole draw, nats, untempered."""
+        return _plus(self.log_prior, self.log_rest)
+
+
+def _plus(log_prior: float, log_rest: float, power: float = 1.0) -> float:
+    if -math.inf in (log_prior, log_rest):
+        return -math.inf
+    return log_prior + power * log_rest
+
+
+def key_of(parts: Sequence[Part], execution: Execution) -> object:
+    """What tells one draw from another: tokens of strings, numbers of the rest."""
+    covered = {p.site.name for p in parts}
+    texts = tuple((p.site.name, p.site.fn.lm.encode_text(p.site.value)
+                   if getattr(p.site.value, "ids", None) is None else p.site.value.ids)
+                  for p in parts)
+    rest = tuple((k, str(v)) for k, v in execution.latents.items() if k not in covered)
+    return (texts, rest)
+
+
+def make_draws(
+    program: Program,
+    executions: Sequence[Execution],
+    contexts: Sequence[Mapping[str, tuple[int, ...]]],
+    prefixes: bool,
+) -> list[Draw]:
+    """Rewards of executions that a policy proposed.
+
+    Args:
+        program: the program.
+        executions: unscored runs.
+        contexts: for each, the ids that the policy read before each latent it covers.
+        prefixes: whether to score every prefix of the (one) latent string as well.
+    """
+    if prefixes:
+        return _draws_with_prefixes(program, executions, contexts)
+    score_all(executions)
+    draws = []
+    for execution, context in zip(executions, contexts, strict=True):
+        parts = [Part(execution.sites[name], ids) for name, ids in context.items()]
+        log_prior = sum(p.site.log_prob or 0.0 for p in parts)
+        rest = 0.0
+        for site in execution.sites.values():
+            if site.name not in context:
+                own = site.log_prob or 0.0
+                rest = -math.inf if own == -math.inf else rest + own - (site.log_q or 0.0)
+        if any(s.log_prob == -math.inf for s in execution.sites.values()):
+            log_prior = rest = -math.inf
+        draws.append(Draw(key_of(parts, execution), parts, log_prior, rest))
+    return draws
+
+
+def _draws_with_prefixes(
+    program: Program,
+    executions: Sequence[Execution],
+    contexts: Sequence[Mapping[str, tuple[int, ...]]],
+) -> list[Draw]:
+    (name,) = contexts[0]
+    parts = [Part(e.sites[name], c[name]) for e, c in zip(executions, contexts, strict=True)]
+    found = _prior_scores([p.site for p in parts])
+    # Each distinct prefix is scored once, whatever number of draws begins with it.
+    values: dict[object, Text] = {}
+    plans: list[list[tuple[int, float, object]]] = []
+    for part, scored in zip(parts, found, strict=True):
+        plan: list[tuple[int, float, object]] = []
+        if scored is not None:
+            path, reply = scored
+            before = np.concatenate([[0.0], reply.tokens.cumsum()])
+            for t in range(len(path.tokens)):
+                if reply.canonical[t] > -np.inf:
+                    value = prefix_value(part.site.fn, path, t)
+                    values.setdefault(value.ids, value)
+                    plan.append((t, float(before[t] + reply.canonical[t]), value.ids))
+            last = -math.inf if path.rejected else float(before[-1] + reply.ending)
+            key = (part.site.fn.tokens_of(part.site.value), "whole")
+            if not path.rejected:
+                values.setdefault(key, part.site.value)
+            plan.append((len(path.tokens), last, key))
+        plans.append(plan)
+    keys = list(values)
+    scored_all = program.executions([{name: values[k]} for k in keys], lambda s: s.name != name)
+    rest = {}
+    for k, execution in zip(keys, scored_all, strict=True):
+        terms = [s.log_prob for s in execution.sites.values() if s.name != name]
+        rest[k] = float(sum(t for t in terms if t is not None))
+    draws = []
+    for execution, part, plan in zip(executions, parts, plans, strict=True):
+        ends = [(t, prior, rest.get(key, -math.inf)) for t, prior, key in plan]
+        _, prior, log_rest = ends[-1] if ends else (0, -math.inf, -math.inf)
+        draws.append(Draw(key_of([part], execution), [part], prior, log_rest, ends))
+    return draws
+
+
+def _prior_scores(sites: Sequence[Site]) -> list[tuple[Path, ScoreReply] | None]:
+    requests = [s.fn.request(s.value) for s in sites]
+    replies = iter(score([r for r in requests if r is not None]))
+    return [None if r is None else (r.path, next(replies)) for r in requests]
+
+
+def prefix_value(fn: LMString, path: Path, length: int) -> Text:
+    """A string cut after some tokens and ended by the canonical ending action there."""
+    ids, step = path.tokens[:length], path.steps[length]
+    token = step.canonical_token
+    data = fn.lm.vocabulary.join(ids)
+    if token is not None:
+        ids, data = (*ids, token), data + step.kept[token]
+    return Text(data.decode("utf-8"), ids, fn.lm.fingerprint)
+
+
+def policy_scores(
+    draws: Sequence[Draw], adapter: str | None
+) -> list[list[list[PathLogProbs]]]:
+    """The policy's log-probabilities: for each draw, for each part, for each of its requests."""
+    requests = [[p.requests(adapter) for p in d.parts] for d in draws]
+    flat = iter(score_with_gradients([r for d in requests for p in d for r in p]))
+    return [[[next(flat) for _ in p] for p in d] for d in requests]
+
+
+def log_q(draw: Draw, found: Sequence[Sequence[PathLogProbs]]) -> torch.Tensor:
+    """The policy's log-probability of a whole draw, a scalar with gradients."""
+    terms = [part.log_q(f) for part, f in zip(draw.parts, found, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
+    """A draw of one string as SubTB sees it, its reward tempered."""
+    device = found.tokens.device
+    positions = [t for t, _, _ in draw.ends]
+    inner = found.canonical[torch.tensor(positions[:-1], dtype=torch.long, device=device)]
+    rewards = [_plus(prior, rest, power) for _, prior, rest in draw.ends]
+    return Trajectory(
+        log_q=found.tokens,
+        ends=torch.tensor(positions, dtype=torch.long, device=device),
+        log_q_end=torch.cat([inner, found.ending[None]]),
+        log_reward=torch.tensor(rewards, dtype=found.tokens.dtype, device=device),
+    )
+
+
+def covered(fn: Any, lm: Any) -> bool:
+    """Whether a guide on an LM proposes a latent of this distribution."""
+    return isinstance(fn, StringDistribution) and fn.lm is lm
+
+

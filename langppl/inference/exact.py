@@ -1,0 +1,116 @@
+"""Exact inference by listing every value of every latent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langppl.distributions import LMChoice, LMString, Text
+from langppl.distributions.sites import naming
+from langppl.lm import enumeration
+from langppl.posterior import Posterior
+from langppl.program import Program
+from langppl.program.execution import Choice, Execution, given, run_many, run_once, score_all
+from langppl.progress import bar
+
+BATCH = 4096
+
+
+class _Undecided(Exception):
+    """A run met a latent that has no value yet."""
+
+    def __init__(self, name: str, fn: Any) -> None:
+        super().__init__(name)
+        self.name, self.fn = name, fn
+
+
+def exact(program: Program, limit: int, progress: bool) -> Posterior:
+    """The posterior over all latents that are possible under the prior's rules.
+
+    Args:
+        program: a program whose latents are strings with `max_tokens`, choices, or discrete
+            numbers.
+        limit: most executions to list.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if there are more executions than `limit` (the message gives the count of the
+            site that goes beyond it), or a latent cannot be listed.
+    """
+    started = time.monotonic()
+    done: list[Execution] = []
+    pending: list[dict[str, Any]] = [{}]
+    with bar("enumerating", limit, progress) as advance:
+        while pending:
+            batch, pending = pending[-BATCH:], pending[:-BATCH]
+            for values, found in zip(batch, _run(program, batch), strict=True):
+                if isinstance(found, Execution):
+                    done.append(found)
+                    advance(1)
+                    continue
+                room = limit - len(done) - len(pending)
+                pending += [{**values, found.name: v} for v in _support(found, room, limit)]
+    for first in range(0, len(done), BATCH):
+        score_all(done[first : first + BATCH])
+    return Posterior(
+        [e.latents for e in done],
+        [e.log_joint for e in done],
+        method="exact",
+        guide="enumeration",
+        sites=program.latents,
+        returns=[e.returned for e in done],
+        log_joint=[e.log_joint for e in done],
+        elapsed=time.monotonic() - started,
+    )
+
+
+def _run(
+    program: Program, batch: Sequence[Mapping[str, Any]]
+) -> list[Execution | _Undecided]:
+    def task(values: Mapping[str, Any]) -> Execution | _Undecided:
+        def undecided(name: str, fn: Any, execution: Execution) -> Choice:
+            raise _Undecided(name, fn)
+
+        try:
+            return run_once(program.model, program.args, given(values, undecided))
+        except _Undecided as stop:
+            return stop
+
+    return run_many([lambda v=v: task(v) for v in batch], program.memo)  # type: ignore[misc]
+
+
+def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
+    """All values of a latent, if there is room for them."""
+    name, fn = latent.name, latent.fn
+    if isinstance(fn, LMChoice):
+        found: list[Any] = [fn.text(k) for k in range(len(fn.options))]
+    elif isinstance(fn, LMString):
+        with naming(name):
+            most = None if fn.is_open else fn.limit(len(fn.prompt_ids()))
+        if most is None or fn.rules.max_tokens is None:
+            raise ValueError(f"site {name!r} has no max_tokens, so its strings cannot be listed")
+        number = enumeration.count(fn.bound, most)
+        if number > room:
+            raise ValueError(
+                f"site {name!r} alone has {number:.4g} strings, and the limit of exact inference "
+                f"is {limit} executions; shorten it, raise the limit, or use another method"
+            )
+        found = [
+            Text(text, ids, fn.lm.fingerprint)
+            for ids, text, rejected in enumeration.strings(fn.bound, most)
+            if not rejected
+        ]
+    elif getattr(fn, "has_enumerate_support", False):
+        found = list(fn.enumerate_support(expand=False).flatten())
+    else:
+        raise ValueError(
+            f"site {name!r} is {type(fn).__name__}, which has no list of values; exact inference "
+            "takes strings, choices and discrete numbers"
+        )
+    if len(found) > room:
+        raise ValueError(
+            f"exact inference would list more than {limit} executions: site {name!r} adds "
+            f"{len(found)}; raise the limit, shorten the strings, or use another method"
+        )
+    return found

@@ -1,0 +1,95 @@
+"""Importance sampling: weights p(latents, observations) / q(latents)."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import Counter
+
+from langppl.diagnostics import InferenceWarning
+from langppl.guides.base import Guide
+from langppl.posterior import Posterior
+from langppl.program import Program
+from langppl.program.execution import Execution, score
+from langppl.progress import bar
+
+BATCH = 256
+"""Executions that are run at once."""
+
+
+def importance(
+    program: Program, guide: Guide, num_samples: int, seed: int, progress: bool
+) -> Posterior:
+    """Draws latents from a guide and weights them.
+
+    Args:
+        program: the program.
+        guide: proposes the latents.
+        num_samples: how many.
+        seed: equal seeds give equal draws, whatever the batches.
+        progress: whether to show a bar.
+
+    Returns:
+        The weighted samples. Interrupted (Ctrl-C), those that were finished, with a warning.
+    """
+    started = time.monotonic()
+    guide.check(program)
+    executions: list[Execution] = []
+    try:
+        with bar(f"sampling from {guide.name}", num_samples, progress) as advance:
+            for first in range(0, num_samples, BATCH):
+                rows = range(first, min(first + BATCH, num_samples))
+                choosers = [guide.chooser(program, (seed, "infer", i)) for i in rows]
+                executions += program.run(choosers, score)
+                advance(len(rows))
+    except KeyboardInterrupt:
+        if not executions:
+            raise
+        warnings.warn(
+            f"interrupted: the posterior is of the first {len(executions)} samples of "
+            f"{num_samples}",
+            InferenceWarning,
+            stacklevel=3,
+        )
+    return as_posterior(program, guide.name, executions, time.monotonic() - started)
+
+
+def log_weight(execution: Execution) -> float:
+    """Log weight (nats) of a scored execution; −inf if it is impossible."""
+    total = 0.0
+    for site in execution.sites.values():
+        if site.log_prob == -math.inf:
+            return -math.inf
+        total += (site.log_prob or 0.0) - (site.log_q or 0.0)
+    return total
+
+
+def as_posterior(
+    program: Program, guide: str, executions: list[Execution], elapsed: float
+) -> Posterior:
+    """Scored executions as a posterior."""
+    failed: Counter[str] = Counter()
+    notes: dict[str, None] = {}
+    weights = [log_weight(e) for e in executions]
+    everything_failed = all(w == -math.inf for w in weights)
+    for execution in executions:
+        failed.update(s.name for s in execution.sites.values() if s.log_prob == -math.inf)
+        if everything_failed:
+            for name, reason in program.why_impossible(execution).items():
+                site = execution.sites[name]
+                if site.kind == "observed" or len(notes) < 3:
+                    notes[f"site {name!r}: {str(site.value)!r} is impossible: {reason}"] = None
+    return Posterior(
+        [e.latents for e in executions],
+        weights,
+        method="importance",
+        guide=guide,
+        sites=program.latents,
+        returns=[e.returned for e in executions],
+        log_joint=[e.log_joint for e in executions],
+        log_q=[e.log_q for e in executions],
+        elapsed=elapsed,
+        failed_sites=dict(failed),
+        notes=list(notes)[:5],
+    )

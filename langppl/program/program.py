@@ -1,0 +1,278 @@
+"""`compile` and `Program`: a model and its arguments as a mathematical object."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from langppl.distributions import LMString, StringDistribution
+from langppl.distributions.sites import naming
+from langppl.program.discovery import discover
+from langppl.program.execution import (
+    Chooser,
+    Execution,
+    Site,
+    draw_prior,
+    given,
+    run_many,
+    run_once,
+    score,
+    score_all,
+)
+from langppl.program.graph import ProgramGraph
+from langppl.program.statements import Memo, Model
+from langppl.program.templates import fill_all, signatures
+
+_MOST_ATTEMPTS = 200
+
+
+class StaticMismatchWarning(UserWarning):
+    """A program that looked static turned out not to be, and is run from now on."""
+
+
+class Program:
+    """A model with its arguments: its sites, its graph and its log joint.
+
+    Made by `langppl.compile`.
+
+    Attributes:
+        model: the model function.
+        args: its arguments.
+        graph: the sites and what flows into what (see `ProgramGraph`).
+        sites: each site as a first run met it.
+        memo: results of tool calls, one for each name and arguments.
+    """
+
+    def __init__(self, model: Model, args: Sequence[Any], seed: int = 0) -> None:
+        if not callable(model):
+            raise TypeError(f"a model is a function, got {model!r}")
+        self.model = model
+        self.args = tuple(args)
+        self.memo: Memo = {}
+        structure = discover(model, self.args, self.memo, seed)
+        self.graph: ProgramGraph = structure.graph
+        self.sites: dict[str, Site] = structure.sites
+        self.templates: tuple[Site, ...] | None = structure.templates
+        self._is_static = structure.is_static
+        self._checks = 0
+
+    def _of_kind(self, kind: str) -> tuple[str, ...]:
+        return tuple(n for n, d in self.graph.nodes(data=True) if d["kind"] == kind)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latent sites, in program order."""
+        return self._of_kind("latent")
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the observed sites, in program order."""
+        return self._of_kind("observed")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the program is fixed templates of its latents, so scoring need not run it."""
+        return self._is_static
+
+    def __repr__(self) -> str:
+        """The model's name and its sites."""
+        name = getattr(self.model, "__name__", "model")
+        kind = "static" if self.is_static else "dynamic"
+        return f"Program({name}, latents={self.latents}, observed={self.observed}, {kind})"
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        choosers: Sequence[Chooser],
+        after: Callable[[Execution], Execution] = lambda execution: execution,
+    ) -> list[Execution]:
+        """Runs the model once for each chooser, all at once.
+
+        Args:
+            choosers: decide the latents of one execution each.
+            after: what to do at the end of each execution, such as scoring it.
+        """
+        return run_many(
+            [lambda c=c: after(run_once(self.model, self.args, c)) for c in choosers],
+            self.memo,
+        )
+
+    def executions(
+        self,
+        assignments: Sequence[Mapping[str, Any]],
+        only: Callable[[Site], bool] = lambda _: True,
+    ) -> list[Execution]:
+        """Executions with given latents, scored.
+
+        A static program is filled in; one row of each batch is also run, and if the two differ
+        the program is run from then on.
+
+        Args:
+            assignments: latent → value, one mapping for each execution.
+            only: the sites to score.
+
+        Raises:
+            ValueError: if a latent has no value, or a log-probability is NaN.
+        """
+        if not assignments:
+            return []
+        if self._is_static and self._row_agrees(assignments):
+            assert self.templates is not None
+            filled = [fill_all(self.templates, values) for values in assignments]
+            score_all(filled, only)
+            return filled
+        return self.run([given(v) for v in assignments], lambda e: score(e, only))
+
+    def _row_agrees(self, assignments: Sequence[Mapping[str, Any]]) -> bool:
+        assert self.templates is not None
+        for values in assignments:
+            missing = [name for name in self.latents if name not in values]
+            if missing:
+                raise ValueError(f"latent site {missing[0]!r} has no value")
+        row = assignments[self._checks % len(assignments)]
+        self._checks += 1
+        (ran,) = self.run([given(row)])
+        expected, found = signatures(fill_all(self.templates, row)), signatures(ran)
+        if list(expected.items()) == list(found.items()):
+            return True
+        moved = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+        warnings.warn(
+            "the program's sites are not fixed templates of its latents after all: with "
+            f"{ {k: str(v) for k, v in row.items()} } a run differs at "
+            f"{', '.join(map(repr, moved)) or 'the order of its sites'}; it will be run for every "
+            "sample",
+            StaticMismatchWarning,
+            stacklevel=4,
+        )
+        self._is_static = False
+        return False
+
+    def log_joint(
+        self, assignments: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Log joint density of latents and observations.
+
+        Args:
+            assignments: latent → value, or a list of such mappings.
+
+        Returns:
+            Nats, float64: a scalar for one mapping, shape [n] for n of them; −inf where the
+            rules could not have produced a value.
+
+        Raises:
+            ValueError: if a latent has no value.
+        """
+        single = isinstance(assignments, Mapping)
+        rows = [assignments] if isinstance(assignments, Mapping) else list(assignments)
+        totals = torch.tensor([e.log_joint for e in self.executions(rows)], dtype=torch.float64)
+        return totals[0] if single else totals
+
+    # -- simulating ---------------------------------------------------------------------------
+
+    def simulate(
+        self, n: int, seed: int = 0, lengths: Mapping[str, int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Draws latents and data from the model itself.
+
+        Args:
+            n: how many.
+            seed: equal seeds give equal draws.
+            lengths: tokens of each open string. An open string is the event "the text goes on
+                like this", so draws in which the LM ends it earlier are drawn anew, as a whole.
+
+        Returns:
+            For each draw, site → value of its latent and observed sites.
+
+        Raises:
+            ValueError: for an open site without a length, and for programs with `factor`,
+                `Tempered` or `truncate="reject"`, which are not data-generating processes.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        return run_many(
+            [lambda i=i: self._simulate_one(i, seed, lengths or {}) for i in range(n)], self.memo
+        )
+
+    def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:
+        for attempt in range(_MOST_ATTEMPTS):
+            try:
+                execution = self._attempt((seed, "simulate", i, attempt), lengths)
+            except _EndedEarly:
+                continue
+            return {
+                s.name: s.value
+                for s in execution.sites.values()
+                if s.kind in ("latent", "observed")
+            }
+        raise ValueError(
+            f"in {_MOST_ATTEMPTS} attempts the LM ended an open string before its length "
+            f"{dict(lengths)}; ask for shorter ones"
+        )
+
+    def _attempt(self, key: tuple[int | str, ...], lengths: Mapping[str, int]) -> Execution:
+        def draw(name: str, fn: Any) -> Any:
+            if isinstance(fn, LMString):
+                if fn.rules.truncate == "reject":
+                    raise ValueError(
+                        f"site {name!r} rejects unfinished strings, so the program cannot be "
+                        'simulated as data; use truncate="keep"'
+                    )
+                if fn.is_open:
+                    if name not in lengths:
+                        raise ValueError(
+                            f"site {name!r} is an open string; say how long it is to be: "
+                            f"simulate(..., lengths={{{name!r}: 10}})"
+                        )
+                    drawn = fn.draw_open((*key, name), lengths[name])
+                    if drawn is None:
+                        raise _EndedEarly
+                    return drawn[0]
+            return draw_prior(fn, (*key, name)).value
+
+        def choose(name: str, fn: Any, execution: Execution) -> Any:
+            return given({name: draw(name, fn)})(name, fn, execution)
+
+        execution = run_once(self.model, self.args, choose, observe=draw)
+        for site in execution.sites.values():
+            if site.kind == "factor":
+                raise ValueError(
+                    f"site {site.name!r} is a factor, so the program is not a process that "
+                    "generates data and cannot be simulated"
+                )
+        return execution
+
+    def why_impossible(self, execution: Execution) -> dict[str, str]:
+        """For each string site with probability zero, the rule that its value breaks."""
+        found = {}
+        for site in execution.sites.values():
+            if site.log_prob == -torch.inf and isinstance(site.fn, StringDistribution):
+                with naming(site.name):
+                    reason = site.fn.why_impossible(site.value)
+                if reason is not None:
+                    found[site.name] = reason
+        return found
+
+
+class _EndedEarly(Exception):
+    """The LM ended an open string before the length asked for."""
+
+
+def compile(model: Model, *args: Any, seed: int = 0) -> Program:
+    """Finds a model's sites and dependencies.
+
+    Args:
+        model: a function that calls `langppl.sample`.
+        *args: its arguments.
+        seed: of the values with which the structure is found, where made-up ones will not do.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: if the model meets no site, or its sites change between equal runs.
+    """
+    return Program(model, args, seed)
