@@ -368,7 +368,7 @@ class Posterior:
             new = {s.name: s.value for s in execution.sites.values() if s.name not in self.sites}
             return {**new, "_RETURN": execution.returned}
 
-        return run_many([lambda i=i, v=v: task(i, v) for i, v in enumerate(draws)], {})
+        return run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
 
     def to_pandas(self) -> pandas.DataFrame:
         """The samples as a table, one row each, impossible ones included.

@@ -99,7 +99,7 @@ class GFlowNetGuide(Guide):
         *,
         context: ContextFunction | None = None,
         rank: int = 16,
-        alpha: float | None = None,
+        alpha: int | None = None,
         objective: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -113,7 +113,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"rank must be at least 1, got {rank}")
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha or rank,
+            lora_alpha=rank if alpha is None else alpha,
             target_modules="all-linear",
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
@@ -200,9 +200,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
         schedule = schedule or RewardSchedule()
         # Adding an adapter injects new tensors; those of this guide are found by its name.
-        parameters = [
-            p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n
-        ]
+        parameters = [p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
         buffers = [ReplayBuffer[Draw](replay_size) for _ in programs]
         done = len(self.history.get("step", []))
@@ -287,13 +285,15 @@ class GFlowNetGuide(Guide):
             paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
             loss = objectives.subtb(paths, lam)
         else:
-            rewards = [d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
-                       for d in everything]
+            rewards = [
+                d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
+                for d in everything
+            ]
             loss = objectives.vargrad(total.new_tensor(rewards), total)
         if not bool(torch.isfinite(loss)):
             sites = ", ".join(sorted(policies[0].contexts))
             raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
         own = [
             (d.log_reward, float(q))

@@ -95,9 +95,7 @@ def subtb(trajectories: Sequence[Trajectory], lam: float = 1.0) -> Tensor:
         The weighted mean squared residual, a scalar.
     """
     sums = [torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)]) for t in trajectories]
-    gaps = [
-        t.log_reward - t.log_q_end - c[t.ends] for t, c in zip(trajectories, sums, strict=True)
-    ]
+    gaps = [t.log_reward - t.log_q_end - c[t.ends] for t, c in zip(trajectories, sums, strict=True)]
     log_z = log_evidence(torch.cat(gaps))
     losses = []
     for t, c in zip(trajectories, sums, strict=True):

@@ -68,7 +68,7 @@ class Draw:
 
     @property
     def log_reward(self) -> float:
-        """log R of the whole draw, nats, untempered."""
+        """Log R of the whole draw, nats, untempered."""
         return _plus(self.log_prior, self.log_rest)
 
 
@@ -81,9 +81,15 @@ def _plus(log_prior: float, log_rest: float, power: float = 1.0) -> float:
 def key_of(parts: Sequence[Part], execution: Execution) -> object:
     """What tells one draw from another: tokens of strings, numbers of the rest."""
     covered = {p.site.name for p in parts}
-    texts = tuple((p.site.name, p.site.fn.lm.encode_text(p.site.value)
-                   if getattr(p.site.value, "ids", None) is None else p.site.value.ids)
-                  for p in parts)
+    texts = tuple(
+        (
+            p.site.name,
+            p.site.fn.lm.encode_text(p.site.value)
+            if getattr(p.site.value, "ids", None) is None
+            else p.site.value.ids,
+        )
+        for p in parts
+    )
     rest = tuple((k, str(v)) for k, v in execution.latents.items() if k not in covered)
     return (texts, rest)
 
@@ -177,9 +183,7 @@ def prefix_value(fn: LMString, path: Path, length: int) -> Text:
     return Text(data.decode("utf-8"), ids, fn.lm.fingerprint)
 
 
-def policy_scores(
-    draws: Sequence[Draw], adapter: str | None
-) -> list[list[list[PathLogProbs]]]:
+def policy_scores(draws: Sequence[Draw], adapter: str | None) -> list[list[list[PathLogProbs]]]:
     """The policy's log-probabilities: for each draw, for each part, for each of its requests."""
     requests = [[p.requests(adapter) for p in d.parts] for d in draws]
     flat = iter(score_with_gradients([r for d in requests for p in d for r in p]))
@@ -209,5 +213,3 @@ def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
 def covered(fn: Any, lm: Any) -> bool:
     """Whether a guide on an LM proposes a latent of this distribution."""
     return isinstance(fn, StringDistribution) and fn.lm is lm
-
-

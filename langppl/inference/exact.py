@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from langppl.distributions import LMChoice, LMString, Text
@@ -65,9 +66,7 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
     )
 
 
-def _run(
-    program: Program, batch: Sequence[Mapping[str, Any]]
-) -> list[Execution | _Undecided]:
+def _run(program: Program, batch: Sequence[Mapping[str, Any]]) -> list[Execution | _Undecided]:
     def task(values: Mapping[str, Any]) -> Execution | _Undecided:
         def undecided(name: str, fn: Any, execution: Execution) -> Choice:
             raise _Undecided(name, fn)
@@ -77,7 +76,7 @@ def _run(
         except _Undecided as stop:
             return stop
 
-    return run_many([lambda v=v: task(v) for v in batch], program.memo)  # type: ignore[misc]
+    return run_many([partial(task, v) for v in batch], program.memo)
 
 
 def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:

@@ -65,6 +65,9 @@ class LM:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # loading takes a second, fetching has its own
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
         )
@@ -182,7 +185,11 @@ class LM:
     # -- the transformer ----------------------------------------------------------------------
 
     def forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        keep: torch.Tensor,
+        prefix: Sequence[int] = (),
     ) -> torch.Tensor:
         """Logits at some positions of a batch padded on the right.
 
@@ -190,19 +197,32 @@ class LM:
             ids: token ids, shape [rows, length].
             mask: 1 for tokens, 0 for padding, shape [rows, length].
             keep: positions whose logits are wanted, shape [kept].
+            prefix: ids that stand before every row; read once, its KV cache shared by the rows.
 
         Returns:
             Shape [rows, kept, vocabulary], in the model's float type.
         """
-        keep = keep.to(self.device)
-        options: dict[str, Any] = {"logits_to_keep": keep} if self.takes_keep else {}
-        logits: torch.Tensor = self.model(
-            input_ids=ids.to(self.device),
+        rows, length = ids.shape
+        mask = torch.cat([mask.new_ones(rows, len(prefix)), mask], dim=1)
+        cache = None
+        if prefix:
+            cache = self._call(torch.tensor([prefix]), use_cache=True).past_key_values
+            cache.batch_repeat_interleave(rows)
+        out = self._call(
+            ids,
+            keep.to(self.device),
             attention_mask=mask.to(self.device),
-            use_cache=False,
-            **options,
-        ).logits
-        return logits if self.takes_keep else logits[:, keep]
+            position_ids=torch.arange(len(prefix), len(prefix) + length, device=self.device)[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        logits: torch.Tensor = out.logits
+        return logits if self.takes_keep else logits[:, keep.to(self.device)]
+
+    def _call(self, ids: torch.Tensor, keep: torch.Tensor | int = 1, **options: Any) -> Any:
+        if self.takes_keep:
+            options["logits_to_keep"] = keep
+        return self.model(input_ids=ids.to(self.device), **options)
 
     # -- adapters -----------------------------------------------------------------------------
 

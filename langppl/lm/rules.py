@@ -253,16 +253,12 @@ class BoundRules:
         return keep
 
     def _check_stops(self) -> None:
-        data = self.vocabulary.bytes
+        data = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
         for stop in self.stops:
-            ends = {stop[k:] for k in range(len(stop))}
-            if not any(
-                stop in data[i] or any(data[i].startswith(end) for end in ends)
-                for i in np.flatnonzero(self.allowed)
-            ):
+            if not _can_spell(stop, data):
                 raise ValueError(
                     f"stop={stop.decode()!r} can never be produced: the tokens that would "
-                    "complete it are banned, not allowed, or not in this LM's vocabulary"
+                    "spell it are banned, not allowed, or not in this LM's vocabulary"
                 )
 
     # -- walking ----------------------------------------------------------------------------
@@ -505,6 +501,21 @@ class BoundRules:
                 f"{self.rules.min_tokens}"
             )
         return f"{shown} leaves bytes that are not valid UTF-8 in the tokens that remain"
+
+
+def _can_spell(stop: bytes, tokens: set[bytes]) -> bool:
+    """Whether some sequence of tokens contains `stop`, which may begin and end inside of one."""
+    if any(stop in token for token in tokens):
+        return True
+    size = len(stop)
+    reached = [any(token.endswith(stop[:k]) for token in tokens) for k in range(1, size)]
+    for k in range(1, size):
+        if reached[k - 1]:
+            if any(token.startswith(stop[k:]) for token in tokens):
+                return True
+            for m in range(k + 1, size):
+                reached[m - 1] = reached[m - 1] or stop[k:m] in tokens
+    return False
 
 
 def _made_of(data: bytes, pieces: tuple[bytes, ...]) -> bool:

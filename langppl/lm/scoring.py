@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOGIT_ROWS = 1024
 """Most positions whose logits are in memory at once, padding included."""
 
+LEAST_SHARED = 8
+"""Fewest common first tokens that are worth a pass of their own."""
+
 
 @dataclass(frozen=True)
 class PathLogProbs:
@@ -135,16 +138,29 @@ def _chunks(
 
 def _forward(lm: LM, rows: list[tuple[Sequence_, int, int]]) -> tuple[torch.Tensor, int]:
     """Logits [rows, kept, vocabulary] of a padded batch, and the position of the first kept."""
-    longest = max(len(ids) for ids, _, _ in rows)
+    first = min(first for _, first, _ in rows)
+    last = max(last for _, _, last in rows)
+    shared = _shared_prefix([ids for ids, _, _ in rows], first)
+    longest = max(len(ids) for ids, _, _ in rows) - shared
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for k, (sequence, _, _) in enumerate(rows):
-        ids[k, : len(sequence)] = torch.tensor(sequence)
-        mask[k, : len(sequence)] = 1
-    first = min(first for _, first, _ in rows)
-    last = max(last for _, _, last in rows)
-    keep = torch.arange(first, last)
-    return lm.forward(ids, mask, keep), first
+        own = sequence[shared:]
+        ids[k, : len(own)] = torch.tensor(own)
+        mask[k, : len(own)] = 1
+    keep = torch.arange(first - shared, last - shared)
+    return lm.forward(ids, mask, keep, rows[0][0][:shared]), first
+
+
+def _shared_prefix(rows: list[Sequence_], most: int) -> int:
+    """How many first tokens the rows share, at most `most`; 0 if sharing would not pay."""
+    if len(rows) < 2:
+        return 0
+    low, high = min(rows), max(rows)
+    shared = 0
+    while shared < min(most, len(low), len(high)) and low[shared] == high[shared]:
+        shared += 1
+    return shared if shared >= LEAST_SHARED else 0
 
 
 def _read(request: ScoreRequest, logits: torch.Tensor, offset: int) -> PathLogProbs:

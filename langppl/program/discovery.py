@@ -15,8 +15,9 @@ general list.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langppl.distributions import LMChoice, StringDistribution, Text
@@ -26,7 +27,6 @@ from langppl.program.execution import (
     Site,
     draw_prior,
     given,
-    kind_of,
     run_many,
     run_once,
 )
@@ -84,9 +84,7 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
         if not search.looked_inside and not numeric and not known:
             _check_has_sites(traced)
             if search.templates_hold(traced):
-                return Structure(
-                    _graph(traced), traced.sites, tuple(traced.sites.values()), True
-                )
+                return Structure(_graph(traced), traced.sites, tuple(traced.sites.values()), True)
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
         for name, parents in _edges(traced):
@@ -105,7 +103,7 @@ def _check_has_sites(execution: Execution) -> None:
 
 def _family(site: Site) -> str:
     if isinstance(site.fn, Known):
-        return "call"
+        return site.fn.family
     return "factor" if site.kind == "factor" else type(site.fn).__name__
 
 
@@ -246,11 +244,11 @@ class _Search:
                 return [self._run(self._made_up(value), no_tools)]
             except _ToolNeeded:
                 break
-            except Exception:  # noqa: S112 - this made-up value does not suit the program
+            except Exception:
                 continue
         self.drawn = True
         return run_many(
-            [lambda k=k: run_once(self.model, self.args, self._drawn(k)) for k in range(_DRAWS)],
+            [partial(run_once, self.model, self.args, self._drawn(k)) for k in range(_DRAWS)],
             self.memo,
         )
 
@@ -281,7 +279,7 @@ class _Search:
         if self.drawn:
             more = run_many(
                 [
-                    lambda k=k: draw_prior(site.fn, (self.seed, "structure", 100 + k, site.name))
+                    partial(draw_prior, site.fn, (self.seed, "structure", 100 + k, site.name))
                     for k in range(_DRAWS)
                 ],
                 self.memo,
@@ -308,7 +306,9 @@ class _Search:
             return None
 
     def _check_repeats(self, base: Execution) -> None:
-        values = {n: s.value for n, s in base.sites.items() if s.kind in ("latent", "deterministic")}
+        values = {
+            n: s.value for n, s in base.sites.items() if s.kind in ("latent", "deterministic")
+        }
         again = self._run(given(values, self._drawn(0)), lambda n, fn: values.get(n) or fn())
         check_same_sites(base, again)
 
@@ -365,5 +365,3 @@ def _constants(model: Any) -> Iterator[str]:
                 yield constant
             elif isinstance(constant, tuple | frozenset):
                 yield from (c for c in constant if isinstance(c, str))
-
-

@@ -14,7 +14,7 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
     """Sites as nodes, "flows into" as edges; a networkx `DiGraph`.
 
     Node attributes: `kind` (`"latent"`, `"observed"`, `"factor"`, `"deterministic"`) and `family`
-    (the distribution's name, `"call"` for tool calls).
+    (the distribution's name, else `"factor"`, `"call"` or `"deterministic"`).
     """
 
     def __str__(self) -> str:
@@ -37,8 +37,9 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
         for name, data in self.nodes(data=True):
             style = ' style="filled"' if data["kind"] == "observed" else ""
             label = f"{name}\\n{data['family']}"
-            lines.append(f'  "{_esc(name)}" [label="{_esc(label)}" '
-                         f'shape="{_SHAPES[data["kind"]]}"{style}];')
+            lines.append(
+                f'  "{_esc(name)}" [label="{_esc(label)}" shape="{_SHAPES[data["kind"]]}"{style}];'
+            )
         lines += [f'  "{_esc(a)}" -> "{_esc(b)}";' for a, b in self.edges]
         return "\n".join([*lines, "}"])
 

@@ -29,9 +29,7 @@ class Placeholder(Text):
     report: Callable[[str, tuple[Any, ...]], None]
 
     @classmethod
-    def make(
-        cls, text: str, report: Callable[[str, tuple[Any, ...]], None]
-    ) -> Placeholder:
+    def make(cls, text: str, report: Callable[[str, tuple[Any, ...]], None]) -> Placeholder:
         """A string of some text; `report` gets the name of each method that looks inside."""
         self: Placeholder = cls.__new__(cls, text)  # type: ignore[assignment]
         self.report = report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,10 +97,11 @@ class Program:
             choosers: decide the latents of one execution each.
             after: what to do at the end of each execution, such as scoring it.
         """
-        return run_many(
-            [lambda c=c: after(run_once(self.model, self.args, c)) for c in choosers],
-            self.memo,
-        )
+
+        def task(choose: Chooser) -> Execution:
+            return after(run_once(self.model, self.args, choose))
+
+        return run_many([partial(task, c) for c in choosers], self.memo)
 
     def executions(
         self,
@@ -194,7 +196,7 @@ class Program:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         return run_many(
-            [lambda i=i: self._simulate_one(i, seed, lengths or {}) for i in range(n)], self.memo
+            [partial(self._simulate_one, i, seed, lengths or {}) for i in range(n)], self.memo
         )
 
     def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:

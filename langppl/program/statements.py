@@ -133,11 +133,13 @@ class Known(dist.Distribution):  # type: ignore[misc]
     Attributes:
         evaluate: makes the value.
         inputs: what it is made of, for the graph.
+        family: `"call"` or `"deterministic"`.
     """
 
-    def __init__(self, evaluate: Callable[[], Any], inputs: tuple[Any, ...]) -> None:
+    def __init__(self, evaluate: Callable[[], Any], inputs: tuple[Any, ...], family: str) -> None:
         self.evaluate = evaluate
         self.inputs = inputs
+        self.family = family
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Boxed:
         """The value, boxed."""
@@ -188,12 +190,12 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
             memo[key] = result
         return result
 
-    return cast(R, _known(name, Known(evaluate, args)))
+    return cast(R, _known(name, Known(evaluate, args, "call")))
 
 
 def deterministic(name: str, value: R) -> R:
     """Records a value that is computed from others, text included, as a site of the trace."""
-    return cast(R, _known(name, Known(lambda: value, (value,))))
+    return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
 
 
 def _known(name: str, fn: Known) -> Any:

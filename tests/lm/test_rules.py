@@ -334,6 +334,7 @@ def test_rules_that_make_no_sense(rules: dict[str, Any], message: str) -> None:
         ({"stop": "x"}, "stop='x' can never be produced"),
         ({"stop": ".", "ban": "."}, "stop='.' can never be produced"),
         ({"stop": "xa"}, "stop='xa' can never be produced"),
+        ({"stop": "axb"}, "stop='axb' can never be produced"),
         ({"ban": "ab"}, "ban='ab' is in no single token"),
         ({"allow": "x"}, "leaves no token"),
         ({"ban": lambda text: True}, "leaves no token"),

@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 
 from langppl.guides import Guide
-from langppl.inference.infer import as_program, infer
+from langppl.inference.methods import as_program, infer
 from langppl.posterior import Posterior
 from langppl.program import Program
 

@@ -63,7 +63,9 @@ def infer(
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
-    return importance(program, make_guide(guide, program, seed, progress), num_samples, seed, progress)
+    return importance(
+        program, make_guide(guide, program, seed, progress), num_samples, seed, progress
+    )
 
 
 def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:

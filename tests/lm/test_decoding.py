@@ -1,0 +1,219 @@
+"""Draws: their probabilities, what they depend on, and five families of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from langppl.distributions import LMString, Text
+from langppl.lm import LM, DrawRequest, perform
+from langppl.lm.requests import DrawReply
+from langppl.testing import tiny_lm
+
+TINY = tiny_lm("ab.", merged=["b.", "ab"], split=["é"])
+PROMPTS = ["", "a", "ab.ab", "b" * 17, "é.a", "a.a.a.a.b.b"]
+
+
+def request(dist: LMString, key: tuple[int | str, ...], **options: Any) -> DrawRequest:
+    prompt = dist.prompt_ids()
+    limit = dist.limit(len(prompt))
+    assert limit is not None
+    return DrawRequest(dist.lm, prompt, dist.bound, limit, key, **options)
+
+
+def draw(requests: list[DrawRequest]) -> list[DrawReply]:
+    replies = perform(requests)
+    assert all(isinstance(r, DrawReply) for r in replies)
+    return [r for r in replies if isinstance(r, DrawReply)]
+
+
+def assert_draws_score_alike(lm: LM, prompts: list[str], **rules: Any) -> None:
+    dists = [LMString(lm, prompt, **rules) for prompt in prompts]
+    replies = draw([request(d, ("k", k)) for k, d in enumerate(dists)])
+    for dist, reply in zip(dists, replies, strict=True):
+        text = Text(reply.text, reply.ids, lm.fingerprint)
+        assert float(dist.log_prob(text)) == pytest.approx(reply.log_prob, abs=1e-4), repr(text)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"max_tokens": 8},
+        {"max_tokens": 20, "stop": "."},
+        {"max_tokens": 6, "min_tokens": 3, "stop": ["a.", "."], "temperature": 0.7},
+        {"max_tokens": 6, "ban": "b", "temperature": 2.0},
+    ],
+)
+def test_log_prob_of_a_draw_is_its_score(rules: dict[str, Any]) -> None:
+    assert_draws_score_alike(TINY, PROMPTS * 8, **rules)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(0, 9)), min_size=1, max_size=8),
+    st.sampled_from([1, 40, 4096]),
+)
+def test_a_draw_depends_on_its_key_and_prompt_alone(
+    wanted: list[tuple[str, int]], token_budget: int
+) -> None:
+    lm = LM.from_parts(TINY.model, TINY.tokenizer, "tiny", token_budget=token_budget)
+    requests = [
+        request(LMString(lm, prompt, stop=".", max_tokens=10), (7, "site", key))
+        for prompt, key in wanted
+    ]
+    together = draw(requests)
+    for one, reply in zip(requests, together, strict=True):
+        (alone,) = draw([one])
+        assert (alone.ids, alone.text) == (reply.ids, reply.text)
+        assert alone.log_prob == pytest.approx(reply.log_prob, abs=1e-5)
+
+
+def test_other_keys_give_other_draws() -> None:
+    dist = LMString(TINY, "a", max_tokens=12, min_tokens=12)
+    keys: list[tuple[int | str, ...]] = [(0, 1), (1, 0), (0, 2), ("0", 1), (0, 1, 0), (1,)]
+    replies = draw([request(dist, key) for key in keys])
+    assert len({r.ids for r in replies}) == len(keys)
+
+
+class Watched:
+    """Records the shape of every forward pass of a model."""
+
+    def __init__(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        forward = type(lm.model).forward
+
+        def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+            self.shapes.append(tuple(kwargs["input_ids"].shape))
+            return forward(model, *args, **kwargs)
+
+        watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        monkeypatch.setattr(type(lm.model), "forward", watched)
+
+
+def test_finished_rows_leave_and_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(TINY, monkeypatch)
+    dist = LMString(TINY, "ab", stop=".", max_tokens=12)
+    replies = draw([request(dist, ("leave", k)) for k in range(40)])
+    assert watched.shapes[0] == (1, len(dist.prompt_ids()))
+    # A row that took n actions was fed n − 1 of them.
+    going = [rows for rows, _ in watched.shapes[1:]]
+    assert going == sorted(going, reverse=True) and going[-1] < going[0] <= 40
+    actions = []
+    for reply in replies:
+        is_end = not reply.text.endswith(".") and len(reply.ids) < 12
+        actions.append(len(reply.ids) + is_end)
+    assert going == [sum(a > t for a in actions) for t in range(1, max(actions))]
+
+
+def test_token_budget_bounds_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.from_parts(TINY.model, TINY.tokenizer, "tiny", token_budget=60)
+    dists = [LMString(lm, prompt, max_tokens=5) for prompt in PROMPTS]
+    requests = [request(d, ("b", k)) for k in range(6) for d in dists]
+    whole = draw([request(LMString(TINY, r, max_tokens=5), ("b", k)) for k in range(6) for r in PROMPTS])
+    watched = Watched(lm, monkeypatch)
+    chunked = draw(requests)
+    assert [r.ids for r in chunked] == [r.ids for r in whole]
+    assert all(rows * length <= 60 for rows, length in watched.shapes)
+    longest = max(len(r.prompt) for r in requests) + 5
+    assert longest <= 60 and max(rows for rows, _ in watched.shapes) >= 60 // longest
+
+
+def test_temperature_multiplies_the_distributions_own() -> None:
+    both = LMString(TINY, "a", max_tokens=6, temperature=0.5)
+    own = LMString(TINY, "a", max_tokens=6, temperature=0.25)
+    for k in range(10):
+        (one,) = draw([request(both, ("t", k), temperature=0.5)])
+        (two,) = draw([request(own, ("t", k))])
+        assert one == two
+        text = Text(one.text, one.ids, TINY.fingerprint)
+        assert float(own.log_prob(text)) == pytest.approx(one.log_prob, abs=1e-4)
+    cold = {both.draw(("c", k), temperature=1e-4)[0] for k in range(10)}
+    assert len(cold) == 1
+
+
+def test_nothing_to_draw() -> None:
+    assert perform([]) == []
+
+
+def test_sampling_through_torch_repeats_with_its_seed() -> None:
+    dist = LMString(TINY, "a", max_tokens=8)
+    torch.manual_seed(3)
+    first = [dist.sample() for _ in range(5)]
+    torch.manual_seed(3)
+    assert [dist() for _ in range(5)] == first
+    assert len(set(first)) > 1
+    with pytest.raises(ValueError, match="one by one"):
+        dist.sample((3,))
+
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+
+
+def family(name: str) -> LM:
+    tokenizer = TINY.tokenizer
+    shape: dict[str, Any] = {**SHAPE, "vocab_size": TINY.vocabulary.size}
+    configs: dict[str, Any] = {
+        "GPT2": lambda: transformers.GPT2Config(
+            vocab_size=shape["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=128,
+            initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+        ),
+        "GPTNeoX": lambda: transformers.GPTNeoXConfig(**shape),
+        "Qwen3": lambda: transformers.Qwen3Config(**shape, **GROUPED),
+        "Gemma3": lambda: transformers.Gemma3TextConfig(
+            **shape,
+            **GROUPED,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=8,
+        ),
+        "Mistral": lambda: transformers.MistralConfig(**shape, **GROUPED, sliding_window=4),
+    }
+    classes = {
+        "GPT2": transformers.GPT2LMHeadModel,
+        "GPTNeoX": transformers.GPTNeoXForCausalLM,
+        "Qwen3": transformers.Qwen3ForCausalLM,
+        "Gemma3": transformers.Gemma3ForCausalLM,
+        "Mistral": transformers.MistralForCausalLM,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return LM.from_parts(classes[name](configs[name]()), tokenizer, name)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Qwen3", "Gemma3", "Mistral"])
+def test_families_draw_what_they_score(name: str) -> None:
+    lm = family(name)
+    assert lm.window == 128
+    assert_draws_score_alike(lm, PROMPTS * 3, max_tokens=12, min_tokens=5, stop=".")
+    # And the score is the plain forward pass's, which no window or padding of ours has touched.
+    dist = LMString(lm, "ab.ab" * 3, max_tokens=8, min_tokens=8)
+    text, log_prob = dist.draw(("plain", 0))
+    assert text.ids is not None
+    prompt = dist.prompt_ids()
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[*prompt, *text.ids]])).logits[0]
+    total, state = 0.0, dist.bound.start(8)
+    for at, token in enumerate(text.ids):
+        row = logits[len(prompt) - 1 + at].masked_fill(~dist.bound.step(state).legal, -torch.inf)
+        total += float(row.log_softmax(-1)[token])
+        state = dist.bound.advance(state, token)
+    assert log_prob == pytest.approx(total, abs=1e-4)
+    assert np.isfinite(total)

@@ -1,0 +1,540 @@
+"""What flows into what: edges, kinds, and whether a program is its templates."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import networkx as nx
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import langppl as lp
+from langppl.program import StaticMismatchWarning
+from langppl.testing import tiny_lm
+
+LM = tiny_lm("ab. 1", seed=1)
+
+
+def short(prompt: Any, tokens: int = 3, **rules: Any) -> lp.LMString:
+    return lp.LMString(LM, prompt, max_tokens=tokens, **rules)
+
+
+def goes_on(prompt: str) -> lp.LMString:
+    return lp.LMString(LM, prompt)
+
+
+def edges(model: Any, *args: Any) -> set[tuple[str, str]]:
+    return set(lp.compile(model, *args).graph.edges)
+
+
+# -- prompts that are templates ------------------------------------------------------------------
+
+
+def by_fstring(x: str, y: str) -> str:
+    return f"{x} b {y!s}"
+
+
+def by_plus(x: str, y: str) -> str:
+    return "a" + x + " " + y
+
+
+def by_radd_of_text(x: str, y: str) -> str:
+    return x + y
+
+
+def by_format(x: str, y: str) -> str:
+    return "{} a {last}".format(x, last=y)  # noqa: UP032
+
+
+def by_join(x: str, y: str) -> str:
+    return " ".join(["a", x, y])
+
+
+def by_percent(x: str, y: str) -> str:
+    return "%s a %s" % (x, y)  # noqa: UP031
+
+
+def by_percent_of_mapping(x: str, y: str) -> str:
+    return "%(x)s a %(y)s" % {"x": x, "y": y}  # noqa: UP031
+
+
+TEMPLATES = [
+    by_fstring, by_plus, by_radd_of_text, by_format, by_join, by_percent, by_percent_of_mapping,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("combine", TEMPLATES)
+def test_edges_through_templates(combine: Any) -> None:
+    def model() -> None:
+        x = lp.sample("x", short("a"))
+        y = lp.sample("y", short("b"))
+        lp.sample("unrelated", short("ab"))
+        lp.sample("both", goes_on(combine(x, y)), obs=" a")
+        lp.sample("first", goes_on(f"{x}"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("x", "both"), ("y", "both"), ("x", "first")}
+    assert list(program.graph.nodes) == ["x", "y", "unrelated", "both", "first"]
+    assert program.is_static
+
+
+def test_edges_through_a_list_comprehension_over_earlier_latents() -> None:
+    def model() -> None:
+        facts: list[str] = []
+        for i in range(3):
+            facts.append(lp.sample(f"fact_{i}", short("".join(f"- {f}" for f in facts) + "a")))
+        lp.sample("seen", goes_on("\n".join([f"{f}!" for f in facts[:2]])), obs=" a")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {
+        ("fact_0", "fact_1"),
+        ("fact_0", "fact_2"),
+        ("fact_1", "fact_2"),
+        ("fact_0", "seen"),
+        ("fact_1", "seen"),
+    }
+    assert program.is_static
+
+
+def test_a_latent_in_a_chat_prompt_and_in_an_option_and_in_an_observation() -> None:
+    def model() -> None:
+        x = lp.sample("x", short("a"))
+        y = lp.sample("y", short("b"))
+        z = lp.sample("z", short("ab"))
+        lp.sample("option", lp.LMChoice(LM, "a", [f"{x} a", f"{x} b"]))
+        lp.sample("observation", goes_on("a"), obs=f"{y}")
+        lp.sample("chat", goes_on([{"role": "user", "content": f"a {z}"}]), obs="a")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("x", "option"), ("y", "observation"), ("z", "chat")}
+    assert program.is_static
+
+
+# -- programs that look inside -------------------------------------------------------------------
+
+
+def test_edges_through_int() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a", 2, allow="1"))
+        w = lp.sample("w", short("a"))
+        lp.sample("seen", goes_on("ab" * (int(z) % 5) + "a"), obs=" b")
+        lp.sample("other", goes_on(f"{w}"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("z", "seen"), ("w", "other")}
+    assert not program.is_static
+
+
+def test_edges_through_in() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        w = lp.sample("w", short("b"))
+        prompt = "a" if "ab" in z else "b"
+        lp.sample("seen", goes_on(prompt), obs=" b")
+        lp.sample("other", goes_on(w + "a"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("z", "seen"), ("w", "other")}
+    assert not program.is_static
+
+
+def test_edges_through_a_regular_expression() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        w = lp.sample("w", short("b"))
+        found = re.search(r"\d+", z)
+        lp.sample("seen", goes_on("a" if found else "b"), obs=" b")
+        lp.sample("other", goes_on(w + "a"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("z", "seen"), ("w", "other")}
+    assert not program.is_static
+
+
+def test_a_branch_that_changes_which_sites_exist() -> None:
+    def model() -> str:
+        mood = lp.sample("mood", lp.LMChoice(LM, "a", ["a", "b."]))
+        if mood == "a":
+            detail = lp.sample("detail", short("a"))
+            lp.sample("seen", goes_on(detail), obs=" a")
+        else:
+            lp.sample("seen", goes_on("b"), obs=" a")
+        return mood
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("mood", "detail"), ("mood", "seen"), ("detail", "seen")}
+    assert program.latents == ("mood", "detail")
+    assert program.observed == ("seen",)
+    assert not program.is_static
+
+
+def test_edges_through_a_call_with_a_string_result() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        w = lp.sample("w", short("b"))
+        upper = lp.call("tool", lambda s: s[::-1], z)
+        lp.sample("seen", goes_on(f"a{upper}"), obs=" b")
+        lp.sample("other", goes_on(f"{w}"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("z", "tool"), ("tool", "seen"), ("w", "other")}
+    assert program.graph.nodes["tool"] == {"kind": "deterministic", "family": "call"}
+    assert not program.is_static
+
+
+def test_edges_through_a_call_with_a_numeric_result() -> None:
+    calls: list[str] = []
+
+    def count(text: str) -> int:
+        calls.append(text)
+        return text.count("a")
+
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        n = lp.call("tool", count, z)
+        lp.sample("seen", goes_on("a" if n > 0 else "b"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("z", "tool"), ("tool", "seen")}
+    # A tool is a function of what the LM really writes; it never sees a made-up string.
+    assert calls
+    assert all(set(c) <= set("ab. 1") for c in calls)
+    assert len(calls) == len(set(calls))
+
+
+def test_edges_of_tempered_sites() -> None:
+    def model() -> None:
+        x = lp.sample("x", short("a"))
+        z = lp.sample("z", lp.Tempered(short(f"{x}b"), 0.5))
+        lp.sample("seen", goes_on(f"{z}"), obs=" a")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {
+        ("x", "z"),
+        ("x", "z/tempered"),
+        ("z", "z/tempered"),
+        ("z", "seen"),
+    }
+    assert program.graph.nodes["z"] == {"kind": "latent", "family": "LMString"}
+    assert program.graph.nodes["z/tempered"] == {"kind": "factor", "family": "factor"}
+    assert program.is_static
+
+
+def test_edges_of_numeric_latents() -> None:
+    def model() -> None:
+        p = lp.sample("p", dist.Beta(1.0, 1.0))
+        q = lp.sample("q", dist.Normal(p, 1.0))
+        lp.sample("n", dist.Normal(q, 1.0), obs=0.5)
+        lp.sample("seen", goes_on("a" * (1 + int(4 * p))), obs=" b")
+
+    program = lp.compile(model)
+
+    assert set(program.graph.edges) == {("p", "q"), ("q", "n"), ("p", "seen")}
+    assert dict(program.graph.nodes(data="family")) == {
+        "p": "Beta",
+        "q": "Normal",
+        "n": "Normal",
+        "seen": "LMString",
+    }
+    assert not program.is_static
+
+
+# -- node attributes and output ------------------------------------------------------------------
+
+
+def story(beginning: str, ending: str) -> None:
+    mood = lp.sample("mood", lp.LMChoice(LM, "a", ["a", "b"]))
+    middle = lp.sample("middle", short(f"{beginning} {mood}"))
+    lp.factor("bonus", torch.tensor(-0.5))
+    lp.sample("ending", goes_on(f"{beginning}{middle}"), obs=ending)
+
+
+def test_node_attributes() -> None:
+    program = lp.compile(story, "a", " b")
+
+    assert isinstance(program.graph, nx.DiGraph)
+    assert dict(program.graph.nodes(data=True)) == {
+        "mood": {"kind": "latent", "family": "LMChoice"},
+        "middle": {"kind": "latent", "family": "LMString"},
+        "bonus": {"kind": "factor", "family": "factor"},
+        "ending": {"kind": "observed", "family": "LMString"},
+    }
+    assert program.latents == ("mood", "middle")
+    assert program.observed == ("ending",)
+
+
+def test_deterministic_is_a_node_of_its_own() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        note = lp.deterministic("note", f"{z} b")
+        lp.sample("seen", goes_on(note), obs="a")
+
+    graph = lp.compile(model).graph
+
+    assert graph.nodes["note"] == {"kind": "deterministic", "family": "deterministic"}
+    assert ("z", "note") in graph.edges
+    # What flows through the note is seen at the site that reads it.
+    assert nx.has_path(graph, "z", "seen")
+
+
+def test_show_prints_one_line_for_each_site(capsys: pytest.CaptureFixture[str]) -> None:
+    lp.compile(story, "a", " b").graph.show()
+
+    assert capsys.readouterr().out.splitlines() == [
+        "mood    latent         LMChoice",
+        "middle  latent         LMString  <- mood",
+        "bonus   factor         factor",
+        "ending  observed       LMString  <- middle",
+    ]
+
+
+def test_to_dot() -> None:
+    assert lp.compile(story, "a", " b").graph.to_dot().splitlines() == [
+        "digraph program {",
+        r'  "mood" [label="mood\nLMChoice" shape="ellipse"];',
+        r'  "middle" [label="middle\nLMString" shape="ellipse"];',
+        r'  "bonus" [label="bonus\nfactor" shape="box"];',
+        r'  "ending" [label="ending\nLMString" shape="ellipse" style="filled"];',
+        '  "mood" -> "middle";',
+        '  "middle" -> "ending";',
+        "}",
+    ]
+
+
+def test_to_dot_escapes_quotes() -> None:
+    def model() -> None:
+        lp.sample('say "a"', short("a"))
+
+    assert '"say \\"a\\"" [label=' in lp.compile(model).graph.to_dot()
+
+
+# -- static and dynamic --------------------------------------------------------------------------
+
+
+def looks_at_length(z: str) -> str:
+    return "a" * (1 + len(z))
+
+
+def looks_with_split(z: str) -> str:
+    return (z.split(".")[0] or "a") + "b"
+
+
+def looks_at_a_character(z: str) -> str:
+    return z[:1] + "b"
+
+
+def looks_by_comparing(z: str) -> str:
+    return "a" if z == "ab" else "b"
+
+
+def looks_with_a_dict(z: str) -> str:
+    return {"a": "b"}.get(z, "a")
+
+
+def looks_by_iterating(z: str) -> str:
+    return "a" + "".join(reversed(list(z)))
+
+
+def looks_with_lower(z: str) -> str:
+    return "a" + z.upper()
+
+
+def looks_with_padding(z: str) -> str:
+    return f"{z:>4}"
+
+
+def looks_with_repr(z: str) -> str:
+    return f"a{z!r}"
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        looks_at_length,
+        looks_with_split,
+        looks_at_a_character,
+        looks_by_comparing,
+        looks_with_a_dict,
+        looks_by_iterating,
+        looks_with_lower,
+        looks_with_padding,
+        looks_with_repr,
+    ],
+)
+def test_dynamic_programs_are_not_taken_for_static(look: Any) -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        lp.sample("seen", goes_on(look(z)), obs=" b")
+
+    program = lp.compile(model)
+
+    assert not program.is_static
+    assert set(program.graph.edges) == {("z", "seen")}
+
+
+def test_a_static_program_says_so() -> None:
+    assert "static" in repr(lp.compile(story, "a", " b"))
+    assert repr(lp.compile(story, "a", " b")).startswith("Program(story, latents=('mood', 'mid")
+
+
+# -- the compiled log joint is the run one -------------------------------------------------------
+
+
+def many_ways(beginning: str, ending: str) -> None:
+    x = lp.sample("x", short(beginning))
+    mood = lp.sample("mood", lp.LMChoice(LM, "a" + x, ["a", "b. b"]))
+    y = lp.sample("y", lp.Tempered(short("%s b%s" % (x, mood), stop="."), 2.0))  # noqa: UP031
+    z = lp.sample("z", short(" ".join([x, y]), truncate="reject", stop="b", min_tokens=0))
+    lp.factor("bonus", -0.25)
+    lp.sample("early", lp.LMString(LM, f"{mood}", max_tokens=4), obs=f"{x}")
+    lp.sample("ending", goes_on("{0} {1}{0}".format(x, z)), obs=ending)  # noqa: UP030, UP032
+
+
+COMPILED = lp.compile(many_ways, "a", " ab")
+RUN = lp.compile(many_ways, "a", " ab")
+RUN._is_static = False
+
+values = st.text(alphabet="ab. 1", max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"x": values, "mood": st.sampled_from(["a", "b. b"]), "y": values, "z": values}
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_compiled_log_joint_equals_the_run_one(rows: list[dict[str, str]]) -> None:
+    assert COMPILED.is_static
+
+    compiled, run = COMPILED.log_joint(rows), RUN.log_joint(rows)
+
+    assert COMPILED.is_static and not RUN.is_static
+    assert compiled.shape == (len(rows),)
+    assert torch.equal(compiled == -torch.inf, run == -torch.inf)
+    torch.testing.assert_close(compiled, run, rtol=0, atol=1e-4)
+
+
+def test_random_values_are_not_all_impossible() -> None:
+    """The test above compares numbers, not only infinities."""
+    found = RUN.log_joint([{"x": x, "mood": "a", "y": "b.", "z": "ab"} for x in ("a", "b ", "ab")])
+
+    assert torch.isfinite(found).all()
+    assert len(set(found.tolist())) == 3
+
+
+def test_drawn_values_are_scored_by_their_own_tokens_in_both_forms() -> None:
+    lm = tiny_lm("ab", seed=2, merged=["ab"])
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(lm, "a", max_tokens=3))
+        lp.sample("again", lp.LMString(lm, "b", max_tokens=3), obs=z)
+
+    program = lp.compile(model)
+    assert program.is_static
+    spelled = lp.Text("ab", [3, 4], lm.fingerprint)
+    merged = lp.Text("ab", [5], lm.fingerprint)
+
+    compiled = program.log_joint([{"z": spelled}, {"z": merged}, {"z": "ab"}])
+    program._is_static = False
+    run = program.log_joint([{"z": spelled}, {"z": merged}, {"z": "ab"}])
+
+    torch.testing.assert_close(compiled, run, rtol=0, atol=1e-4)
+    assert abs(float(compiled[0] - compiled[1])) > 0.01
+    assert float(compiled[1]) == pytest.approx(float(compiled[2]), abs=1e-4)
+
+
+# -- what looks static and is not ----------------------------------------------------------------
+# The rare values stand outside of the models: compile tries the strings that a model mentions.
+
+
+def rare_by_regex(z: str) -> bool:
+    return re.fullmatch("a1b", z) is not None
+
+
+def rare_by_plain_copy(z: str) -> bool:
+    return str.__eq__(str.__str__(z), "ba1")
+
+
+@pytest.mark.parametrize(("is_rare", "rare"), [(rare_by_regex, "a1b"), (rare_by_plain_copy, "ba1")])
+def test_the_row_check_catches_what_placeholders_do_not(is_rare: Any, rare: str) -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        prompt = "b" * 9 if is_rare(z) else "a"
+        lp.sample("seen", goes_on(prompt), obs=" b")
+
+    program = lp.compile(model)
+    assert program.is_static, "the test needs a program that compile takes for static"
+    lp_z = short("a").log_prob(rare)
+    truth = lp_z + goes_on("b" * 9).log_prob(" b")
+    wrong = lp_z + goes_on("a").log_prob(" b")
+    assert abs(float(truth - wrong)) > 0.1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StaticMismatchWarning)
+        program.log_joint({"z": "ab"})
+    with pytest.warns(StaticMismatchWarning, match=rf"'z': '{rare}'.*differs at 'seen'"):
+        found = program.log_joint({"z": rare})
+
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+    assert not program.is_static
+    # Said once; from now on the program is run.
+    torch.testing.assert_close(program.log_joint({"z": rare}), truth, rtol=0, atol=1e-4)
+
+
+def test_the_row_check_catches_a_site_that_appears() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        if rare_by_regex(z):
+            lp.sample("extra", goes_on("a"), obs="b")
+
+    program = lp.compile(model)
+    assert program.is_static
+
+    with pytest.warns(StaticMismatchWarning, match="differs at 'extra'"):
+        found = program.log_joint({"z": "a1b"})
+
+    truth = short("a").log_prob("a1b") + goes_on("a").log_prob("b")
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+
+
+def test_each_batch_checks_another_row() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        lp.sample("seen", goes_on("b" if rare_by_regex(z) else "a"), obs=" b")
+
+    program = lp.compile(model)
+    rows = [{"z": "ab"}, {"z": "a1b"}]
+    program.log_joint(rows)
+
+    with pytest.warns(StaticMismatchWarning, match="differs at 'seen'"):
+        program.log_joint(rows)
+
+
+def test_a_rare_value_that_the_model_mentions_is_found_by_compile() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        lp.sample("seen", goes_on("b" if re.fullmatch("a1b", z) else "a"), obs=" b")
+
+    program = lp.compile(model)
+
+    assert not program.is_static
+    assert set(program.graph.edges) == {("z", "seen")}
