@@ -6,21 +6,18 @@ enumerate, so every distribution, guide and method can be held to exact answers.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMChoice, LMString, StringDistribution, Tempered, Text
+from langppl.distributions import LMString, Text
 from langppl.lm.model import LM
-from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.rules import BoundRules, State
 
 if TYPE_CHECKING:
-    from langppl.guides.base import Guide
+    pass
 
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
 

@@ -31,7 +31,7 @@ class Pending:
     finish: Callable[[Sequence[Reply]], float]
 
 
-class StringDistribution(dist.Distribution):  # type: ignore[misc]
+class StringDistribution(dist.Distribution):
     """A distribution over strings under an LM.
 
     To Pyro it is a distribution like any other: call it to sample, `log_prob` to score. Both ask
@@ -109,11 +109,15 @@ class StringDistribution(dist.Distribution):  # type: ignore[misc]
         seed = int(torch.randint(2**62, ()))
         return self.draw(("torch", seed))[0]
 
-    def log_prob(self, value: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def log_prob(  # type: ignore[override]
+        self, value: str, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Log-probability of a string.
 
         Args:
             value: the string; −inf if the rules could not have produced it.
+            *args: not used; Pyro's signature has them.
+            **kwargs: not used.
 
         Returns:
             Scalar, float64, nats.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class LMChoice(StringDistribution):
     def _warn_of_prefixes(self) -> None:
         # Sorted, an option that begins another one stands right before one that it begins.
         ordered = sorted(str(o) for o in self.options)
-        for short, long in zip(ordered, ordered[1:], strict=False):
+        for short, long in itertools.pairwise(ordered):
             if long.startswith(short):
                 warnings.warn(
                     f"{sites.where()}the option {short!r} begins the option {long!r}, so its "

@@ -259,9 +259,11 @@ class LMString(StringDistribution):
         self._check_fits(len(read), len(path.tokens))
         return ScoreRequest(self.lm, read, path, self.rules.temperature, adapter)
 
-    def _check_join(self, value: str) -> None:
+    def _check_join(self, value: object) -> None:
         """Warns once a site if plain text is glued to the last word of the prompt."""
-        if isinstance(value, Text) or not value or not isinstance(self.prompt, str):
+        if isinstance(value, Text) or not isinstance(value, str) or not value:
+            return
+        if not isinstance(self.prompt, str):
             return
         last, first = self.prompt[-1:], value[:1]
         glued = (last.isalnum() and first.isalnum()) or (last in ".!?" and first.isalpha())

@@ -13,7 +13,7 @@ from langppl.distributions.lmstring import LMString
 from langppl.distributions.text import Text
 
 
-class Tempered(dist.Distribution):  # type: ignore[misc]
+class Tempered(dist.Distribution):
     """The unnormalised p(z)^(1/T) over whole strings.
 
     `langppl.sample` runs it as the site itself, drawn from p, and a `factor` of
@@ -55,12 +55,14 @@ class Tempered(dist.Distribution):  # type: ignore[misc]
         """Samples the base: a tempered string itself can only be weighted."""
         return self.base.sample()
 
-    def log_prob(self, value: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def log_prob(  # type: ignore[override]
+        self, value: str, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Unnormalised log-density log p(value)/T, scalar, float64, nats."""
         return self.base.log_prob(value) / self.temperature
 
 
-class TemperedFactor(dist.Distribution):  # type: ignore[misc]
+class TemperedFactor(dist.Distribution):
     """The factor power·log p(value), power = 1/T − 1, that makes a site tempered."""
 
     def __init__(self, base: StringDistribution, power: float, value: str) -> None:
@@ -76,7 +78,9 @@ class TemperedFactor(dist.Distribution):  # type: ignore[misc]
         """A factor has no value."""
         return torch.empty(0)
 
-    def log_prob(self, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def log_prob(  # type: ignore[override]
+        self, value: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """The factor's log weight, scalar, float64, nats."""
         log_prob = self.base.log_prob(self.value)
         # An impossible string stays impossible, whatever the sign of the power.

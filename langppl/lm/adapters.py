@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,29 +53,57 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     """Adds an adapter and returns its weights, which take gradients.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is taken, or the adapter is not plain LoRA that fits the model.
     """
-    from peft import inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     if name in names(model):
         raise ValueError(f"there is an adapter {name!r} already")
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"an adapter must be a LoRA, got a {type(config).__name__}")
+    for option in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, option, None):
+            raise ValueError(
+                f"an adapter with {option} is not plain LoRA: it could not be switched off"
+            )
+    if config.bias != "none":
+        raise ValueError(f'an adapter with bias={config.bias!r} changes the LM itself; use "none"')
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     known = dict(getattr(model, "peft_config", {}))
-    inject_adapter_in_model(config, model, adapter_name=name)
+    try:
+        with warnings.catch_warnings():
+            # Several adapters on one model are what this module is for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, model, adapter_name=name)
+    except BaseException:
+        _restore(model, name, known, before)
+        raise
     model.peft_config = {**known, name: config}
+    # New modules are in training mode, where LoRA's dropout makes every answer random.
+    model.eval()
     parameters = []
     for n, parameter in model.named_parameters():
         if f".{name}." in n and ".lora_" in n:
             parameter.requires_grad_(True)
             parameters.append(parameter)
         else:
-            parameter.requires_grad_(before.get(n, False))
+            parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
     return parameters
+
+
+def _restore(model: Any, name: str, known: dict[str, Any], before: dict[str, bool]) -> None:
+    """Takes back what an injection that failed has done."""
+    model.peft_config = {**known, name: None}
+    remove(model, name)
+    for n, parameter in model.named_parameters():
+        parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
 
 
 def remove(model: Any, name: str) -> None:
     """Removes an adapter and its weights."""
     for layer in _layers(model):
+        # peft would activate another adapter in its place, and flip `requires_grad` with it.
+        layer._active_adapter = [n for n in layer.active_adapters if n != name]
         layer.delete_adapter(name)
     model.peft_config = {k: v for k, v in model.peft_config.items() if k != name}
 

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
-from langppl.lm.rules import BoundRules, State
+from langppl.lm.rules import BoundRules, State, Step
 
 
 def count(rules: BoundRules, limit: int) -> int:
     """How many token sequences the rules allow, rejected ones included.
 
+    Prefixes are counted level by level, all that stand alike together, so the work does not grow
+    with the number of strings.
+
     Args:
         rules: the rules.
         limit: most actions of a string.
     """
-    known: dict[tuple[bool, int | None, bytes, bytes], int] = {}
-
-    def below(state: State) -> int:
-        if state.remaining == 0:
-            return 1
-        floor = min(state.count, rules.rules.min_tokens)
-        key = (floor >= rules.rules.min_tokens, state.remaining, state.tail, state.fragment)
-        if rules.rules.min_tokens > state.count or key not in known:
+    onwards: dict[Step, Counter[tuple[bytes, bytes]]] = {}
+    standing = Counter({(b"", b""): 1})
+    total = 0
+    for used in range(limit):
+        following: Counter[tuple[bytes, bytes]] = Counter()
+        for (tail, fragment), prefixes in standing.items():
+            state = State(used, limit - used, tail, fragment)
             step = rules.step(state)
-            total = len(step.groups) + (1 if len(step.end_ids) else 0)
-            following: dict[State, int] = {}
-            for token in _going_on(rules, state):
-                then = rules.advance(state, token)
-                following[then] = following.get(then, 0) + 1
-            total += sum(n * below(then) for then, n in following.items())
-            known[key] = total
-        return known[key]
-
-    return below(rules.start(limit))
+            total += prefixes * (len(step.groups) + bool(len(step.end_ids)))
+            if step not in onwards:
+                after = (rules.advance(state, token) for token in _going_on(rules, state))
+                onwards[step] = Counter((then.tail, then.fragment) for then in after)
+            for then, tokens in onwards[step].items():
+                following[then] += prefixes * tokens
+        standing = following
+    return total + sum(standing.values())
 
 
 def _going_on(rules: BoundRules, state: State) -> list[int]:

@@ -68,7 +68,7 @@ class LM:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # loading takes a second, fetching has its own
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -277,5 +277,3 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
     if value is None:
         return set()
     return {value} if isinstance(value, int) else set(value)
-
-

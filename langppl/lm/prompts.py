@@ -22,13 +22,17 @@ def check_prompt(prompt: object) -> Prompt:
     """
     if isinstance(prompt, str):
         return prompt
-    if is_chat(prompt) and prompt:
-        if all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str)
+    if (
+        is_chat(prompt)
+        and prompt
+        and all(
+            isinstance(m, Mapping)
+            and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), str)
             for m in prompt
-        ):
-            return [dict(m) for m in prompt]
+        )
+    ):
+        return [dict(m) for m in prompt]
     raise TypeError(
         "a prompt must be a string or a non-empty list of messages such as "
         f'{{"role": "user", "content": "Hello"}}, got {prompt!r}'
@@ -53,9 +57,7 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
 
     def render(contents: Sequence[str]) -> str:
         chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        text: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
-        )
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return text
 
     def encode(text: str, split: bool) -> list[int]:

@@ -127,7 +127,7 @@ class StringRules:
 class State(NamedTuple):
     """Where a string stands: all that its legal actions depend on."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     """Tokens so far."""
     remaining: int | None
     """Actions left, None for no limit."""

@@ -23,6 +23,7 @@ from langppl.program.statements import (
     Known,
     Memo,
     Model,
+    as_value,
     check_string_site,
     memo_of_calls,
     plate_error,
@@ -307,10 +308,10 @@ def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Choose
 
     def choose(name: str, fn: Any, execution: Execution) -> Choice:
         if name in values:
-            check = check_string_site if isinstance(fn, StringDistribution) else None
-            if check is not None:
-                check(name, values[name])
-            return Choice(values[name])
+            if isinstance(fn, StringDistribution):
+                check_string_site(name, values[name])
+                return Choice(values[name])
+            return Choice(as_value(values[name]))
         if otherwise is None:
             raise ValueError(
                 f"latent site {name!r} has no value; values are given for: "

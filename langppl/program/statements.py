@@ -63,8 +63,8 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
             for handler in _PYRO_STACK:
                 if isinstance(handler, IndepMessenger) and handler._vectorized:
                     raise plate_error(name, handler.name)
-        elif isinstance(obs, numbers.Number):
-            obs = torch.tensor(obs)
+        else:
+            obs = as_value(obs)
         value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
         if isinstance(dist, StringDistribution):
             check_string_site(name, value)
@@ -231,7 +231,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
     Returns:
         A model of the same arguments.
     """
-    observed = {k: _as_value(v) for k, v in data.items()}
+    observed = {k: as_value(v) for k, v in data.items()}
 
     @functools.wraps(model)
     def conditioned(*args: Any, **kwargs: Any) -> Any:
@@ -251,7 +251,7 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
     Returns:
         A model of the same arguments, in which those sites do not exist.
     """
-    fixed = {k: _as_value(v) for k, v in data.items()}
+    fixed = dict(data)
 
     @functools.wraps(model)
     def intervened(*args: Any, **kwargs: Any) -> Any:
@@ -261,10 +261,9 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
     return intervened
 
 
-def _as_value(value: Any) -> Any:
-    if isinstance(value, numbers.Number) and not isinstance(value, bool):
-        return torch.tensor(value)
-    return value
+def as_value(value: Any) -> Any:
+    """A site's value as Pyro takes it: a number becomes a tensor, of floats for integers too."""
+    return torch.tensor(float(value)) if isinstance(value, numbers.Real) else value
 
 
 class _Do(Messenger):
@@ -276,5 +275,7 @@ class _Do(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.data:
-            msg["value"] = self.data[msg["name"]]
+            value = self.data[msg["name"]]
+            # What a tool returns may be anything; what is drawn is a string or a tensor.
+            msg["value"] = value if isinstance(msg["fn"], Known) else as_value(value)
             msg["done"] = msg["stop"] = True

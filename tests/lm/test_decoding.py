@@ -116,7 +116,9 @@ def test_token_budget_bounds_every_pass(monkeypatch: pytest.MonkeyPatch) -> None
     lm = LM.from_parts(TINY.model, TINY.tokenizer, "tiny", token_budget=60)
     dists = [LMString(lm, prompt, max_tokens=5) for prompt in PROMPTS]
     requests = [request(d, ("b", k)) for k in range(6) for d in dists]
-    whole = draw([request(LMString(TINY, r, max_tokens=5), ("b", k)) for k in range(6) for r in PROMPTS])
+    whole = draw(
+        [request(LMString(TINY, r, max_tokens=5), ("b", k)) for k in range(6) for r in PROMPTS]
+    )
     watched = Watched(lm, monkeypatch)
     chunked = draw(requests)
     assert [r.ids for r in chunked] == [r.ids for r in whole]
@@ -172,8 +174,14 @@ def family(name: str) -> LM:
     shape: dict[str, Any] = {**SHAPE, "vocab_size": TINY.vocabulary.size}
     configs: dict[str, Any] = {
         "GPT2": lambda: transformers.GPT2Config(
-            vocab_size=shape["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=128,
-            initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+            vocab_size=shape["vocab_size"],
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=1,
         ),
         "GPTNeoX": lambda: transformers.GPTNeoXConfig(**shape),
         "Qwen3": lambda: transformers.Qwen3Config(**shape, **GROUPED),

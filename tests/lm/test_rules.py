@@ -65,9 +65,15 @@ CASES = [
     Case("fixed length", {"max_tokens": 3, "min_tokens": 3, "stop": "."}),
     Case("ban", {"max_tokens": 4, "stop": ".", "ban": "b"}, merged=("ab", "..")),
     Case("allow", {"max_tokens": 4, "stop": ".", "allow": ["a", "."]}, merged=("ab", "aa", "a.")),
-    Case("ban by a predicate", {"max_tokens": 4, "ban": lambda text: len(text) > 1}, merged=("ab",)),
+    Case(
+        "ban by a predicate", {"max_tokens": 4, "ban": lambda text: len(text) > 1}, merged=("ab",)
+    ),
     Case("temperature", {"max_tokens": 4, "stop": ".", "temperature": 0.6}),
-    Case("reject", {"max_tokens": 3, "stop": "b", "temperature": 2.0, "truncate": "reject"}, total=None),
+    Case(
+        "reject",
+        {"max_tokens": 3, "stop": "b", "temperature": 2.0, "truncate": "reject"},
+        total=None,
+    ),
     Case("split bytes", {"max_tokens": 4, "stop": "."}, alphabet="a.", split=("é",)),
     Case(
         "split bytes of several lengths",

@@ -17,9 +17,7 @@ from langppl.lm.requests import ScoreReply
 from langppl.lm.scoring import _chunks, score, score_with_gradients
 from langppl.testing import tiny_lm
 
-LMS = {
-    budget: tiny_lm("ab. ", merged=["b.", "ab", ". "], split=["é"]) for budget in (1, 37, 4096)
-}
+LMS = {budget: tiny_lm("ab. ", merged=["b.", "ab", ". "], split=["é"]) for budget in (1, 37, 4096)}
 for _budget, _lm in LMS.items():
     _lm.token_budget = _budget
 TINY = LMS[4096]
@@ -66,9 +64,7 @@ def plain(request: ScoreRequest) -> tuple[list[float], float, list[float]]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
-        st.tuples(strings, strings, st.integers(0, len(RULES) - 1)), min_size=1, max_size=9
-    ),
+    st.lists(st.tuples(strings, strings, st.integers(0, len(RULES) - 1)), min_size=1, max_size=9),
     st.sampled_from([1, 37, 4096]),
 )
 def test_a_batch_is_its_members_is_a_plain_forward_pass(
@@ -92,7 +88,9 @@ def test_a_batch_is_its_members_is_a_plain_forward_pass(
 def test_a_sequence_that_begins_another_shares_its_row() -> None:
     values = ["abab", "aba", "a", "", "abab", "b", "abb"]
     dist = LMString(TINY, ".")
-    spelled = [Text(v, [TINY.vocabulary.exact[c.encode()] for c in v], TINY.fingerprint) for v in values]
+    spelled = [
+        Text(v, [TINY.vocabulary.exact[c.encode()] for c in v], TINY.fingerprint) for v in values
+    ]
     requests = [r for v in spelled if (r := dist.request(v)) is not None]
     assert len(requests) == len(values)
     # The prompt's own end and the other string's middle are in the same row too.
@@ -112,9 +110,7 @@ def test_a_sequence_that_begins_another_shares_its_row() -> None:
 def test_every_chunk_keeps_the_budget() -> None:
     lm = LMS[37]
     dist = LMString(lm, "ab", max_tokens=9)
-    requests = [
-        r for k in range(30) if (r := dist.request(dist.draw(("chunk", k))[0])) is not None
-    ]
+    requests = [r for k in range(30) if (r := dist.request(dist.draw(("chunk", k))[0])) is not None]
     chunks = _chunks(lm, requests)
     assert sorted(at for _, members in chunks for at, _ in members) == list(range(30))
     for rows, _ in chunks:
@@ -167,7 +163,7 @@ def test_gradients_are_those_of_a_plain_forward_pass() -> None:
                     ids_ = path.steps[at].canonical
                     canonical = canonical + (row[ids_].logsumexp(0) if len(ids_) else -50.0)
             plain_loss = plain_loss + (total - canonical) ** 2
-    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-4)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)  # type: ignore[union-attr]
     expected = torch.autograd.grad(plain_loss, parameters)
     for g, e in zip(gradients, expected, strict=True):
         assert torch.isfinite(g).all()

@@ -60,11 +60,13 @@ def test_a_drawn_string_is_a_text_with_its_tokens() -> None:
 def test_an_observed_string_is_returned_as_it_is() -> None:
     given = "ab"
 
-    assert lp.sample("x", short(), obs=given) is given
+    with pyro.poutine.trace():
+        assert lp.sample("x", short(), obs=given) is given
 
 
 def test_a_number_may_be_observed_at_a_numeric_site() -> None:
-    value = lp.sample("x", dist.Normal(0.0, 1.0), obs=2.5)
+    with pyro.poutine.trace():
+        value = lp.sample("x", dist.Normal(0.0, 1.0), obs=2.5)
 
     assert isinstance(value, torch.Tensor)
     assert float(value) == 2.5
@@ -74,6 +76,17 @@ def test_a_number_may_be_observed_at_a_numeric_site() -> None:
 def test_a_sites_name_is_a_string(name: Any) -> None:
     with pytest.raises(TypeError, match=r"site's name must be a non-empty string, got"):
         lp.sample(name, short())
+
+
+@pytest.mark.parametrize("flip", [1, True, 1.0, np.int64(1), torch.tensor(1.0)])
+def test_integers_and_bools_may_be_observed_at_a_numeric_site(flip: Any) -> None:
+    def model() -> None:
+        p = lp.sample("p", dist.Beta(2.0, 1.0))
+        lp.sample("flip", dist.Bernoulli(p), obs=flip)
+
+    # Beta(2, 1) has the density 2p.
+    found = lp.compile(model).log_joint({"p": 0.25})
+    assert float(found) == pytest.approx(math.log(2 * 0.25 * 0.25), abs=1e-6)
 
 
 def test_a_sequential_plate_holds_string_sites() -> None:
@@ -389,6 +402,14 @@ def test_do_and_condition_keep_the_models_name_and_arguments() -> None:
         assert changed("b", greeting="b") == "b"
 
 
+def test_do_on_a_call_gives_the_program_that_very_value() -> None:
+    def model() -> object:
+        lp.sample("z", short("a"))
+        return lp.call("tool", lambda: 1 // 0)
+
+    assert lp.infer(lp.do(model, {"tool": 3}), num_samples=2).returns == [3, 3]
+
+
 def test_do_within_condition() -> None:
     program = lp.compile(lp.condition(lp.do(chain, {"x": "b"}), {"y": "a"}))
 
@@ -398,10 +419,9 @@ def test_do_within_condition() -> None:
 
 
 def test_conditioning_a_string_site_on_a_number_is_an_error() -> None:
-    with pytest.raises(TypeError, match="site 'x' is a string site, but its value is tensor"):
-        lp.infer(lp.condition(chain, {"x": 3}), num_samples=2)
-    with pytest.raises(TypeError, match="site 'x' is a string site, but its value is tensor"):
-        lp.infer(lp.do(chain, {"x": 3}), num_samples=2)
+    for change in (lp.condition, lp.do):
+        with pytest.raises(TypeError, match=r"site 'x' is a string site, but its value is .*3"):
+            lp.infer(change(chain, {"x": 3}), num_samples=2)
 
 
 # -- latents of some executions only -------------------------------------------------------------

@@ -1,0 +1,188 @@
+"""The LM itself: adapters, prompts, special tokens."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from langppl.lm import LM
+from langppl.testing import tiny_lm
+
+IDS = torch.tensor([[0, 3, 4, 5]])
+
+
+def logits(lm: LM) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = lm.model(input_ids=IDS).logits
+    return found
+
+
+def config(**options: object) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)  # type: ignore[arg-type]
+
+
+def adapted(seed: int = 0, **options: object) -> LM:
+    lm = tiny_lm(seed=1)
+    generator = torch.Generator().manual_seed(seed)
+    for p in lm.add_adapter("guide", config(**options)):
+        p.data = 0.5 * torch.randn(p.shape, generator=generator)
+    return lm
+
+
+def trainable(lm: LM) -> set[str]:
+    return {n for n, p in lm.model.named_parameters() if p.requires_grad}
+
+
+def test_adapter_switches_and_restores() -> None:
+    plain, lm = logits(tiny_lm(seed=1)), adapted()
+    lm.add_adapter("other", config())
+    before = trainable(lm)
+    assert before and all(".lora_" in n for n in before)
+    assert torch.equal(logits(lm), plain)
+    with lm.adapter("guide"):
+        on = logits(lm)
+        assert not torch.allclose(on, plain)
+        with lm.adapter(None):
+            assert torch.equal(logits(lm), plain)
+        with pytest.raises(RuntimeError), lm.adapter("other"):
+            raise RuntimeError
+        assert torch.equal(logits(lm), on)
+    assert torch.equal(logits(lm), plain)
+    assert trainable(lm) == before
+    with pytest.raises(KeyError, match="has no adapter 'none'; it has: guide, other"):
+        lm.adapter("none").__enter__()
+    with pytest.raises(ValueError, match="adapter 'guide' already"):
+        lm.add_adapter("guide", config())
+    lm.remove_adapter("other")
+    assert not any(".other." in n for n, _ in lm.model.named_parameters())
+    with lm.adapter("guide"):
+        assert torch.equal(logits(lm), on)
+
+
+def test_dropout_never_makes_an_answer_random() -> None:
+    lm = adapted(lora_dropout=0.5)
+    with lm.adapter("guide"):
+        assert torch.equal(logits(lm), logits(lm))
+
+
+# peft asks transformers by an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_save_and_load(tmp_path: Path) -> None:
+    lm = adapted()
+    lm.save_adapter("guide", tmp_path)
+    with lm.adapter("guide"):
+        expected = logits(lm)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(tiny_lm(seed=1).model, str(tmp_path))(input_ids=IDS)
+    assert torch.allclose(found.logits, expected, atol=1e-6)
+    fresh = tiny_lm(seed=1)
+    plain = logits(fresh)
+    fresh.load_adapter("again", tmp_path)
+    assert torch.equal(logits(fresh), plain)
+    with fresh.adapter("again"):
+        assert torch.allclose(logits(fresh), expected, atol=1e-6)
+    assert (
+        fresh.weights_fingerprint == lm.weights_fingerprint == tiny_lm(seed=1).weights_fingerprint
+    )
+    assert tiny_lm(seed=2).weights_fingerprint != lm.weights_fingerprint
+
+
+def spoil(folder: Path, how: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, options = load_file(weights), json.loads(settings.read_text())
+    first = sorted(tensors)[0]
+    if how in ("missing key", "NaN", "shape"):
+        if how == "missing key":
+            del tensors[first]
+        elif how == "NaN":
+            tensors[first][0, 0] = float("nan")
+        else:
+            tensors[first] = tensors[first][:1].clone()
+        save_file(tensors, weights)
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no config":
+        settings.unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "no folder":
+        shutil.rmtree(folder)
+    elif how == "config is no JSON":
+        settings.write_text("{")
+    elif how == "modules nowhere":
+        settings.write_text(json.dumps({**options, "target_modules": ["nowhere"]}))
+    elif how == "whole modules":
+        settings.write_text(json.dumps({**options, "modules_to_save": ["lm_head"]}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing key", "does not fit this LM: 1 tensors differ"),
+        ("shape", "does not fit this LM"),
+        ("NaN", "is corrupt: it holds NaN"),
+        ("no weights", "adapter_model.safetensors is missing"),
+        ("no config", "adapter_config.json is missing"),
+        ("no folder", "is no adapter folder"),
+        ("truncated", "is corrupt"),
+        ("config is no JSON", "is corrupt"),
+        ("modules nowhere", "nowhere"),
+        ("whole modules", "modules_to_save"),
+    ],
+)
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, how: str, message: str) -> None:
+    adapted().save_adapter("guide", tmp_path / "a")
+    spoil(tmp_path / "a", how)
+    lm = adapted(seed=3)
+    before = {n for n, _ in lm.model.named_parameters()}
+    plain, flags = logits(lm), trainable(lm)
+    with lm.adapter("guide"):
+        on = logits(lm)
+    with pytest.raises(ValueError) as error:
+        lm.load_adapter("new", tmp_path / "a")
+    assert message in str(error.value)
+    assert {n for n, _ in lm.model.named_parameters()} == before and trainable(lm) == flags
+    assert set(lm.model.peft_config) == {"guide"}
+    assert torch.equal(logits(lm), plain)
+    with lm.adapter("guide"):
+        assert torch.equal(logits(lm), on)
+
+
+def test_prompts() -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">"])
+    assert lm.encode_prompt("") == (0,)
+    assert lm.encode_prompt("ab") == (3, 4)
+    special = lm.encode_prompt("a</s>")
+    assert 1 not in special and lm.vocabulary.join(special) == b"a</s>"
+    assert 1 not in lm.encode_text("</s>")
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+        lm.encode_prompt([{"role": "user", "content": "a"}])
+
+
+def test_chats_go_through_the_template() -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">", "u", "e", "r"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    ids = lm.encode_prompt([{"role": "user", "content": "ab"}])
+    user = lm.encode_text("user")
+    assert ids == (0, *user, *lm.encode_text("ab"), 1, 0)
+    ids = lm.encode_prompt([{"role": "user", "content": "a</s><s>b"}])
+    assert ids == (0, *user, *lm.encode_text("a</s><s>b"), 1, 0)
+
+
+def test_token_budget_must_be_positive() -> None:
+    lm = tiny_lm()
+    with pytest.raises(ValueError, match="token_budget must be at least 1"):
+        LM.from_parts(lm.model, lm.tokenizer, "x", token_budget=0)

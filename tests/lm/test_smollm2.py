@@ -1,0 +1,43 @@
+"""The real LM: what its tokenizer makes of stops, and draws that score alike."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from langppl.distributions import LMString
+from langppl.lm import LM
+
+
+@pytest.fixture(scope="module")
+def lm(smollm2_path: Path) -> LM:
+    import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not load time)
+
+    start = time.perf_counter()
+    found = LM("smollm2-135m-instruct")
+    seconds = time.perf_counter() - start
+    print(f"loaded in {seconds:.2f} s")
+    assert seconds < 10  # 3 s on a quiet machine
+    return found
+
+
+def test_special_tokens_are_masked(lm: LM) -> None:
+    assert int(lm.vocabulary.special.sum()) == 17
+
+
+def test_tokens_that_end_a_sentence(lm: LM) -> None:
+    bound = LMString(lm, "", stop=".", max_tokens=5).bound
+    step = bound.step(bound.advance(bound.start(5), lm.encode_text("a")[0]))
+    texts = [lm.vocabulary.bytes[i] for i in step.kept]
+    ending = sum(t.endswith(b".") and t.count(b".") == 1 for t in texts)
+    print(f"{ending} tokens complete '.', {len(texts) - ending} run on past it")
+    assert (ending, len(texts) - ending) == (64, 77)
+
+
+def test_draws_score_alike(lm: LM) -> None:
+    dist = LMString(lm, "The dog went to the", stop=".", max_tokens=8)
+    for k in range(8):
+        value, log_prob = dist.draw(("real", k))
+        assert float(dist.log_prob(value)) == pytest.approx(log_prob, abs=1e-3), repr(value)
