@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import langppl as lp
+from langppl.guides import ContextInfo
 from langppl.inference import Comparison
 from langppl.plots import plot_log_weights, plot_training, save_figure
 
@@ -71,19 +72,31 @@ def story_table(
         title += f"   (reference log evidence {evidence} nats)"
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("guide")
-    heads = ("log evidence", "ELBO", "gap", "sd", "ESS", "k", "impos-\nsible", "log p(end)", "dist.")
+    heads = (
+        "log evidence",
+        "ELBO",
+        "gap",
+        "sd",
+        "ESS",
+        "k",
+        "impos-\nsible",
+        "log p(end)",
+        "dist.",
+    )
     for head in heads:
         table.add_column(head, justify="right")
     table.add_column("likeliest middles", overflow="fold", min_width=34)
     for row in comparison.rows():
         posterior = comparison.posteriors[row["guide"]]
-        gap = "–" if reference is None else f"{reference['log_evidence'] - row['elbo_possible']:.2f}"
+        gap = (
+            "–" if reference is None else f"{reference['log_evidence'] - row['elbo_possible']:.2f}"
+        )
         top = list(posterior.probabilities("middle").items())[:3]
         table.add_row(
             row["guide"],
             f"{row['log_evidence']:.2f} ± {row['error']:.2f}" + ("" if row["reliable"] else " (?)"),
             f"{row['elbo_possible']:.2f}",
-            gap,
+            gap if reference is None else f"{gap:.2f}",
             f"{row['sd']:.2f}",
             f"{row['ess']:.1f}",
             f"{row['pareto_k']:.2f}",
@@ -107,16 +120,22 @@ def picture(histories: dict[str, dict], comparisons: dict[str, Comparison], path
     save_figure(figure, path)
 
 
+def context(info: ContextInfo) -> str:
+    """What `prompted` and the guide read: reads like text, which is a good start for an LM."""
+    ending = info.observations[0][1].strip()
+    return f"A short story that ends with “{ending}”:\n\n{info.prompt}"
+
+
 def train(lm: lp.LM, program: lp.Program, steps: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
     """A guide for one story."""
-    guide = lp.GFlowNetGuide(lm, objective="vargrad", seed=args.seed)
+    guide = lp.GFlowNetGuide(lm, context=context, objective="vargrad", seed=args.seed)
     return guide.fit(program, steps=steps, batch=args.batch, learning_rate=args.learning_rate)
 
 
 def main() -> None:
     """Runs the demo, or the reference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lm", default="smollm2-135m-instruct", help="known name, hub id or folder")
+    parser.add_argument("--lm", default="smollm2-135m-instruct", help="name, hub id or folder")
     parser.add_argument("--samples", type=int, default=256, help="samples for each guide")
     parser.add_argument("--steps", type=int, default=40, help="training steps for each story")
     parser.add_argument("--batch", type=int, default=16, help="trajectories in a step")
@@ -151,13 +170,11 @@ def main() -> None:
         trained = time.monotonic() - begun
         comparison = lp.compare(
             program,
-            guides=["prior", "prompted", guide],
+            guides=["prior", lp.PromptedGuide(context), guide],
             num_samples=args.samples,
             seed=args.seed,
         )
-        likelihoods = {
-            g: ending_log_prob(program, p) for g, p in comparison.posteriors.items()
-        }
+        likelihoods = {g: ending_log_prob(program, p) for g, p in comparison.posteriors.items()}
         console.print(story_table(name, comparison, likelihoods, known.get(name)))
         console.print(
             f"{args.steps} training steps {trained:.0f} s, with sampling and scoring "
@@ -168,11 +185,13 @@ def main() -> None:
         histories[name], comparisons[name] = guide.history, comparison
     picture(histories, comparisons, args.out / "story_infilling.png")
     console.print(
-        "ELBO: mean log weight of the possible draws; gap: reference log evidence less ELBO; sd: of "
-        "the log weights; (?): Pareto k says that the error cannot be trusted; log p(end): mean "
+        "ELBO: mean log weight of the possible draws; gap: reference log evidence less ELBO; sd: "
+        "of the log weights; (?): Pareto k says that the error cannot be trusted; log p(end): mean "
         "log p(ending | middle); dist.: distinct middles. Nats throughout."
     )
-    console.print(f"Posteriors and picture in {args.out}/. {time.monotonic() - started:.0f} s in all.")
+    console.print(
+        f"Posteriors and picture in {args.out}/. {time.monotonic() - started:.0f} s in all."
+    )
 
 
 def reference_run(

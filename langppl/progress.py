@@ -36,6 +36,6 @@ def bar(title: str, total: int, show: bool) -> Iterator[Callable[..., None]]:
         task = progress.add_task(title, total=total)
 
         def advance(steps: int = 1, text: str | None = None) -> None:
-            progress.update(task, advance=steps, **({"description": text} if text else {}))
+            progress.update(task, advance=steps, description=text)
 
         yield advance

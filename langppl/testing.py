@@ -6,18 +6,26 @@ enumerate, so every distribution, guide and method can be held to exact answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import copy
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMString, Text
+from langppl.distributions import LMChoice, LMString, StringDistribution, Text
+from langppl.guides.base import Guide
+from langppl.inference.importance import log_weight
+from langppl.lm import enumeration
 from langppl.lm.model import LM
-from langppl.lm.rules import BoundRules, State
-
-if TYPE_CHECKING:
-    pass
+from langppl.lm.requests import ScoreReply, perform
+from langppl.program import Program, compile
+from langppl.program.execution import Choice, Execution, run_many, run_once, score
+from langppl.program.scheduler import run
 
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
 
@@ -128,34 +136,284 @@ def enumerate_strings(
     Raises:
         ValueError: if there are more than `most`.
     """
-    bound = dist.bound
     if limit is None:
         limit = dist.limit(len(dist.prompt_ids()))
     if limit is None:
         raise ValueError("an open string has no end, so its strings cannot be listed")
-    for count, item in enumerate(_walk(bound, bound.start(limit), (), dist)):
+    for count, (ids, text, rejected) in enumerate(enumeration.strings(dist.bound, limit)):
         if count >= most:
             raise ValueError(f"more than {most} strings")
-        yield item
+        yield Text(text, ids, dist.lm.fingerprint), rejected
 
 
-def _walk(
-    bound: BoundRules, state: State, ids: tuple[int, ...], dist: LMString
-) -> Iterator[tuple[Text, bool]]:
-    vocabulary, fingerprint = bound.vocabulary, dist.lm.fingerprint
-    if state.remaining == 0:
-        yield (
-            Text(vocabulary.join(ids).decode("utf-8"), ids, fingerprint),
-            bound.rules.truncate == "reject",
+# -- contracts -----------------------------------------------------------------------------------
+
+_LOG_PROB_TOLERANCE = 1e-3
+_LARGEST_DEVIATION = 5.0
+
+
+def check_distribution(
+    dist: StringDistribution,
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    most: int = 20_000,
+) -> None:
+    """Checks that a distribution over strings keeps its promises, by listing all its values.
+
+    The probabilities of all values, rejected ones included, sum to one; draws are values, are
+    drawn as often as `log_prob` says, and come with that log-probability; what the rules could not
+    have produced has `log_prob` −inf and raises nothing.
+
+    Args:
+        dist: an `LMChoice`, or an `LMString` with `max_tokens`, small enough to list.
+        samples: draws.
+        seed: of the draws; a correct distribution fails for about one seed in a million.
+        tolerance: on the sum of the probabilities.
+        most: values to list before giving up.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+        ValueError: if the values cannot be listed.
+        TypeError: for anything but an `LMString` or `LMChoice`.
+
+    Example:
+        >>> check_distribution(LMString(tiny_lm(), "a", stop=".", max_tokens=2), samples=200)
+    """
+    values = list(_values(dist, most))
+    requests = [dist.pending(value) for value, _ in values]
+    replies = iter(perform([r for pending in requests for r in pending.requests]))
+    log_probs = [p.finish([next(replies) for _ in p.requests]) for p in requests]
+    known: dict[object, float] = {}
+    for (value, rejected), log_prob in zip(values, log_probs, strict=True):
+        if math.isnan(log_prob):
+            raise AssertionError(f"log_prob of {value!r} is nan")
+        if rejected and log_prob != -math.inf:
+            raise AssertionError(
+                f"{value!r} is unfinished and rejected, but its log_prob is {log_prob:.4f}"
+            )
+        known[value.ids] = log_prob
+    cut = [value for value, rejected in values if rejected]
+    if isinstance(dist, LMString):
+        asked = [r for r in map(dist.request, cut) if r is not None]
+        for value, reply in zip(cut, perform(asked), strict=True):
+            assert isinstance(reply, ScoreReply)
+            known[value.ids] = reply.log_prob
+    total = math.fsum(math.exp(v) for v in known.values())
+    if abs(total - 1.0) > tolerance:
+        raise AssertionError(
+            f"the probabilities of all {len(known)} values sum to {total:.6f}, not to 1"
         )
+    tasks = [functools.partial(dist.draw, (seed, "check", i)) for i in range(samples)]
+    drawn = [(text.ids, log_q) for text, log_q in run(tasks)]
+    _check_draws(known, drawn, dict.fromkeys(known, ""))
+    for impossible in (*cut, *_impossible(dist)):
+        found = float(dist.log_prob(impossible))
+        if found != -math.inf:
+            raise AssertionError(f"{impossible!r} is impossible, but its log_prob is {found}")
+        if dist.why_impossible(impossible) is None:
+            raise AssertionError(f"{impossible!r} is impossible, but why_impossible gives no rule")
+
+
+def check_guide(
+    guide: Guide,
+    model: Callable[..., Any] | Program,
+    *args: Any,
+    samples: int = 1000,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    most: int = 20_000,
+) -> None:
+    """Checks that a guide knows with which probability it proposes, by listing all it could.
+
+    The probabilities q of all latents sum to one; draws come with the log q of their value and as
+    often as it says; every possible value can be proposed; and the evidence from `samples`
+    importance weights is within 5 standard errors of the exact one.
+
+    Args:
+        guide: the guide. It must draw strings by their distribution's `draw`, as all of langppl's
+            guides do: that is where this check puts in the value that it asks about.
+        model: a model function, or a compiled `Program`, whose latents are strings with
+            `max_tokens` or choices.
+        *args: the model's arguments.
+        samples: draws.
+        seed: of the draws.
+        tolerance: on the sum of q.
+        most: executions to list before giving up.
+
+    Raises:
+        AssertionError: naming the promise that is broken.
+        ValueError: if the latents cannot be listed.
+        TypeError: if a latent is not a string.
+
+    Example:
+        >>> from langppl import PromptedGuide, sample
+        >>> lm = tiny_lm()
+        >>> def story():
+        ...     word = sample("word", LMString(lm, "a", max_tokens=2))
+        ...     sample("end", LMString(lm, f"a{word}"), obs=".")
+        >>> check_guide(PromptedGuide(), story, samples=100)
+    """
+    program = model if isinstance(model, Program) else compile(model, *args)
+    guide.check(program)
+    listed = _list_executions(guide, program, most)
+    log_q = {_identity(e): e.log_q for e in listed}
+    total = math.fsum(math.exp(v) for v in log_q.values())
+    if not abs(total - 1.0) <= tolerance:
+        raise AssertionError(
+            f"q of all {len(listed)} values of the latents sums to {total:.6f}, not to 1"
+        )
+    weights = {_identity(e): log_weight(e) for e in listed}
+    for execution in listed:
+        if execution.log_q == -math.inf and execution.log_joint > -math.inf:
+            raise AssertionError(f"the guide never proposes {execution.latents}, which is possible")
+    choosers = [guide.chooser(program, (seed, "check", i)) for i in range(samples)]
+    drawn = program.run(choosers, score)
+    _check_draws(
+        log_q,
+        [(_identity(e), e.log_q) for e in drawn],
+        {_identity(e): f" ({e.latents})" for e in listed},
+    )
+    evidence = math.fsum(math.exp(e.log_joint) for e in listed)
+    square = math.fsum(math.exp(v + 2 * weights[k]) for k, v in log_q.items() if v > -math.inf)
+    error = math.sqrt(max(square - evidence**2, 0.0) / samples)
+    estimate = math.fsum(math.exp(log_weight(e)) for e in drawn) / samples
+    if not abs(estimate - evidence) <= _LARGEST_DEVIATION * error + 1e-3 * evidence:
+        raise AssertionError(
+            f"the evidence from {samples} draws is {estimate:.4g}, and exactly it is "
+            f"{evidence:.4g}: {abs(estimate - evidence) / max(error, 1e-300):.1f} standard errors"
+        )
+
+
+def _values(dist: Any, most: int) -> Iterator[tuple[Text, bool]]:
+    """All values of a string distribution, and whether each is rejected."""
+    if isinstance(dist, LMString):
+        yield from enumerate_strings(dist, most=most)
+    elif isinstance(dist, LMChoice):
+        yield from ((dist.text(k), False) for k in range(len(dist.options)))
+    else:
+        raise TypeError(f"only an LMString or an LMChoice can be listed, got {dist!r}")
+
+
+def _impossible(dist: StringDistribution) -> list[str]:
+    """Values that no rules allow."""
+    if isinstance(dist, LMChoice):
+        return ["".join(dist.options) + "?", "\ud800"]
+    special = int(np.flatnonzero(dist.lm.vocabulary.special)[0])
+    return ["\ud800", Text("", (special,), dist.lm.fingerprint)]
+
+
+def _check_draws(
+    log_q: Mapping[Any, float], drawn: Sequence[tuple[Any, float]], shown: Mapping[Any, str]
+) -> None:
+    """Draws are among the listed values, know their log-probability, and are as frequent."""
+    for key, own in drawn:
+        if key not in log_q:
+            raise AssertionError(f"{key} was drawn, but the rules do not allow it")
+        if not abs(own - log_q[key]) <= _LOG_PROB_TOLERANCE:
+            raise AssertionError(
+                f"{key}{shown[key]} was drawn with log-probability {own:.4f} recorded, but its "
+                f"log-probability is {log_q[key]:.4f}"
+            )
+    counts = Counter(key for key, _ in drawn)
+    cells: list[tuple[float, float]] = []
+    expected = found = 0.0
+    # Rare values are counted together, so that the chi-square approximation holds in each cell.
+    for key, value in sorted(log_q.items(), key=lambda item: item[1]):
+        expected += len(drawn) * math.exp(value)
+        found += counts[key]
+        if expected >= 5.0:
+            cells.append((expected, found))
+            expected = found = 0.0
+    if cells:
+        last = cells.pop()
+        cells.append((last[0] + expected, last[1] + found))
+    freedom = len(cells) - 1
+    if freedom < 1:
         return
-    step = bound.step(state)
-    if len(step.end_ids):
-        yield Text(vocabulary.join(ids).decode("utf-8"), ids, fingerprint), False
-    for kept, members in step.groups.items():
-        last = bound.representative(kept, members.tolist())
-        text = (vocabulary.join(ids) + kept).decode("utf-8")
-        yield Text(text, (*ids, last), fingerprint), False
-    for token in np.flatnonzero(step.legal.numpy()):
-        if int(token) not in step.kept and int(token) not in vocabulary.end_ids:
-            yield from _walk(bound, bound.advance(state, int(token)), (*ids, int(token)), dist)
+    statistic = sum((f - e) ** 2 / e for e, f in cells)
+    # Wilson and Hilferty 1931: the cube root of chi-square over its freedom is nearly normal.
+    spread = 2.0 / (9.0 * freedom)
+    deviation = ((statistic / freedom) ** (1 / 3) - (1.0 - spread)) / math.sqrt(spread)
+    if deviation > _LARGEST_DEVIATION:
+        raise AssertionError(
+            f"draws are not as frequent as their log-probabilities say: chi-square "
+            f"{statistic:.1f} with {freedom} degrees of freedom, {deviation:.1f} deviations"
+        )
+
+
+class _Unlisted(Exception):
+    """An execution met a latent that has no value yet."""
+
+    def __init__(self, name: str, fn: Any) -> None:
+        super().__init__(name)
+        self.name, self.fn = name, fn
+
+
+class _Forced:
+    """Mixed into a distribution: what is "drawn" is a given value, with its log-probability."""
+
+    forced: Text
+
+    def draw(
+        self,
+        key: Any,
+        *,
+        prompt: tuple[int, ...] | None = None,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Text, float]:
+        fn: Any = self
+        if isinstance(fn, LMChoice):
+            scaled = fn.log_probs(prompt=prompt, adapter=adapter) / temperature
+            at = fn.options.index(self.forced)
+            return self.forced, float(scaled[at] - np.logaddexp.reduce(scaled))
+        request = fn.request(self.forced, prompt=prompt, adapter=adapter)
+        request = dataclasses.replace(request, temperature=request.temperature * temperature)
+        (reply,) = perform([request])
+        assert isinstance(reply, ScoreReply)
+        return self.forced, reply.log_prob
+
+
+def _forced(fn: StringDistribution, value: Text) -> Any:
+    made: Any = copy.copy(fn)
+    made.__class__ = type("Forced", (_Forced, type(fn)), {})
+    made.forced = value
+    return made
+
+
+def _list_executions(guide: Guide, program: Program, most: int) -> list[Execution]:
+    """All executions, scored, each latent with the log q that the guide gives it."""
+
+    def task(values: Mapping[str, Text]) -> Execution | _Unlisted:
+        inner = guide.chooser(program, (0, "list"))
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if name not in values:
+                raise _Unlisted(name, fn)
+            choice = inner(name, _forced(fn, values[name]), execution)
+            return Choice(choice.value, choice.log_q)
+
+        try:
+            return score(run_once(program.model, program.args, choose))
+        except _Unlisted as stop:
+            return stop
+
+    done: list[Execution] = []
+    pending: list[dict[str, Text]] = [{}]
+    while pending:
+        batch, pending = pending[-1024:], pending[:-1024]
+        found = run_many([functools.partial(task, values) for values in batch], program.memo)
+        for values, result in zip(batch, found, strict=True):
+            if isinstance(result, Execution):
+                done.append(result)
+                continue
+            pending += [{**values, result.name: v} for v, _ in _values(result.fn, most)]
+            if len(pending) + len(done) > most:
+                raise ValueError(f"more than {most} executions")
+    return done
+
+
+def _identity(execution: Execution) -> object:
+    return tuple((name, value.ids) for name, value in execution.latents.items())

@@ -15,6 +15,7 @@ from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt, check_prompt
 from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
+from langppl.lm.vocabulary import REPLACEMENT
 
 
 class JoinWarning(UserWarning):
@@ -178,18 +179,24 @@ class LMString(StringDistribution):
         return Text(reply.text, reply.ids, self.lm.fingerprint)
 
     def draw_open(self, key: Key, length: int) -> tuple[Text, float] | None:
-        """Draws the first tokens of an open string; None if the LM ended the text before.
+        """Draws the first tokens of an open string.
 
         Args:
             key: what the random numbers depend on.
             length: tokens to draw.
+
+        Returns:
+            The text and its log-probability (nats); None if the LM ended the text before, or the
+            tokens end inside a UTF-8 character.
         """
         # An ending action is legal, as in the unbounded string, so that the draws that did not end
         # follow the open string's own law given its length.
         own = self.prompt_ids()
         self._check_fits(len(own), length)
-        reply = self._draw(own, length, key, None, 1.0)
-        if len(reply.ids) < length:
+        request = DrawRequest(self.lm, own, self.bound, None, key, length=length)
+        (reply,) = perform([request])
+        assert isinstance(reply, DrawReply)
+        if len(reply.ids) < length or reply.text.endswith(REPLACEMENT):
             return None
         return self._text(reply), reply.log_prob
 

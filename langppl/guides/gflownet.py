@@ -162,8 +162,8 @@ class GFlowNetGuide(Guide):
         clip: float = 1.0,
         lam: float = 1.0,
         schedule: RewardSchedule | None = None,
-        tempered_share: float = 0.25,
-        sampling_temperature: float = 1.5,
+        tempered_share: float = 0.125,
+        sampling_temperature: float = 1.2,
         replay_share: float = 0.25,
         replay_size: int = 64,
         progress: bool = True,
@@ -255,7 +255,7 @@ class GFlowNetGuide(Guide):
         rng = generator((self.seed, "replay", step))
         replayed = buffer.sample(int(batch * replay_share), rng)
         fresh = batch - len(replayed)
-        tempered = int(round(batch * tempered_share))
+        tempered = round(batch * tempered_share)
         policies = [
             _Policy(
                 self, program, (self.seed, "train", step, i), temperature if i < tempered else 1.0

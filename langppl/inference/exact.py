@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
 from langppl.distributions import LMChoice, LMString, Text
 from langppl.distributions.sites import naming
+from langppl.inference.failures import failures
 from langppl.lm import enumeration
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -54,6 +56,7 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
                 pending += [{**values, found.name: v} for v in _support(found, room, limit)]
     for first in range(0, len(done), BATCH):
         score_all(done[first : first + BATCH])
+    failed, notes = failures(program, done)
     return Posterior(
         [e.latents for e in done],
         [e.log_joint for e in done],
@@ -63,6 +66,8 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
         returns=[e.returned for e in done],
         log_joint=[e.log_joint for e in done],
         elapsed=time.monotonic() - started,
+        failed_sites=failed,
+        notes=notes,
     )
 
 
@@ -92,8 +97,8 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
         number = enumeration.count(fn.bound, most)
         if number > room:
             raise ValueError(
-                f"site {name!r} alone has {number:.4g} strings, and the limit of exact inference "
-                f"is {limit} executions; shorten it, raise the limit, or use another method"
+                f"site {name!r} alone has {Decimal(number):.4g} strings, and the limit of exact "
+                f"inference is {limit} executions; shorten it, raise the limit, or use another method"
             )
         found = [
             Text(text, ids, fn.lm.fingerprint)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import Counter
 
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.base import Guide
+from langppl.inference.failures import failures
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, score
@@ -69,20 +69,10 @@ def as_posterior(
     program: Program, guide: str, executions: list[Execution], elapsed: float
 ) -> Posterior:
     """Scored executions as a posterior."""
-    failed: Counter[str] = Counter()
-    notes: dict[str, None] = {}
-    weights = [log_weight(e) for e in executions]
-    everything_failed = all(w == -math.inf for w in weights)
-    for execution in executions:
-        failed.update(s.name for s in execution.sites.values() if s.log_prob == -math.inf)
-        if everything_failed:
-            for name, reason in program.why_impossible(execution).items():
-                site = execution.sites[name]
-                if site.kind == "observed" or len(notes) < 3:
-                    notes[f"site {name!r}: {str(site.value)!r} is impossible: {reason}"] = None
+    failed, notes = failures(program, executions)
     return Posterior(
         [e.latents for e in executions],
-        weights,
+        [log_weight(e) for e in executions],
         method="importance",
         guide=guide,
         sites=program.latents,
@@ -90,6 +80,6 @@ def as_posterior(
         log_joint=[e.log_joint for e in executions],
         log_q=[e.log_q for e in executions],
         elapsed=elapsed,
-        failed_sites=dict(failed),
-        notes=list(notes)[:5],
+        failed_sites=failed,
+        notes=notes,
     )

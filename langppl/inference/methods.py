@@ -50,7 +50,7 @@ def infer(
             sites.
 
     Example:
-        >>> infer(story, "The cat was hungry.", " Now it sleeps.", guide="gflownet")  # doctest: +SKIP
+        >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(METHODS)}")

@@ -112,7 +112,11 @@ def state(model: Any, name: str) -> dict[str, torch.Tensor]:
     """An adapter's weights, by the names that peft gives them in a file."""
     from peft import get_peft_model_state_dict
 
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name)
+    # Else peft asks the hub for the model's config, and warns where it finds none. An adapter of
+    # ours never holds embeddings.
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
     return {
         (k if k.startswith(_PREFIX) else _PREFIX + k): v.detach().cpu().contiguous()
         for k, v in found.items()

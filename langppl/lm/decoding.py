@@ -9,7 +9,7 @@ to rounding in the model).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,10 @@ from langppl.lm.rules import State, Step
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
+
+
+PLANNED_LENGTH = 64
+"""Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
 
 
 def generator(key: tuple[int | str, ...]) -> np.random.Generator:
@@ -44,20 +48,35 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
     order = sorted(
         range(len(requests)), key=lambda k: (len(requests[k].prompt), requests[k].prompt)
     )
+    planned = PLANNED_LENGTH
     with torch.no_grad(), lm.adapter(adapter):
-        batch: list[int] = []
-        for k in [*order, None]:
-            if k is None or (batch and not _fits(lm, [requests[j] for j in [*batch, k]])):
-                replies.update(zip(batch, _draw(lm, [requests[j] for j in batch]), strict=True))
-                batch = []
-            if k is not None:
-                batch.append(k)
+        while order:
+            unfinished: list[int] = []
+            for batch in _batches(lm, requests, order, planned):
+                for k, reply in zip(batch, _draw(lm, [requests[j] for j in batch]), strict=True):
+                    if reply is None:
+                        unfinished.append(k)
+                    else:
+                        replies[k] = reply
+            order, planned = unfinished, 4 * planned
     return [replies[k] for k in range(len(requests))]
 
 
-def _fits(lm: LM, batch: Sequence[DrawRequest]) -> bool:
-    longest = max(len(r.prompt) for r in batch) + max(r.limit for r in batch)
-    return len(batch) * longest <= lm.token_budget
+def _batches(
+    lm: LM, requests: Sequence[DrawRequest], order: Sequence[int], planned: int
+) -> Iterator[list[int]]:
+    """Requests that fit the token budget together if no string is longer than planned."""
+    batch: list[int] = []
+    longest = 0
+    for k in order:
+        limit = requests[k].most_tokens
+        length = len(requests[k].prompt) + (planned if limit is None else min(limit, planned))
+        if batch and (len(batch) + 1) * max(longest, length) > lm.token_budget:
+            yield batch
+            batch, longest = [], 0
+        batch.append(k)
+        longest = max(longest, length)
+    yield batch
 
 
 class _Row:
@@ -91,7 +110,7 @@ class _Row:
         self.log_prob += float(log_probs[token])
         self.ids.append(token)
         self.state = rules.advance(self.state, token)
-        return self.state.remaining != 0
+        return self.state.remaining != 0 and len(self.ids) != self.request.length
 
     def reply(self) -> DrawReply:
         join = self.request.rules.vocabulary.join
@@ -100,7 +119,8 @@ class _Row:
         return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead)
 
 
-def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
+def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
+    """Draws strings together; None for those put off because the batch outgrew the budget."""
     rows = [_Row(r) for r in requests]
     prompts = sorted({r.prompt for r in requests})
     logits, cache, mask = _encode(lm, prompts)
@@ -108,12 +128,17 @@ def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
     cache.batch_select_indices(owner)
     logits, mask = logits[owner], mask[owner]
 
+    put_off: set[int] = set()
     alive = list(range(len(rows)))  # row of each line of the batch
     while True:
         chosen = _choose([rows[k] for k in alive], logits)
         going = [line for line, token in enumerate(chosen) if token is not None]
+        # Draws depend on their keys alone, so one put off comes out the same when drawn anew.
+        room = max(1, lm.token_budget // (mask.shape[1] + 1))
+        put_off.update(alive[line] for line in going[room:])
+        going = going[:room]
         if not going:
-            return [row.reply() for row in rows]
+            return [None if k in put_off else row.reply() for k, row in enumerate(rows)]
         if len(going) < len(alive):
             lines = torch.tensor(going, device=lm.device)
             cache.batch_select_indices(lines)

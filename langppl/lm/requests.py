@@ -73,19 +73,27 @@ class DrawRequest:
         lm: the LM.
         prompt: ids before the string.
         rules: what the string may be.
-        limit: most actions (see `BoundRules.limit`).
+        limit: most actions (see `BoundRules.limit`), None for an open string.
         key: what the random numbers depend on; equal keys give equal strings.
         temperature: divides the logits.
         adapter: name of the adapter on the LM, None for the LM itself.
+        length: stop after so many tokens, wherever the string stands.
     """
 
     lm: LM
     prompt: tuple[int, ...]
     rules: BoundRules
-    limit: int
+    limit: int | None
     key: tuple[int | str, ...]
     temperature: float = 1.0
     adapter: str | None = None
+    length: int | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the string, None for no limit."""
+        known = [n for n in (self.limit, self.length) if n is not None]
+        return min(known, default=None)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
     # A site that `do` removed has no density, and so no tempered one.
     removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
     if _PYRO_STACK and not removed:
-        fn = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
+        fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
         pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
     return value
 
@@ -127,7 +127,7 @@ class _Boxed:
         return repr(self.value)
 
 
-class Known(dist.Distribution):  # type: ignore[misc]
+class Known(dist.Distribution):
     """A site that is a function of others: it has a value and no density.
 
     Attributes:
@@ -149,7 +149,7 @@ class Known(dist.Distribution):  # type: ignore[misc]
         """Evaluates."""
         return _Boxed(self.evaluate())
 
-    def log_prob(self, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def log_prob(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """0 nats: nothing is random here."""
         return torch.zeros((), dtype=torch.float64)
 
@@ -200,7 +200,7 @@ def deterministic(name: str, value: R) -> R:
 
 def _known(name: str, fn: Known) -> Any:
     # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
-    result = pyro.sample(name, fn, infer={"is_auxiliary": True})
+    result: Any = pyro.sample(name, cast(Any, fn), infer={"is_auxiliary": True})
     return result.value if isinstance(result, _Boxed) else result
 
 

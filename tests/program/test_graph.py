@@ -402,7 +402,7 @@ def many_ways(beginning: str, ending: str) -> None:
     z = lp.sample("z", short(" ".join([x, y]), truncate="reject", stop="b", min_tokens=0))
     lp.factor("bonus", -0.25)
     lp.sample("early", lp.LMString(LM, f"{mood}", max_tokens=4), obs=f"{x}")
-    lp.sample("ending", goes_on("{0} {1}{0}".format(x, z)), obs=ending)  # noqa: UP030, UP032
+    lp.sample("ending", goes_on("{0} {1}{0}".format(x, z)), obs=ending)  # noqa: UP032
 
 
 COMPILED = lp.compile(many_ways, "a", " ab")

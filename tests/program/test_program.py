@@ -190,8 +190,6 @@ def test_a_model_is_a_function() -> None:
 # -- simulate ------------------------------------------------------------------------------------
 
 
-
-
 def simulated(n: int, length: int = 2, seed: int = 0) -> list[dict[str, Any]]:
     def model() -> None:
         x = lp.sample("x", short("a", 2))

@@ -326,9 +326,7 @@ def test_condition_keeps_a_texts_tokens() -> None:
         lp.sample("z", lp.LMString(lm, "a", max_tokens=3))
 
     split = lp.Text("ab", [3, 4], lm.fingerprint)
-    found = [
-        float(lp.compile(lp.condition(model, {"z": z})).log_joint({})) for z in (split, "ab")
-    ]
+    found = [float(lp.compile(lp.condition(model, {"z": z})).log_joint({})) for z in (split, "ab")]
 
     truth = lp.LMString(lm, "a", max_tokens=3)
     assert found == pytest.approx([float(truth.log_prob(z)) for z in (split, "ab")], abs=1e-4)

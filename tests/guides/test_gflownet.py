@@ -1,0 +1,261 @@
+"""The trained guide against enumerated posteriors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from langppl import GFlowNetGuide, LMChoice, LMString, compile, factor, infer, sample
+from langppl.guides.context import context_ids
+from langppl.lm import LM
+from langppl.lm.requests import perform
+from langppl.program import Program
+from langppl.program.execution import Execution
+from langppl.testing import check_guide, tiny_lm
+
+QUICK: dict[str, Any] = {"steps": 3, "batch": 8, "progress": False}
+
+
+def make_lm(seed: int = 1) -> LM:
+    return tiny_lm("ab.", seed=seed, merged=["ab", "b."], sharpness=0.25)
+
+
+def story(lm: LM, ending: str = "aab.") -> str:
+    middle = sample("middle", LMString(lm, "ab", stop=".", max_tokens=3))
+    sample("ending", LMString(lm, f"ab{middle}"), obs=ending)
+    return middle
+
+
+def chain(lm: LM) -> None:
+    one = sample("one", LMString(lm, "a", max_tokens=2))
+    two = sample("two", LMString(lm, f"b{one}", stop=".", max_tokens=2))
+    sample("seen", LMString(lm, f"{one}{two}"), obs="bb")
+
+
+def choice(lm: LM) -> None:
+    kind = sample("kind", LMChoice(lm, "a", ["a", "b."]))
+    text = sample("text", LMString(lm, f"b{kind}", max_tokens=2))
+    sample("seen", LMString(lm, f"{kind}{text}"), obs="bb")
+
+
+def divergences(program: Program, guide: GFlowNetGuide | None) -> tuple[float, float]:
+    """KL(q‖p) and KL(p‖q) over all token sequences of the one latent; None: the prior's."""
+    truth = infer(program, method="exact", progress=False)
+    log_p = np.asarray(truth.log_weights) - truth.log_evidence
+    (name,) = program.latents
+    fn = program.sites[name].fn
+    context = adapter = None
+    if guide is not None:
+        context = context_ids(program, name, fn, Execution(), guide.context)
+        adapter = guide.adapter
+    requests = [fn.request(s[name], prompt=context, adapter=adapter) for s in truth.samples]
+    log_q = np.array([r.log_prob for r in perform(requests)])  # type: ignore[union-attr]
+    assert np.exp(log_q).sum() == pytest.approx(1.0, abs=1e-4)
+    gap = log_q - log_p
+    return float((np.exp(log_q) * gap).sum()), float(-(np.exp(log_p) * gap).sum())
+
+
+# The three named seeds: of the LM, of the guide, and an ending that the prior rarely leads to.
+SEEDS = {1: "aab.", 2: "...", 5: "aab."}
+
+
+@pytest.mark.parametrize("objective", ["subtb", "vargrad"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_trained_guide_is_the_posterior(seed: int, objective: str) -> None:
+    program = compile(story, make_lm(seed), SEEDS[seed])
+    assert min(divergences(program, None)) > 0.5
+    guide = GFlowNetGuide(program.args[0], objective=objective, seed=seed)
+    guide.fit(program, steps=250, batch=32, learning_rate=3e-3, progress=False)
+    assert max(divergences(program, guide)) <= 0.05
+
+
+def test_several_observations_share_a_guide() -> None:
+    lm = make_lm(1)
+    guide = GFlowNetGuide(lm, seed=0)
+    rows = [(lm, "aab."), (lm, "...")]
+    before = [divergences(compile(story, *row), guide)[1] for row in rows]
+    guide.fit(story, rows, steps=100, batch=16, learning_rate=3e-3, progress=False)
+    after = [divergences(compile(story, *row), guide)[1] for row in rows]
+    assert all(a < 0.3 * b for a, b in zip(after, before, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize("model", [chain, choice])
+def test_vargrad_narrows_the_gap_with_two_latents(model: Any) -> None:
+    lm = make_lm(1)
+    program = compile(model, lm)
+    truth = infer(program, method="exact", progress=False).log_evidence
+    guide = GFlowNetGuide(lm, seed=0)
+    before = infer(program, guide=guide, num_samples=256, progress=False).elbo_possible
+    guide.fit(program, steps=120, batch=16, learning_rate=3e-3, progress=False)
+    after = infer(program, guide=guide, num_samples=256, progress=False).elbo_possible
+    assert truth - after < 0.25 * (truth - before)
+    check_guide(guide, program, samples=200)
+
+
+def adapter_of(guide: GFlowNetGuide) -> list[torch.Tensor]:
+    named = guide.lm.model.named_parameters()
+    return [p.detach().clone() for n, p in named if f".{guide.adapter}." in n]
+
+
+def test_a_seed_repeats_a_run_bitwise() -> None:
+    found = []
+    for _ in range(2):
+        guide = GFlowNetGuide(make_lm(), seed=3)
+        guide.fit(story, [(guide.lm,)], **QUICK)
+        found.append((adapter_of(guide), guide.history))
+    (first, history), (second, again) = found
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert history == again
+    assert any(bool(p.abs().sum() > 0) for p in first)
+    other = GFlowNetGuide(make_lm(), seed=4)
+    assert not all(torch.equal(a, b) for a, b in zip(first, adapter_of(other), strict=True))
+
+
+def test_the_lm_itself_is_not_changed() -> None:
+    lm = make_lm()
+    before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    score = float(LMString(lm, "a").log_prob("ab."))
+    GFlowNetGuide(lm).fit(story, [(lm,)], **QUICK)
+    after = {n.replace(".base_layer", ""): p for n, p in lm.model.named_parameters()}
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+    assert float(LMString(lm, "a").log_prob("ab.")) == pytest.approx(score, abs=1e-6)
+
+
+def test_saved_and_loaded_it_draws_the_same(tmp_path: Path) -> None:
+    lm = make_lm()
+    guide = GFlowNetGuide(lm, seed=1, objective="vargrad", rank=4)
+    guide.fit(story, [(lm,)], learning_rate=1e-2, **QUICK)
+    guide.save(tmp_path)
+    loaded = GFlowNetGuide.load(tmp_path, make_lm())
+    one = infer(story, lm, guide=guide, num_samples=32, progress=False)
+    two = infer(story, loaded.lm, guide=loaded, num_samples=32, progress=False)
+    assert [s["middle"].ids for s in one.samples] == [s["middle"].ids for s in two.samples]
+    assert one.log_q is not None
+    assert two.log_q is not None
+    np.testing.assert_array_equal(one.log_q, two.log_q)
+    assert loaded.objective == "vargrad"
+
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert config.r == 4  # type: ignore[attr-defined]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in weights)
+    record = json.loads((tmp_path / "guide.json").read_text())
+    assert record["steps"] == 3
+
+
+def test_what_load_refuses(tmp_path: Path) -> None:
+    guide = GFlowNetGuide(make_lm(), context=lambda info: "a")
+    guide.save(tmp_path)
+    with pytest.raises(ValueError, match="its own context function"):
+        GFlowNetGuide.load(tmp_path, make_lm())
+    with pytest.raises(ValueError, match="other weights"):
+        GFlowNetGuide.load(tmp_path, make_lm(2), context=guide.context)
+    (tmp_path / "guide.json").write_text("{")
+    with pytest.raises(ValueError, match="is corrupt"):
+        GFlowNetGuide.load(tmp_path, make_lm(), context=guide.context)
+    with pytest.raises(ValueError, match="no guide folder"):
+        GFlowNetGuide.load(tmp_path / "nowhere", make_lm())
+
+
+def test_interrupted_it_keeps_what_it_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = GFlowNetGuide(make_lm(), seed=0)
+    whole = GFlowNetGuide(make_lm(), seed=0)
+    step = GFlowNetGuide._step
+
+    def interrupted(self: GFlowNetGuide, *args: Any) -> dict[str, float]:
+        if len(self.history.get("step", [])) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(GFlowNetGuide, "_step", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after 2 of 3 steps"):
+        guide.fit(story, [(guide.lm,)], **QUICK)
+    assert guide.history["step"] == [0.0, 1.0]
+    monkeypatch.undo()
+    whole.fit(story, [(whole.lm,)], **QUICK)
+    assert whole.history["loss"][:2] == guide.history["loss"]
+    assert any(bool(p.abs().sum() > 0) for p in adapter_of(guide))
+
+
+def test_a_nan_reward_names_step_and_site() -> None:
+    lm = make_lm()
+
+    class Nan(LMString):
+        def pending(self, value: str, **how: Any) -> Any:
+            honest = super().pending(value, **how)
+            return type(honest)((), lambda replies: math.nan)
+
+    def model() -> None:
+        middle = sample("middle", LMString(lm, "ab", max_tokens=2))
+        sample("ending", Nan(lm, f"a{middle}"), obs="b")
+
+    with pytest.raises(FloatingPointError, match=r"at training step 0, .*'ending' is nan"):
+        GFlowNetGuide(lm).fit(model, [()], **QUICK)
+
+
+def test_a_latent_under_another_lm_is_drawn_from_the_prior() -> None:
+    lm, other = make_lm(1), make_lm(2)
+
+    def model() -> None:
+        one = sample("one", LMString(other, "a", max_tokens=2))
+        two = sample("two", LMString(lm, f"b{one}", max_tokens=2))
+        sample("seen", LMString(lm, f"{one}{two}"), obs="bb")
+
+    guide = GFlowNetGuide(lm, seed=0)
+    guide.fit(model, [()], **QUICK)
+    check_guide(guide, model, samples=200)
+    drawn = infer(model, guide=guide, num_samples=16, progress=False)
+    assert drawn.log_q is not None
+    plain = infer(model, guide="prior", num_samples=16, progress=False)
+    assert [s["one"].ids for s in drawn.samples] == [s["one"].ids for s in plain.samples]
+    with pytest.raises(ValueError, match="was made for"):
+        GFlowNetGuide(make_lm(3)).sample(model)
+
+
+def test_sample_gives_raw_draws() -> None:
+    lm = make_lm()
+    guide = GFlowNetGuide(lm)
+    draws = guide.sample(story, lm, n=5, seed=2)
+    assert [set(d) for d in draws] == [{"middle"}] * 5
+    assert draws == guide.sample(story, lm, n=5, seed=2)
+    assert draws != guide.sample(story, lm, n=5, seed=3)
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        guide.sample(story, lm, n=0)
+
+
+def test_impossible_draws_are_counted_and_survived() -> None:
+    lm = make_lm()
+
+    def model() -> None:
+        middle = sample("middle", LMString(lm, "ab", max_tokens=2))
+        factor("no b", 0.0 if "b" not in middle else -math.inf)
+
+    guide = GFlowNetGuide(lm)
+    guide.fit(model, [()], steps=40, batch=16, learning_rate=3e-3, progress=False)
+    shares = guide.history["impossible"]
+    assert max(shares[:5]) > 0.0
+    assert np.mean(shares[-10:]) < np.mean(shares[:10])
+
+
+def test_what_fit_refuses() -> None:
+    lm = make_lm()
+    guide = GFlowNetGuide(lm, objective="subtb")
+    with pytest.raises(ValueError, match="data is empty"):
+        guide.fit(story, [])
+    with pytest.raises(ValueError, match='"subtb" needs a program with one latent'):
+        guide.fit(chain, [(lm,)], **QUICK)
+    with pytest.raises(ValueError, match="batch >= 2"):
+        guide.fit(story, [(lm,)], steps=1, batch=1)
+    with pytest.raises(TypeError, match="tuple of the model's arguments"):
+        guide.fit(story, ["ab"])
+    with pytest.raises(ValueError, match="unknown objective"):
+        GFlowNetGuide(lm, objective="best")

@@ -1,0 +1,258 @@
+"""The balance losses on a tabular policy whose every trajectory is listed.
+
+The tree: tokens "a" and "b", at most three actions, and two ending actions, the end of the text
+and a stop. Nothing may end at the root (`min_tokens=1`), and after "b" nothing may end either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from langppl.guides.objectives import FLOOR, Trajectory, subtb, trajectory_balance, vargrad
+
+A, B, END, STOP = range(4)
+LIMIT = 3
+CANNOT_END = {(), (B,)}
+CANONICAL = END
+
+State = tuple[int, ...]
+Whole = tuple[State, int | None]  # tokens and the ending action, None where it was cut
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+STATES: list[State] = [s for n in range(LIMIT) for s in itertools.product((A, B), repeat=n)]
+WHOLES: list[Whole] = [
+    *((s, end) for s in STATES if s not in CANNOT_END for end in (END, STOP)),
+    *((s, None) for s in itertools.product((A, B), repeat=LIMIT)),
+]
+REWARD = dict(
+    zip(
+        WHOLES,
+        (1.5 * torch.randn(len(WHOLES), generator=torch.manual_seed(0))).double(),
+        strict=True,
+    )
+)
+
+
+def policy(logits: Tensor) -> dict[State, Tensor]:
+    """log q of the four actions in each state."""
+    found = {}
+    for row, state in zip(logits, STATES, strict=True):
+        if state in CANNOT_END:
+            row = torch.where(torch.arange(4) < 2, row, -math.inf)
+        found[state] = row.log_softmax(-1)
+    return found
+
+
+def log_q(table: dict[State, Tensor], whole: Whole) -> Tensor:
+    tokens, end = whole
+    terms = [table[tokens[:t]][token] for t, token in enumerate(tokens)]
+    return torch.stack(terms + ([] if end is None else [table[tokens][end]])).sum()
+
+
+def trajectory(table: dict[State, Tensor], whole: Whole, reward: dict[Whole, Tensor]) -> Trajectory:
+    tokens, end = whole
+    inner = [t for t in range(len(tokens)) if tokens[:t] not in CANNOT_END]
+    at_end = table[tokens][end] if end is not None else torch.zeros((), dtype=torch.float64)
+    return Trajectory(
+        log_q=torch.stack([table[tokens[:t]][token] for t, token in enumerate(tokens)]),
+        ends=torch.tensor([*inner, len(tokens)]),
+        log_q_end=torch.stack([*(table[tokens[:t]][CANONICAL] for t in inner), at_end]),
+        log_reward=torch.stack([*(reward[tokens[:t], CANONICAL] for t in inner), reward[whole]]),
+    )
+
+
+def all_log_q(logits: Tensor) -> Tensor:
+    table = policy(logits)
+    return torch.stack([log_q(table, w) for w in WHOLES])
+
+
+Loss = Callable[[Tensor, Tensor, dict[Whole, Tensor]], Tensor]
+
+
+def subtb_loss(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
+    table = policy(logits)
+    return subtb([trajectory(table, w, reward) for w in WHOLES])
+
+
+def subtb_half(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
+    table = policy(logits)
+    return subtb([trajectory(table, w, reward) for w in WHOLES], lam=0.5)
+
+
+def vargrad_loss(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
+    return vargrad(torch.stack([reward[w] for w in WHOLES]), all_log_q(logits))
+
+
+def balance_loss(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
+    return trajectory_balance(torch.stack([reward[w] for w in WHOLES]), all_log_q(logits), log_z)
+
+
+LOSSES: dict[str, Loss] = {
+    "subtb": subtb_loss,
+    "subtb, lambda 0.5": subtb_half,
+    "vargrad": vargrad_loss,
+    "trajectory balance": balance_loss,
+}
+
+
+def posterior(reward: dict[Whole, Tensor]) -> Tensor:
+    return torch.stack([reward[w] for w in WHOLES]).log_softmax(0)
+
+
+def posterior_logits(reward: dict[Whole, Tensor]) -> Tensor:
+    """The logits whose policy is the posterior: the mass behind each action."""
+    target = posterior(reward).exp()
+    logits = torch.zeros(len(STATES), 4, dtype=torch.float64)
+    for k, state in enumerate(STATES):
+        mass = torch.zeros(4, dtype=torch.float64)
+        for (tokens, end), p in zip(WHOLES, target, strict=True):
+            if tokens[: len(state)] == state:
+                action = tokens[len(state)] if len(tokens) > len(state) else end
+                mass[action if action is not None else END] += p
+        logits[k] = mass.clamp_min(1e-300).log()
+    return logits
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_driven_to_zero_a_loss_gives_the_posterior(name: str, seed: int) -> None:
+    start = torch.randn(len(STATES), 4, generator=torch.manual_seed(seed)).double()
+    logits = start.requires_grad_()
+    log_z = tensor(0.0)[0].clone().requires_grad_()
+    # log Z is detached in subtb and vargrad, so the loss is not the potential of its gradient:
+    # plain descent, and no line search.
+    optimiser = torch.optim.Adam([logits, log_z], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.998)
+    for _ in range(2000):
+        optimiser.zero_grad()
+        loss = LOSSES[name](logits, log_z, REWARD)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if float(loss.detach()) < 1e-7:
+            break
+    assert float(loss.detach()) < 1e-4
+    found, target = all_log_q(logits).detach(), posterior(REWARD)
+    assert float(found.logsumexp(0)) == pytest.approx(0.0, abs=1e-9)
+    assert float((found.exp() * (found - target)).sum()) < 1e-4
+    assert float((target.exp() * (target - found)).sum()) < 1e-4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_zero_at_the_posterior_and_nowhere_near(name: str) -> None:
+    logits = posterior_logits(REWARD)
+    log_z = torch.stack(list(REWARD.values())).logsumexp(0)
+    torch.testing.assert_close(all_log_q(logits), posterior(REWARD))
+    assert float(LOSSES[name](logits, log_z, REWARD)) == pytest.approx(0.0, abs=1e-20)
+    for k, state in enumerate(STATES):
+        for action in range(2 if state in CANNOT_END else 4):
+            moved = logits.clone()
+            moved[k, action] += 0.3
+            assert float(LOSSES[name](moved, log_z, REWARD)) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["subtb", "vargrad", "trajectory balance"])
+def test_an_impossible_end_point_does_not_bias(name: str) -> None:
+    # "aa" cannot be: as an inner end point it is left out, as a whole string it is pushed down.
+    reward = dict(REWARD)
+    for end in (END, STOP):
+        reward[(A, A), end] = tensor(-math.inf)[0]
+    logits = posterior_logits(reward)
+    log_z = torch.stack(list(reward.values())).logsumexp(0)
+    possible = [w for w in WHOLES if reward[w] > -math.inf]
+    table = policy(logits)
+    if name == "subtb":
+        loss = subtb([trajectory(table, w, reward) for w in possible])
+    else:
+        rewards = torch.stack([reward[w] for w in possible])
+        own = torch.stack([log_q(table, w) for w in possible])
+        loss = (
+            vargrad(rewards, own) if name == "vargrad" else trajectory_balance(rewards, own, log_z)
+        )
+    assert float(loss) == pytest.approx(0.0, abs=1e-20)
+
+
+# -- by hand -------------------------------------------------------------------------------------
+
+
+def test_vargrad_by_hand() -> None:
+    # log R − log q is 1 and 3, so log Z is 2 and both residuals are 1.
+    log_q = tensor(-1.0, -2.0).requires_grad_()
+    loss = vargrad(tensor(0.0, 1.0), log_q)
+    assert float(loss.detach()) == pytest.approx(1.0)
+    loss.backward()
+    # d/d log q of the mean of (2 − log R + log q)², log Z held.
+    assert log_q.grad is not None
+    assert log_q.grad.tolist() == pytest.approx([1.0, -1.0])
+
+
+def test_trajectory_balance_by_hand() -> None:
+    log_z = tensor(0.5)[0].requires_grad_()
+    loss = trajectory_balance(tensor(0.0, 1.0), tensor(-1.0, -2.0), log_z)
+    assert float(loss.detach()) == pytest.approx(((0.5 - 1.0) ** 2 + (0.5 - 3.0) ** 2) / 2)
+    loss.backward()
+    assert log_z.grad is not None
+    assert float(log_z.grad) == pytest.approx((0.5 - 1.0) + (0.5 - 3.0))
+
+
+def test_subtb_by_hand() -> None:
+    # One string of two tokens, end points after 1 and 2 tokens.
+    one = Trajectory(
+        log_q=tensor(-1.0, -2.0),
+        ends=torch.tensor([1, 2]),
+        log_q_end=tensor(-0.5, -0.25),
+        log_reward=tensor(-3.0, -4.0),
+    )
+    # u = −2.5 and −3.75; log R − log q of the two strings: −1.5 and −0.75, so log Z = −1.125.
+    log_z, u1, u2 = -1.125, -2.5, -3.75
+    residuals = [(log_z - 1.0 - u1, 1), (log_z - 3.0 - u2, 2), (u1 - 2.0 - u2, 1)]
+    for lam in (1.0, 0.5):
+        want = sum(lam**n * r**2 for r, n in residuals) / sum(lam**n for _, n in residuals)
+        assert float(subtb([one], lam)) == pytest.approx(want)
+
+
+def test_without_inner_end_points_subtb_is_trajectory_balance() -> None:
+    log_q, log_reward = tensor(-1.0, -2.0), tensor(0.0, 1.0)
+    paths = [
+        Trajectory(q[None], torch.tensor([1]), tensor(0.0), r[None])
+        for q, r in zip(log_q, log_reward, strict=True)
+    ]
+    assert float(subtb(paths)) == pytest.approx(float(vargrad(log_reward, log_q)))
+
+
+@pytest.mark.parametrize("loss", ["vargrad", "balance", "subtb"])
+def test_impossible_trajectories_push_down_only(loss: str) -> None:
+    log_q = tensor(-1.0, -2.0).requires_grad_()
+    rewards = tensor(-math.inf, -2.0)
+    if loss == "vargrad":
+        value = vargrad(rewards, log_q)
+    elif loss == "balance":
+        value = trajectory_balance(rewards, log_q, tensor(0.0)[0])
+    else:
+        paths = [
+            Trajectory(log_q[k : k + 1], torch.tensor([1]), tensor(0.0), rewards[k : k + 1])
+            for k in range(2)
+        ]
+        value = subtb(paths)
+    assert math.isfinite(float(value.detach()))
+    value.backward()
+    assert log_q.grad is not None
+    # The possible one is balanced (log R − log q = 0 = log Z); the other goes down by FLOOR.
+    assert log_q.grad.tolist() == pytest.approx([FLOOR, 0.0])
+
+
+def test_a_batch_of_impossible_trajectories_is_finite() -> None:
+    log_q = tensor(-1.0, -2.0).requires_grad_()
+    vargrad(tensor(-math.inf, -math.inf), log_q).backward()
+    assert log_q.grad is not None
+    assert log_q.grad.tolist() == pytest.approx([FLOOR, FLOOR])

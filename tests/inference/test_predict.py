@@ -1,0 +1,51 @@
+"""Bayesian model averaging: a second model run on posterior draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from langppl import LMString, infer, sample
+from langppl.testing import enumerate_strings, tiny_lm
+
+LM = tiny_lm("ab.", seed=2)
+
+
+def story() -> None:
+    middle = sample("middle", LMString(LM, "ab", stop=".", max_tokens=2))
+    sample("ending", LMString(LM, f"ab{middle}"), obs="bb.")
+
+
+def after(prompt: str) -> str:
+    middle = sample("middle", LMString(LM, "ab", stop=".", max_tokens=2))
+    return sample("next", LMString(LM, f"{prompt}{middle}", max_tokens=1))
+
+
+def test_predictions_average_over_the_posterior() -> None:
+    posterior = infer(story, method="exact", progress=False)
+    want: dict[str, float] = {}
+    for middle, p in zip(posterior.samples, posterior.weights, strict=True):
+        fn = LMString(LM, f"b{middle['middle']}", max_tokens=1)
+        for value, _ in enumerate_strings(fn):
+            want[value] = want.get(value, 0.0) + p * math.exp(float(fn.log_prob(value)))
+    assert sum(want.values()) == pytest.approx(1.0, abs=1e-4)
+    n = 2000
+    found = posterior.predict(after, "b", num_samples=n, seed=1)
+    assert all(set(row) == {"next", "_RETURN"} and row["next"] == row["_RETURN"] for row in found)
+    for value, p in want.items():
+        share = np.mean([row["next"] == value for row in found])
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / n) + 1e-4
+
+
+def test_a_seed_repeats_predictions_and_foreign_models_are_refused() -> None:
+    posterior = infer(story, num_samples=16, progress=False)
+    assert len(posterior.predict(after, "b")) == 16
+    assert posterior.predict(after, "b", seed=4) == posterior.predict(after, "b", seed=4)
+
+    def other() -> None:
+        sample("x", LMString(LM, "a", max_tokens=1))
+
+    with pytest.raises(ValueError, match="none of this posterior's sites"):
+        posterior.predict(other)

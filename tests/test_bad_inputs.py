@@ -1,0 +1,515 @@
+"""Twenty-two bad inputs and what a user reads: the place, the value, and the mend."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.poutine import runtime
+
+import langppl as lp
+from langppl.diagnostics import InferenceWarning
+from langppl.testing import tiny_lm
+
+LM = tiny_lm("ab.", seed=1)
+OTHER = tiny_lm("ab.", seed=2)
+
+
+def short(prompt: Any = "a", tokens: int = 3, **rules: Any) -> lp.LMString:
+    return lp.LMString(LM, prompt, max_tokens=tokens, **rules)
+
+
+def goes_on(prompt: str) -> lp.LMString:
+    return lp.LMString(LM, prompt)
+
+
+def story(ending: str = "a") -> str:
+    middle = lp.sample("middle", short())
+    lp.sample("ending", goes_on(middle), obs=ending)
+    return middle
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Any:
+    yield
+    assert runtime._PYRO_STACK == []
+    assert torch.is_grad_enabled()
+
+
+# -- 1: unknown model name -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["smolm2-135m-instruct", "no such model", ""])
+def test_unknown_model_name(name: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"no model is called '{name}', and no folder is there.*Known names: "
+        r".*smollm2-135m-instruct.*full id, as in 'HuggingFaceTB/SmolLM2-360M'",
+    ):
+        lp.LM(name)
+
+
+# -- 2, 3, 4: lengths and stops ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.5, True, "4"])
+def test_zero_or_negative_max_tokens(tokens: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"max_tokens must be an integer of at least 1, got {tokens!r}"
+    ):
+        lp.LMString(LM, "a", max_tokens=tokens)
+
+
+def test_min_tokens_above_max_tokens() -> None:
+    with pytest.raises(
+        ValueError, match="min_tokens=4 is above max_tokens=3: no string satisfies both"
+    ):
+        lp.LMString(LM, "a", min_tokens=4, max_tokens=3)
+
+
+@pytest.mark.parametrize("stop", ["", [""], [".", ""]])
+def test_an_empty_stop(stop: Any) -> None:
+    with pytest.raises(ValueError, match=r"a stop must be a non-empty string, got .*''"):
+        lp.LMString(LM, "a", stop=stop, max_tokens=3)
+
+
+# -- 5: sampling an open string ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", ["prior", "prompted"])
+def test_sampling_an_open_string(guide: str) -> None:
+    def model() -> None:
+        lp.sample("ending", goes_on("a"))
+
+    with pytest.raises(
+        ValueError,
+        match=r"site 'ending': an open string cannot be sampled: it has no end\. Give its LMString "
+        "max_tokens or a stop, observe it, or simulate it",
+    ):
+        lp.infer(model, guide=guide, num_samples=2)
+
+
+def test_sampling_an_open_string_outside_of_inference() -> None:
+    with pytest.raises(ValueError, match="site 'ending': an open string cannot be sampled"):
+        lp.sample("ending", goes_on("a"))
+
+
+# -- 6, 7: options -------------------------------------------------------------------------------
+
+
+def test_empty_options() -> None:
+    with pytest.raises(ValueError, match="options are empty: a choice needs at least one"):
+        lp.LMChoice(LM, "a", [])
+
+
+def test_equal_options() -> None:
+    with pytest.raises(ValueError, match="the option 'b' is given twice"):
+        lp.LMChoice(LM, "a", ["a", "b", "b"])
+
+
+# -- 8: duplicate site ---------------------------------------------------------------------------
+
+
+def twice_latent() -> None:
+    lp.sample("z", short())
+    lp.sample("z", short("b"))
+
+
+def twice_observed() -> None:
+    lp.sample("other", short())
+    lp.sample("z", goes_on("a"), obs="a")
+    lp.sample("z", goes_on("a"), obs="b")
+
+
+def twice_in_a_loop() -> None:
+    for _ in range(2):
+        lp.sample("z", dist.Normal(0.0, 1.0))
+
+
+def twice_call_and_factor() -> None:
+    lp.sample("other", short())
+    lp.call("z", len, "ab")
+    lp.factor("z", 0.0)
+
+
+@pytest.mark.parametrize(
+    "model", [twice_latent, twice_observed, twice_in_a_loop, twice_call_and_factor]
+)
+def test_duplicate_site(model: Callable[[], None]) -> None:
+    with pytest.raises(
+        ValueError, match=r"site 'z' is met twice in one execution.*own name, in a loop.*\"z_\{i\}"
+    ):
+        lp.infer(model, num_samples=2)
+
+
+# -- 9: non-string observation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [3, 2.5, b"a", ["a"], torch.tensor(1.0)])
+def test_non_string_observation(value: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"site 'ending' is a string site, but its value is .*; give a str"
+    ) as caught:
+        lp.infer(story, value, num_samples=2)
+    assert repr(value) in str(caught.value)
+    assert type(value).__name__ in str(caught.value)
+
+
+# -- 10: an observation that breaks a rule -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "value", "rule"),
+    [
+        ({"stop": ".", "max_tokens": 4}, "a.b", r"stop"),
+        ({"max_tokens": 2}, "abab", r"max_tokens"),
+        ({"max_tokens": 4, "min_tokens": 3}, "a", r"min_tokens"),
+        ({"max_tokens": 4, "ban": "b"}, "ab", r"ban"),
+        ({"max_tokens": 4, "allow": "a"}, "ab", r"allow"),
+        ({"max_tokens": 2, "stop": ".", "truncate": "reject"}, "ab", r'truncate="reject"'),
+        ({"max_tokens": 4}, "xyz", r"token"),
+    ],
+)
+@pytest.mark.parametrize("method", ["importance", "exact"])
+def test_an_observation_that_breaks_a_rule(
+    rules: dict[str, Any], value: str, rule: str, method: str
+) -> None:
+    def model() -> None:
+        lp.sample("z", lp.LMChoice(LM, "a", ["a", "b"]))
+        lp.sample("seen", lp.LMString(LM, "a", **rules), obs=value)
+
+    with pytest.warns(InferenceWarning, match="explains the observations.*-inf at site 'seen'"):
+        posterior = lp.infer(model, method=method, num_samples=4)
+
+    assert posterior.log_evidence == -math.inf
+    (note,) = [n for n in posterior.notes if n.startswith("site 'seen'")]
+    assert note.startswith(f"site 'seen': {value!r} is impossible: ")
+    assert rule in note
+    assert note.split("impossible: ")[1] in " ".join(str(posterior).split()), "it is printed"
+    with pytest.raises(ValueError, match="explains the observations"):
+        posterior.probabilities("z")
+
+
+def test_an_observation_that_is_no_option() -> None:
+    def model() -> None:
+        lp.sample("z", short())
+        lp.sample("seen", lp.LMChoice(LM, "a", ["a", "b"]), obs="c")
+
+    with pytest.warns(InferenceWarning, match="-inf at site 'seen'"):
+        posterior = lp.infer(model, num_samples=4)
+    assert list(posterior.notes) == [
+        "site 'seen': 'c' is impossible: it is none of the options ['a', 'b']"
+    ]
+
+
+# -- 11: prompt too long -------------------------------------------------------------------------
+
+
+def test_prompt_too_long() -> None:
+    small = tiny_lm("ab.", window=8)
+
+    def latent() -> None:
+        lp.sample("z", lp.LMString(small, "ababab", max_tokens=3))
+
+    def observed() -> None:
+        z = lp.sample("z", short())
+        lp.sample("seen", lp.LMString(small, "ababab" + z[:0]), obs="aab")
+
+    def choice() -> None:
+        lp.sample("pick", lp.LMChoice(small, "abababab", ["a", "b"]))
+
+    for model, site in ((latent, "z"), (observed, "seen")):
+        with pytest.raises(
+            ValueError,
+            match=rf"site '{site}': the prompt has 6 tokens and the string needs up to 3 more, "
+            r"but LM\('tiny-0'\) reads at most 8; shorten the prompt",
+        ):
+            lp.infer(model, num_samples=2)
+    with pytest.raises(ValueError, match="site 'pick': the prompt has 8 tokens"):
+        lp.infer(choice, num_samples=2)
+
+
+# -- 12: empty dataset ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guide() -> lp.GFlowNetGuide:
+    return lp.GFlowNetGuide(LM, rank=2)
+
+
+def test_empty_dataset(guide: lp.GFlowNetGuide) -> None:
+    with pytest.raises(
+        ValueError, match="data is empty: give at least one tuple of the model's arguments"
+    ):
+        guide.fit(story, data=[], steps=1)
+
+
+def test_a_dataset_of_no_tuples(guide: lp.GFlowNetGuide) -> None:
+    with pytest.raises(TypeError, match="must be a tuple of the model's arguments, got 'ab'"):
+        guide.fit(story, data=["ab"], steps=1)
+
+
+# -- 13, 14: numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, True])
+def test_zero_samples(number: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"num_samples must be an integer of at least 1, got {number!r}"
+    ):
+        lp.infer(story, num_samples=number)
+
+
+def test_zero_draws_of_a_guide(guide: lp.GFlowNetGuide) -> None:
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        guide.sample(story, n=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0])
+def test_a_temperature_of_zero(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature!r}"):
+        short(temperature=temperature)
+    with pytest.raises(ValueError, match=f"temperature must be above 0 .*, got {temperature!r}"):
+        lp.Tempered(short(), temperature)
+
+
+# -- 15: NaN from a factor -----------------------------------------------------------------------
+
+
+def nan_for_long_strings() -> None:
+    z = lp.sample("z", short("a", 3))
+    lp.factor("bonus", torch.log(torch.tensor(3.5 - 10.0 * ("b" in z and "yes" not in z))))
+    lp.sample("seen", goes_on(z), obs="a")
+
+
+@pytest.mark.parametrize("method", ["importance", "exact"])
+def test_nan_from_a_factor(method: str) -> None:
+    with pytest.raises(ValueError, match="factor 'bonus' is nan; a log weight must be below inf"):
+        lp.infer(nan_for_long_strings, method=method, num_samples=50)
+
+
+def test_nan_from_every_run() -> None:
+    def model() -> None:
+        lp.sample("z", short())
+        lp.factor("bonus", math.nan)
+
+    with pytest.raises(ValueError, match="factor 'bonus' is nan"):
+        lp.infer(model, num_samples=2)
+
+
+def test_nan_from_a_factor_in_training(guide: lp.GFlowNetGuide) -> None:
+    with pytest.raises(FloatingPointError, match="at training step 0, factor 'bonus' is nan"):
+        guide.fit(nan_for_long_strings, steps=2, batch=32)
+
+
+# -- 16, 17: unknown guide and method ------------------------------------------------------------
+
+
+def test_an_unknown_guide() -> None:
+    with pytest.raises(
+        ValueError, match="unknown guide 'gflow'; guides are: prior, prompted, gflownet"
+    ):
+        lp.infer(story, guide="gflow")
+    with pytest.raises(TypeError, match="a guide is a name or a Guide, got 3"):
+        lp.infer(story, guide=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown guide 'gflow'"):
+        lp.compare(story, guides=["gflow"])
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(ValueError, match="unknown method 'vi'; methods are: importance, exact"):
+        lp.infer(story, method="vi")
+
+
+# -- 18: a guide made for another LM -------------------------------------------------------------
+
+
+def test_a_guide_made_for_another_lm(tmp_path: Path) -> None:
+    other = lp.GFlowNetGuide(OTHER, rank=2)
+    message = (
+        r"this guide was made for LM\('tiny-2'\), but latent 'middle' is under LM\('tiny-1'\); "
+        "make a guide for that LM"
+    )
+    with pytest.raises(ValueError, match=message):
+        lp.infer(story, guide=other, num_samples=2)
+    with pytest.raises(ValueError, match=message):
+        other.fit(story, steps=1)
+    with pytest.raises(ValueError, match=message):
+        other.sample(story)
+
+    other.save(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"was trained on 'tiny-2' .*, and LM\('tiny-1'\) has other weights"
+    ):
+        lp.GFlowNetGuide.load(tmp_path, LM)
+
+
+# -- 19: a corrupt adapter folder ----------------------------------------------------------------
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def nan_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v * math.nan for k, v in load_file(path).items()}, path)
+
+
+def missing_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path)
+
+
+def cut_config(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text()[:40])
+
+
+def no_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def cut_record(folder: Path) -> None:
+    path = folder / "guide.json"
+    path.write_text(path.read_text()[:40])
+
+
+def other_record(folder: Path) -> None:
+    (folder / "guide.json").write_text(json.dumps({"format": "something else"}))
+
+
+def no_record(folder: Path) -> None:
+    (folder / "guide.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_weights, "the adapter in .* is corrupt"),
+        (no_weights, "is no adapter folder: adapter_model.safetensors is missing"),
+        (nan_weights, "is corrupt: it holds NaN or infinity"),
+        (missing_tensor, "does not fit this LM: 1 tensors differ"),
+        (cut_config, "the adapter in .* is corrupt"),
+        (no_config, "is no adapter folder: adapter_config.json is missing"),
+        (cut_record, r"guide.json is corrupt"),
+        (other_record, r"guide.json is corrupt"),
+        (no_record, "is no guide folder: guide.json is missing"),
+    ],
+)
+def test_a_corrupt_adapter_folder(
+    damage: Callable[[Path], None], message: str, guide: lp.GFlowNetGuide, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    guide.save(folder)
+    damage(folder)
+    weights = {n for n, _ in LM.model.named_parameters()}
+    adapters = set(LM.model.peft_config)
+
+    with pytest.raises(ValueError, match=message) as caught:
+        lp.GFlowNetGuide.load(folder, LM)
+
+    assert str(folder) in str(caught.value)
+    assert {n for n, _ in LM.model.named_parameters()} == weights, "nothing is left behind"
+    assert set(LM.model.peft_config) == adapters
+
+
+# -- 20: a string site in a vectorised plate -----------------------------------------------------
+
+
+@pytest.mark.parametrize("obs", [None, "a"])
+def test_a_string_site_in_a_vectorised_plate(obs: str | None) -> None:
+    def model() -> None:
+        with pyro.plate("rows", 3):
+            lp.sample("z", short(), obs=obs)
+
+    message = (
+        r"string site 'z' is inside the vectorised plate 'rows'.*use a sequential plate: "
+        r"for i in pyro.plate\(\"rows\", n\): lp.sample\(f\"z_\{i\}\""
+    )
+    with pytest.raises(ValueError, match=message):
+        lp.infer(model, num_samples=2)
+    with pytest.raises(ValueError, match=message):
+        model()
+
+
+def test_pyros_own_sample_in_a_vectorised_plate() -> None:
+    def model() -> None:
+        with pyro.plate("rows", 3):
+            pyro.sample("z", short())
+
+    with pytest.raises(ValueError, match="string site 'z' is inside the vectorised plate 'rows'"):
+        lp.infer(model, num_samples=2)
+
+
+# -- 21: a model that returns without sampling ---------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["importance", "exact"])
+def test_a_model_that_returns_without_sampling(method: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"the model returned without meeting a site: it has no lp\.sample, so there is "
+        "nothing to infer",
+    ):
+        lp.infer(lambda: "a", method=method)
+
+
+# -- 22: a model whose sites change between identical runs ---------------------------------------
+
+
+def changing(what: str) -> Callable[[], None]:
+    runs = itertools.count()
+
+    def model() -> None:
+        k = next(runs)
+        z = lp.sample("z", short())
+        if what == "name":
+            lp.sample(f"seen_{k}", goes_on(z), obs="a")
+        elif what == "prompt":
+            lp.sample("seen", goes_on(z + "a" * k), obs="a")
+        elif what == "observation":
+            lp.sample("seen", goes_on(z), obs="a" * (k + 1))
+        elif what == "order":
+            for name in ("one", "two") if k % 2 else ("two", "one"):
+                lp.sample(name, goes_on(z), obs="a")
+        elif what == "number" and k % 2:
+            lp.sample("sometimes", goes_on(z), obs="a")
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("name", r"run again, the model met site 'seen_\d+' where 'seen_\d+' was"),
+        ("prompt", r"run again, site 'seen' had another distribution or observed value"),
+        ("observation", r"run again, site 'seen' had another distribution or observed value"),
+        ("order", r"run again, the model met site '(one|two)' where '(one|two)' was"),
+        ("number", r"run again, the model met site 'sometimes' in one run only"),
+    ],
+)
+def test_a_model_whose_sites_change_between_identical_runs(what: str, message: str) -> None:
+    with pytest.raises(
+        ValueError, match=message + r".*a model must be a function of its sites.*lp\.sample"
+    ):
+        lp.infer(changing(what), num_samples=4)
