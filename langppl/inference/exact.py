@@ -98,7 +98,8 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
         if number > room:
             raise ValueError(
                 f"site {name!r} alone has {Decimal(number):.4g} strings, and the limit of exact "
-                f"inference is {limit} executions; shorten it, raise the limit, or use another method"
+                f"inference is {limit} executions; shorten it, raise the limit, or use another "
+                "method"
             )
         found = [
             Text(text, ids, fn.lm.fingerprint)
