@@ -129,7 +129,16 @@ def context(info: ContextInfo) -> str:
 def train(lm: lp.LM, program: lp.Program, steps: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
     """A guide for one story."""
     guide = lp.GFlowNetGuide(lm, context=context, objective="vargrad", seed=args.seed)
-    return guide.fit(program, steps=steps, batch=args.batch, learning_rate=args.learning_rate)
+    # With so few steps, draws from the policy itself teach it most.
+    return guide.fit(
+        program,
+        steps=steps,
+        batch=args.batch,
+        learning_rate=args.learning_rate,
+        schedule=lp.RewardSchedule(start=1.0),
+        tempered_share=0.0,
+        replay_share=0.0,
+    )
 
 
 def main() -> None:

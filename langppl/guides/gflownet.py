@@ -175,7 +175,7 @@ class GFlowNetGuide(Guide):
             data: the observations, each a tuple of the model's arguments; steps take them in turn.
             steps: gradient steps.
             batch: trajectories of one observation in a step, at least 2.
-            learning_rate: AdamW's, after warm-up.
+            learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).
             warmup: steps over which it rises.
             clip: largest norm of the gradient.
             lam: SubTB's λ.
@@ -209,7 +209,7 @@ class GFlowNetGuide(Guide):
                 for step in range(steps):
                     which = step % len(programs)
                     for group in optimiser.param_groups:
-                        group["lr"] = learning_rate * min(1.0, (step + 1) / max(warmup, 1))
+                        group["lr"] = learning_rate * _rate(step, steps, warmup)
                     optimiser.zero_grad(set_to_none=True)
                     figures = self._step(
                         programs[which],
@@ -455,6 +455,14 @@ def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -
                 f"each observation must be a tuple of the model's arguments, got {row!r}"
             )
     return [compile(model, *row) for row in rows]
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
 
 
 def _remove(lm: LM, adapter: str) -> None:
