@@ -121,7 +121,7 @@ def picture(histories: dict[str, dict], comparisons: dict[str, Comparison], path
 
 
 def context(info: ContextInfo) -> str:
-    """What `prompted` and the guide read: reads like text, which is a good start for an LM."""
+    """What `prompted` and the guide read before the middle."""
     ending = info.observations[0][1].strip()
     return f"A short story that ends with “{ending}”:\n\n{info.prompt}"
 
@@ -129,7 +129,7 @@ def context(info: ContextInfo) -> str:
 def train(lm: lp.LM, program: lp.Program, steps: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
     """A guide for one story."""
     guide = lp.GFlowNetGuide(lm, context=context, objective="vargrad", seed=args.seed)
-    # With so few steps, draws from the policy itself teach it most.
+    # Settings chosen by hand after a few runs on one story, one seed; see the README.
     return guide.fit(
         program,
         steps=steps,
