@@ -180,14 +180,18 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     """Draws the next token of each row and takes it; None for rows that are finished."""
     device = logits.device
     steps = [row.step() for row in rows]
-    legal = torch.stack([s.legal_on(device) for s in steps])
-    scale = torch.tensor(
-        [row.request.rules.rules.temperature * row.request.temperature for row in rows],
-        device=device,
-    )
-    scaled = logits.float() / scale[:, None]
-    log_probs = scaled.masked_fill(~legal, -torch.inf).log_softmax(-1)
-    cdf = log_probs.double().exp().cumsum(-1)
+    kinds = {id(step): step for step in steps}
+    illegal = ~torch.stack([step.legal_on(device) for step in kinds.values()])
+    if len(kinds) > 1:
+        number = {key: k for k, key in enumerate(kinds)}
+        illegal = illegal[torch.tensor([number[id(step)] for step in steps], device=device)]
+    scales = [row.request.rules.rules.temperature * row.request.temperature for row in rows]
+    scaled = logits.float()
+    if any(scale != 1.0 for scale in scales):
+        scaled = scaled / torch.tensor(scales, device=device)[:, None]
+    log_probs = scaled.masked_fill(illegal, -torch.inf).log_softmax(-1)
+    # The sum is in double, so that a draw does not depend on how many rows are summed at once.
+    cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
     uniforms = torch.tensor([[row.uniforms.random()] for row in rows], device=device)
     tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0].tolist()
     chosen: list[int | None] = []

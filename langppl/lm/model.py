@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters
+from langppl.lm.packed import Packing, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.vocabulary import Vocabulary
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 DEFAULT_TOKEN_BUDGET = 4096
+DEFAULT_NODE_BUDGET = 512
 
 
 class LM:
@@ -39,6 +41,9 @@ class LM:
         tokenizer: transformers' tokenizer.
         vocabulary: the tokens as bytes.
         window: most tokens the model can read, from its config.
+        node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
+        packs: how the model takes packed rows; None if it is scored in padded batches. Found
+            out, by comparing logits, when the LM is made.
 
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, or the tokenizer is
@@ -100,9 +105,11 @@ class LM:
         begins = [*_ids(tokenizer.bos_token_id), *_ids(config.bos_token_id), *sorted(ends)]
         self._begin: int | None = begins[0] if begins else None
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.node_budget = DEFAULT_NODE_BUDGET
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}
         self._prompts: dict[str, tuple[int, ...]] = {}
+        self.packs: Packing | None = probe(self)
 
     def __repr__(self) -> str:
         """Short, for prompts and error messages."""

@@ -1,29 +1,30 @@
-"""Scoring: log-probabilities of the actions of strings, in padded batches.
+"""Scoring: log-probabilities of the actions of strings, with and without gradients.
 
-This is the plain route, kept as the oracle for faster ones: one row for each distinct token
-sequence (a sequence that begins another shares its row), padded on the right, one forward pass a
-chunk, a float32 log-softmax over the legal tokens of each state.
+Requests go to the transformer by one of two routes, which give the same numbers: *packed*, where
+no common prefix is computed twice (`langppl.lm.packed`), or in *padded* batches
+(`langppl.lm.padded`), the plain route, for models that refuse the mask that packing needs. Either
+yields the logits at the positions that are asked for; what is read from them is decided here: a
+float32 log-softmax over the legal tokens of each state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from langppl.lm import packed, padded
 from langppl.lm.requests import ScoreReply, ScoreRequest
 from langppl.lm.rules import Step
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
-LOGIT_ROWS = 1024
-"""Most positions whose logits are in memory at once, padding included."""
-
-LEAST_SHARED = 8
-"""Fewest common first tokens that are worth a pass of their own."""
+Read = tuple[torch.Tensor, dict[int, np.ndarray]]
+"""Logits [n, vocabulary], and for each request (by its number) the rows that it reads."""
 
 
 @dataclass(frozen=True)
@@ -81,117 +82,127 @@ def score_with_gradients(requests: Sequence[ScoreRequest]) -> list[PathLogProbs]
     lm, adapter = requests[0].lm, requests[0].adapter
     results: dict[int, PathLogProbs] = {}
     with lm.adapter(adapter):
-        for rows, members in _chunks(lm, requests):
-            logits, offset = _forward(lm, rows)
-            for at, row in members:
-                results[at] = _read(requests[at], logits[row], offset)
+        for logits, wanted in _route(lm, requests):
+            members = list(wanted)
+            found = read([requests[at] for at in members], [wanted[at] for at in members], logits)
+            results.update(zip(members, found, strict=True))
     return [results[at] for at in range(len(requests))]
 
 
-Sequence_ = tuple[int, ...]
-
-
-def _chunks(
-    lm: LM, requests: Sequence[ScoreRequest]
-) -> list[tuple[list[tuple[Sequence_, int, int]], list[tuple[int, int]]]]:
-    """Rows to run together, and the requests read from each.
-
-    A row is (ids, first position needed, one past the last); a member is (request, row).
-    """
+def _route(lm: LM, requests: Sequence[ScoreRequest]) -> Iterator[Read]:
     sequences = [r.prompt + r.path.tokens for r in requests]
-    order = sorted(range(len(requests)), key=lambda at: sequences[at])
-    rows: list[tuple[Sequence_, int, int]] = []
-    owners: list[list[int]] = []
-    for at in reversed(order):
-        ids, request = sequences[at], requests[at]
-        first, last = len(request.prompt) - 1, len(ids)
-        if rows and rows[-1][0][: len(ids)] == ids:
-            longer, low, high = rows[-1]
-            rows[-1] = (longer, min(low, first), max(high, last))
-            owners[-1].append(at)
-        else:
-            rows.append((ids, first, last))
-            owners.append([at])
-
-    by_length = sorted(range(len(rows)), key=lambda k: len(rows[k][0]))
-    chunks = []
-    batch: list[int] = []
-
-    def fits(k: int) -> bool:
-        together = [rows[j] for j in [*batch, k]]
-        longest = max(len(ids) for ids, _, _ in together)
-        kept = max(last for _, _, last in together) - min(first for _, first, _ in together)
-        return len(together) * longest <= lm.token_budget and len(together) * kept <= LOGIT_ROWS
-
-    def close() -> None:
-        members = [(at, row) for row, k in enumerate(batch) for at in owners[k]]
-        chunks.append(([rows[k] for k in batch], members))
-
-    for k in by_length:
-        if batch and not fits(k):
-            close()
-            batch = []
-        batch.append(k)
-    close()
-    return chunks
+    first = [len(r.prompt) - 1 for r in requests]
+    count = [len(r.path.steps) for r in requests]
+    if lm.packs is not None and max(map(len, sequences)) <= lm.packs.window:
+        return packed.logits(lm, sequences, first, count)
+    return padded.logits(lm, sequences, first, count)
 
 
-def _forward(lm: LM, rows: list[tuple[Sequence_, int, int]]) -> tuple[torch.Tensor, int]:
-    """Logits [rows, kept, vocabulary] of a padded batch, and the position of the first kept."""
-    first = min(first for _, first, _ in rows)
-    last = max(last for _, _, last in rows)
-    shared = _shared_prefix([ids for ids, _, _ in rows], first)
-    longest = max(len(ids) for ids, _, _ in rows) - shared
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for k, (sequence, _, _) in enumerate(rows):
-        own = sequence[shared:]
-        ids[k, : len(own)] = torch.tensor(own)
-        mask[k, : len(own)] = 1
-    keep = torch.arange(first - shared, last - shared)
-    return lm.forward(ids, mask, keep, rows[0][0][:shared]), first
+def read(
+    requests: Sequence[ScoreRequest], rows: Sequence[np.ndarray], logits: torch.Tensor
+) -> list[PathLogProbs]:
+    """Log-probabilities of strings' actions.
 
-
-def _shared_prefix(rows: list[Sequence_], most: int) -> int:
-    """How many first tokens the rows share, at most `most`; 0 if sharing would not pay."""
-    if len(rows) < 2:
-        return 0
-    low, high = min(rows), max(rows)
-    shared = 0
-    while shared < min(most, len(low), len(high)) and low[shared] == high[shared]:
-        shared += 1
-    return shared if shared >= LEAST_SHARED else 0
-
-
-def _read(request: ScoreRequest, logits: torch.Tensor, offset: int) -> PathLogProbs:
-    """Log-probabilities of a string's actions from the logits of its row."""
-    path = request.path
-    first = len(request.prompt) - 1 - offset
-    rows = logits[first : first + len(path.steps)].float() / request.temperature
+    Args:
+        requests: the strings.
+        rows: for each, the row of `logits` before each of its actions, shape [len(path.steps)].
+        logits: shape [n, vocabulary].
+    """
+    # What several strings ask of one position under the same rules is computed once.
+    slots: dict[tuple[int, int, float], int] = {}
+    steps: dict[int, Step] = {}
+    where: list[list[int]] = []
+    for request, own in zip(requests, rows, strict=True):
+        mine = []
+        for row, step in zip(own.tolist(), request.path.steps, strict=True):
+            steps[id(step)] = step
+            mine.append(slots.setdefault((row, id(step), request.temperature), len(slots)))
+        where.append(mine)
     device = logits.device
-    length = len(path.tokens)
-    never = torch.tensor(-torch.inf, device=device)
-    if not path.steps:
-        return PathLogProbs(rows.new_zeros(0), rows.new_zeros(()), never[None])
+    never = torch.full((1,), -torch.inf, device=device)
+    if not slots:
+        none = never.new_zeros(0)
+        return [PathLogProbs(none, none.sum(), never) for _ in requests]
 
-    states: dict[int, Step] = {id(s): s for s in path.steps}
-    slot = {key: k for k, key in enumerate(states)}
-    legal = torch.stack([s.legal_on(device) for s in states.values()])
-    which = torch.tensor([slot[id(s)] for s in path.steps], device=device)
+    scaled = (
+        logits
+        if _each_once(list(slots), len(logits))
+        else logits[torch.tensor([row for row, _, _ in slots], device=device)]
+    )
+    scaled = scaled.float()
+    temperatures = [t for _, _, t in slots]
+    if any(t != 1.0 for t in temperatures):
+        scaled = scaled / torch.tensor(temperatures, device=device)[:, None]
+    kinds = list(steps.values())
+    number = {key: k for k, key in enumerate(steps)}
+    which = [number[key] for _, key, _ in slots]
+    illegal = ~torch.stack([s.legal_on(device) for s in kinds])
     # The logits of masked tokens are left out of the sum, never replaced: gradients stay exact.
-    normaliser = rows.masked_fill(~legal[which], -torch.inf).logsumexp(-1)
-    targets = torch.tensor(path.tokens, dtype=torch.long, device=device)
-    tokens = rows[torch.arange(length, device=device), targets] - normaliser[:length]
+    mask = illegal if len(kinds) == 1 else illegal[torch.tensor(which, device=device)]
+    normaliser = scaled.masked_fill(mask, -torch.inf).logsumexp(-1)
 
-    ending = rows.new_zeros(())
-    if path.ending in ("end", "stop"):
-        ids = path.ending_ids.to(device)
-        ending = rows[length, ids].logsumexp(-1) - normaliser[length]
-    canonical = [
-        rows[t, step.canonical.to(device)].logsumexp(-1) - normaliser[t]
-        if len(step.canonical)
-        else never
-        for t, step in enumerate(path.steps)
+    # One gather for all strings: the backward pass of each is as large as all logits.
+    paths = [r.path for r in requests]
+    at = [
+        slot for path, mine in zip(paths, where, strict=True) for slot in mine[: len(path.tokens)]
     ]
-    canonical += [never] * (length + 1 - len(canonical))
-    return PathLogProbs(tokens, ending, torch.stack(canonical))
+    at_slots = torch.tensor(at, dtype=torch.long, device=device)
+    targets = [t for path in paths for t in path.tokens]
+    tokens = scaled[at_slots, torch.tensor(targets, dtype=torch.long, device=device)]
+    tokens = (tokens - normaliser[at_slots]).split([len(path.tokens) for path in paths])
+
+    sums: dict[tuple[int, int], int] = {}  # (slot, ids of an ending action) → place in `ends`
+    sets: dict[int, torch.Tensor] = {}
+    ending, canonical = [], []
+    for path, mine in zip(paths, where, strict=True):
+        places = []
+        for slot, step in zip(mine, path.steps, strict=True):
+            places.append(-1)
+            if len(step.canonical):
+                sets[id(step.canonical)] = step.canonical
+                places[-1] = sums.setdefault((slot, id(step.canonical)), len(sums))
+        canonical.append(places + [-1] * (len(path.tokens) + 1 - len(places)))
+        if path.ending in ("end", "stop"):
+            sets[id(path.ending_ids)] = path.ending_ids
+            ending.append(sums.setdefault((mine[-1], id(path.ending_ids)), len(sums)))
+        else:
+            ending.append(-1)
+    ends = torch.cat([_sums(scaled, normaliser, list(sums), sets), never])
+    forced = normaliser.new_zeros(())
+    return [
+        PathLogProbs(
+            tokens[k],
+            forced if ending[k] < 0 else ends[ending[k]],
+            ends[torch.tensor(canonical[k], device=device)],
+        )
+        for k in range(len(requests))
+    ]
+
+
+def _each_once(slots: Sequence[tuple[int, int, float]], rows: int) -> bool:
+    return len(slots) == rows and all(row == k for k, (row, _, _) in enumerate(slots))
+
+
+def _sums(
+    scaled: torch.Tensor,
+    normaliser: torch.Tensor,
+    wanted: Sequence[tuple[int, int]],
+    sets: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """Log-probabilities of sets of tokens, shape [wanted], one gather for each size of set."""
+    device = scaled.device
+    by_size: dict[int, list[int]] = {}
+    for k, (_, key) in enumerate(wanted):
+        by_size.setdefault(len(sets[key]), []).append(k)
+    if not by_size:
+        return normaliser.new_zeros(0)
+    order: list[int] = []
+    pieces = []
+    for members in by_size.values():
+        at = torch.tensor([wanted[k][0] for k in members], device=device)
+        ids = torch.stack([sets[wanted[k][1]] for k in members]).to(device)
+        pieces.append(scaled[at[:, None], ids].logsumexp(-1) - normaliser[at])
+        order += members
+    place = torch.empty(len(order), dtype=torch.long)
+    place[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(pieces)[place.to(device)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from peft import LoraConfig
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, ScoreRequest, perform
+from langppl.lm.padded import _chunks
 from langppl.lm.requests import ScoreReply
-from langppl.lm.scoring import _chunks, score, score_with_gradients
+from langppl.lm.scoring import score, score_with_gradients
 from langppl.testing import tiny_lm
 
 LMS = {budget: tiny_lm("ab. ", merged=["b.", "ab", ". "], split=["é"]) for budget in (1, 37, 4096)}
@@ -34,6 +37,11 @@ RULES = [
 
 def request(lm: LM, prompt: str, value: str, rules: int) -> ScoreRequest | None:
     return LMString(lm, prompt, **RULES[rules]).request(Text(value))  # type: ignore[arg-type]
+
+
+def chunks_of(lm: LM, requests: Sequence[ScoreRequest]) -> Any:
+    sequences = [r.prompt + r.path.tokens for r in requests]
+    return _chunks(lm, sequences, [len(r.prompt) - 1 for r in requests])
 
 
 def plain(request: ScoreRequest) -> tuple[list[float], float, list[float]]:
@@ -98,7 +106,7 @@ def test_a_sequence_that_begins_another_shares_its_row() -> None:
         Text("ab", [TINY.vocabulary.exact[c.encode()] for c in "ab"], TINY.fingerprint)
     )
     assert inner is not None
-    ((rows, members),) = _chunks(TINY, [*requests, inner])
+    ((rows, members),) = chunks_of(TINY, [*requests, inner])
     sequences = [ids for ids, _, _ in rows]
     assert len(members) == 8
     assert len(sequences) == 4  # .abab, .abb, .b, and .ab-ab, whose prompt has the token "ab"
@@ -111,7 +119,7 @@ def test_every_chunk_keeps_the_budget() -> None:
     lm = LMS[37]
     dist = LMString(lm, "ab", max_tokens=9)
     requests = [r for k in range(30) if (r := dist.request(dist.draw(("chunk", k))[0])) is not None]
-    chunks = _chunks(lm, requests)
+    chunks = chunks_of(lm, requests)
     assert sorted(at for _, members in chunks for at, _ in members) == list(range(30))
     for rows, _ in chunks:
         assert len(rows) == 1 or len(rows) * max(len(ids) for ids, _, _ in rows) <= 37

@@ -1,0 +1,147 @@
+"""Token tries: many sequences laid out so that no common prefix is computed twice.
+
+Sequences are sorted, so that what two of them share stands between them too, and written down
+depth first: a node is followed by all that lies below it. Node j is then above node i (or is i)
+if and only if j ≤ i < `below[j]`, which gives the attention mask of a whole row in one comparison.
+A set of sequences is cut into rows of a bounded number of nodes, because dense attention grows
+with the square of a row; what all rows have in common, the *stem*, is left out of them.
+
+    >>> layout = lay_out([(1, 2, 3), (1, 2, 4)], node_budget=8)
+    >>> layout.stem, layout.rows[0].ids.tolist(), layout.rows[0].paths
+    ((), [1, 2, 3, 4], {0: array([0, 1, 2]), 1: array([0, 1, 3])})
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEAST_STEM = 8
+"""Fewest common first tokens that are worth a pass of their own."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Nodes to run together, depth first.
+
+    Attributes:
+        ids: token of each node, shape [n].
+        depth: its place in its sequences, the stem counted in, shape [n].
+        below: one past the last node below it, shape [n].
+        paths: for each of the row's sequences, by its number, the nodes of its tokens after the
+            stem.
+    """
+
+    ids: np.ndarray
+    depth: np.ndarray
+    below: np.ndarray
+    paths: dict[int, np.ndarray]
+
+    def mask(self, stem: int) -> np.ndarray:
+        """Which positions each node sees: bool [n, stem + n], the stem's first."""
+        at = np.arange(len(self.ids))
+        own = (at[None, :] <= at[:, None]) & (at[:, None] < self.below[None, :])
+        return np.concatenate([np.ones((len(at), stem), dtype=bool), own], axis=1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows that together hold every sequence.
+
+    Attributes:
+        stem: tokens that stand before every row, to be run once; empty with a single row.
+        rows: the rows.
+    """
+
+    stem: Ids
+    rows: list[Row]
+
+    @property
+    def nodes(self) -> int:
+        """Tokens that are run, the stem included."""
+        return len(self.stem) + sum(len(row.ids) for row in self.rows)
+
+
+def shared(first: Ids, second: Ids) -> int:
+    """How many first tokens two sequences have in common."""
+    most = min(len(first), len(second))
+    if first[:most] == second[:most]:
+        return most
+    low, high = 0, most  # the first `low` agree, the first `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def lay_out(sequences: Sequence[Ids], node_budget: int, most_stem: int | None = None) -> Layout:
+    """Lays sequences into rows of a trie.
+
+    Args:
+        sequences: token ids, none empty; equal ones share their nodes.
+        node_budget: most nodes in a row, unless a single sequence is longer.
+        most_stem: most tokens of the stem, for instance what stands before the first position
+            that is wanted; by default one less than the shortest sequence.
+
+    Returns:
+        The layout. A token is run once in each row that needs it, and once in all if the rows are
+        one or it belongs to the stem.
+    """
+    if not sequences:
+        return Layout((), [])
+    order = sorted(range(len(sequences)), key=lambda k: sequences[k])
+    common = [0] + [shared(sequences[a], sequences[b]) for a, b in itertools.pairwise(order)]
+    total = sum(len(sequences[k]) - c for k, c in zip(order, common, strict=True))
+    if total <= node_budget:
+        return Layout((), [_row([(k, sequences[k]) for k in order], common, 0)])
+
+    shortest = min(len(s) for s in sequences) - 1
+    stem = min(shared(sequences[order[0]], sequences[order[-1]]), shortest)
+    stem = stem if most_stem is None else min(stem, most_stem)
+    stem = stem if stem >= LEAST_STEM else 0
+    # Rows of even size: the last of a greedy cut would often be a stub.
+    number = -(-(total - stem) // max(node_budget - stem, 1))
+    target = min(node_budget, -(-(total - stem) // number))
+    cuts, size = [0], 0
+    for place, k in enumerate(order):
+        new = len(sequences[k]) - (common[place] if place > cuts[-1] else stem)
+        if size and size + new > max(target, 1):
+            cuts.append(place)
+            size, new = 0, len(sequences[k]) - stem
+        size += new
+    cuts.append(len(order))
+    rows = []
+    for first, last in itertools.pairwise(cuts):
+        members = [(k, sequences[k]) for k in order[first:last]]
+        rows.append(_row(members, [stem, *common[first + 1 : last]], stem))
+    return Layout(sequences[order[0]][:stem], rows)
+
+
+def _row(members: Sequence[tuple[int, Ids]], common: Sequence[int], stem: int) -> Row:
+    """The trie of sorted sequences; `common[i]` tokens of the i-th are also its neighbour's."""
+    ids: list[int] = []
+    depth: list[int] = []
+    path = np.zeros(0, dtype=np.int64)
+    paths: dict[int, np.ndarray] = {}
+    below: list[int] = []
+    for (k, sequence), same in zip(members, common, strict=True):
+        kept = max(same - stem, 0)
+        for node in path[kept:]:
+            below[node] = len(ids)
+        new = sequence[stem + kept :]
+        path = np.concatenate([path[:kept], np.arange(len(ids), len(ids) + len(new))])
+        depth.extend(range(stem + kept, len(sequence)))
+        ids.extend(new)
+        below.extend([0] * len(new))
+        paths[k] = path
+    for node in path:
+        below[node] = len(ids)
+    return Row(np.array(ids), np.array(depth), np.array(below), paths)

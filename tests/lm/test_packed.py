@@ -1,0 +1,177 @@
+"""Packed scores equal padded ones, with gradients, for several architectures."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+
+import langppl as lp
+from langppl.lm.requests import ScoreRequest
+from langppl.lm.rules import StringRules
+from langppl.lm.scoring import score, score_with_gradients
+from langppl.testing import tiny_lm
+
+
+def small(seed):
+    return tiny_lm(["a", "b", ".", " "], seed=seed, merged=["ab", "b.", ".a"])
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.2,
+}
+
+
+def other(family, **changes):
+    """A tiny LM of another architecture, with the tokenizer of `tiny_lm`."""
+    import transformers
+
+    base = small(3)
+    config_class = getattr(transformers, f"{family}Config")
+    sizes = dict(SIZES, vocab_size=base.vocabulary.size, **changes)
+    if family == "GPT2":
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 96,
+            "vocab_size": base.vocabulary.size,
+            "initializer_range": 0.2,
+        }
+    if family in ("GPTNeoX",):
+        sizes.pop("num_key_value_heads")
+    config = config_class(**sizes, eos_token_id=base.model.config.eos_token_id, bos_token_id=None)
+    torch.manual_seed(0)
+    name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
+    if family == "GPT2":
+        name = "GPT2LMHeadModel"
+    model = getattr(transformers, name)(config)
+    return lp.LM.from_parts(model, base.tokenizer, family)
+
+
+FAMILIES = {
+    "Llama": {},
+    "GPT2": {},
+    "GPTNeoX": {},
+    "Qwen3": {"head_dim": 8},
+    "Mistral": {"head_dim": 8, "sliding_window": None},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 64},
+}
+
+
+def requests(lm, texts, rules=None, adapter=None):
+    bound = lm.bind(rules or StringRules(max_tokens=24, stop=(".",), min_tokens=0))
+    found = []
+    for prompt, text in texts:
+        ids = lm.encode_text(text)
+        path = bound.parse(ids, text.encode(), 24)
+        found.append(ScoreRequest(lm, lm.encode_prompt(prompt), path, 1.0, adapter))
+    return found
+
+
+def without_packing(lm, ask, wanted):
+    packs, lm.packs = lm.packs, None
+    try:
+        return ask(wanted)
+    finally:
+        lm.packs = packs
+
+
+def assert_equal(found, expected, atol):
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f.tokens, e.tokens, atol=atol)
+        np.testing.assert_allclose(f.ending, e.ending, atol=atol)
+        np.testing.assert_allclose(f.canonical, e.canonical, atol=atol)
+
+
+MANY = [
+    (prompt, text)
+    for prompt in ["", "ab", "aab a", "bb bb bb bb bb bb"]
+    for text in ["", "a", "ab", "abba", "ab a.", "b", "bab b", "."]
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [512, 24, 3])
+def test_packed_scores_are_the_padded_ones(family, budget):
+    lm = other(family, **FAMILIES[family])
+    assert lm.packs is not None
+    lm.node_budget = budget
+    wanted = requests(lm, MANY)
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+
+
+def test_a_sliding_window_that_would_hide_something_goes_by_padded_batches():
+    lm = other("Mistral", head_dim=8, sliding_window=16)
+    assert lm.packs is not None and lm.packs.window == 16
+    wanted = requests(lm, [("ab ab ab ab ab ab ab ab", "ab a."), ("a", "ab")])
+    long = max(len(r.prompt) + len(r.path.tokens) for r in wanted)
+    assert long > 16
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+
+
+def test_an_architecture_that_ignores_the_mask_is_found_out(monkeypatch):
+    lm = small(1)
+    model, plain = lm.model, type(lm.model).forward
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = None
+        return plain(self, *args, attention_mask=attention_mask, **kwargs)
+
+    forward.__signature__ = __import__("inspect").signature(plain)
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.warns(UserWarning, match="does not take a tree attention mask"):
+        found = lp.LM.from_parts(model, lm.tokenizer, "deaf")
+    assert found.packs is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(requests(found, MANY[:4]))
+
+
+words = st.text(alphabet="ab. ", max_size=10)
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=12), st.sampled_from([3, 16, 512]))
+@settings(max_examples=60, deadline=None)
+def test_any_texts_score_alike_packed_and_padded(texts, budget):
+    lm = LM
+    lm.node_budget = budget
+    bound = lm.bind(StringRules())
+    wanted = [
+        ScoreRequest(lm, lm.encode_prompt(p), bound.parse(lm.encode_text(t), t.encode(), None))
+        for p, t in texts
+    ]
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+
+
+LM = small(2)
+
+
+@pytest.mark.parametrize("budget", [512, 24, 3])
+def test_gradients_are_the_padded_ones(budget):
+    lm = small(4)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    parameters = lm.add_adapter("a", config)
+    lm.node_budget = budget
+    wanted = requests(lm, MANY, adapter="a")
+
+    def gradients(found):
+        loss = sum(f.total**2 + f.canonical[torch.isfinite(f.canonical)].sum() for f in found)
+        return [g.clone() for g in torch.autograd.grad(loss, parameters)]
+
+    packed = gradients(score_with_gradients(wanted))
+    padded = gradients(without_packing(lm, score_with_gradients, wanted))
+    size = max(float(g.abs().max()) for g in padded)
+    assert size > 1.0
+    for p, q in zip(packed, padded, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5 * size, rtol=1e-4)
