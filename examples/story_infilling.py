@@ -25,13 +25,26 @@ from rich.table import Table
 import langppl as lp
 from langppl.guides import ContextInfo
 from langppl.inference import Comparison
+from langppl.lm.prompts import Prompt
 from langppl.plots import plot_log_weights, plot_training, save_figure
 
 STORIES = {
-    "cat": ("The cat was hungry.", " Now the cat is asleep."),
-    "rain": ("Anna went for a walk without an umbrella.", " She came home soaked."),
-    "keys": ("Tom could not find his keys.", " He was late for work."),
+    "bird": ("I have a cat, a dog and a bird.", " The bird is called Polly."),
+    "dinner": ("The family sat down for dinner.", " Dad had soup."),
+    "zoo": ("There were a lion, a monkey and an elephant at the zoo.", " The elephant was happy."),
 }
+
+STYLE = """The boy was tired. He went to his bed. Soon the boy was asleep.
+
+There was a fire in the kitchen. A man came with a bucket of water. The fire was out.
+
+Sara found an old box in the garden. It was full of gold. Now Sara is rich.
+
+The dog was dirty. Dad washed it with soap. The dog was clean again.
+
+"""
+"""Stands before every story, so that the LM writes stories of three short sentences."""
+
 REFERENCE = Path(__file__).parent / "story_reference.json"
 
 
@@ -39,10 +52,11 @@ def make_story(lm: lp.LM) -> Callable[[str, str], str]:
     """The model: a middle sentence between a beginning and an ending."""
 
     def story(beginning: str, ending: str) -> str:
+        opening = f"{STYLE}{beginning}"
         middle = lp.sample(
-            "middle", lp.LMString(lm, beginning, stop=".", max_tokens=20, truncate="reject")
+            "middle", lp.LMString(lm, opening, stop=".", max_tokens=20, truncate="reject")
         )
-        lp.sample("ending", lp.LMString(lm, f"{beginning}{middle}"), obs=ending)
+        lp.sample("ending", lp.LMString(lm, f"{opening}{middle}"), obs=ending)
         return middle
 
     return story
@@ -120,24 +134,29 @@ def picture(histories: dict[str, dict], comparisons: dict[str, Comparison], path
     save_figure(figure, path)
 
 
-def context(info: ContextInfo) -> str:
-    """What `prompted` and the guide read before the middle."""
-    ending = info.observations[0][1].strip()
-    return f"A short story that ends with “{ending}”:\n\n{info.prompt}"
+def own_prompt(info: ContextInfo) -> Prompt:
+    """What the guide reads: one that is trained for a single story need not be shown its ending."""
+    return info.prompt
 
 
-def train(lm: lp.LM, program: lp.Program, steps: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
-    """A guide for one story."""
-    guide = lp.GFlowNetGuide(lm, context=context, objective="vargrad", seed=args.seed)
-    # Settings chosen by hand after a few runs on one story, one seed; see the README.
+def train(
+    lm: lp.LM, program: lp.Program, prior: lp.Posterior, args: argparse.Namespace
+) -> lp.GFlowNetGuide:
+    """A guide for one story; it begins as the prior, and first learns from the prior's draws."""
+    guide = lp.GFlowNetGuide(
+        lm, context=own_prompt, objective="vargrad", rank=args.rank, seed=args.seed
+    )
     return guide.fit(
         program,
-        steps=steps,
+        given=prior,
+        steps=args.steps,
         batch=args.batch,
         learning_rate=args.learning_rate,
+        warmup=4,
         schedule=lp.RewardSchedule(start=1.0),
         tempered_share=0.0,
-        replay_share=0.0,
+        replay_share=0.2,
+        draw_ahead=2,
     )
 
 
@@ -146,12 +165,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lm", default="smollm2-135m-instruct", help="name, hub id or folder")
     parser.add_argument("--samples", type=int, default=256, help="samples for each guide")
-    parser.add_argument("--steps", type=int, default=40, help="training steps for each story")
-    parser.add_argument("--batch", type=int, default=16, help="trajectories in a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=20, help="training steps for each story")
+    parser.add_argument("--batch", type=int, default=40, help="trajectories in a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results")
     parser.add_argument("--stories", nargs="+", default=list(STORIES), choices=list(STORIES))
+    parser.add_argument("--given", type=int, default=512, help="prior draws of the reference run")
     parser.add_argument(
         "--reference",
         action="store_true",
@@ -175,14 +196,17 @@ def main() -> None:
         if name == args.stories[0]:
             console.print(repr(program))
             program.graph.show()
-        guide = train(lm, program, args.steps, args)
-        trained = time.monotonic() - begun
-        comparison = lp.compare(
-            program,
-            guides=["prior", lp.PromptedGuide(context), guide],
-            num_samples=args.samples,
-            seed=args.seed,
-        )
+        options = {"num_samples": args.samples, "seed": args.seed}
+        prior = lp.infer(program, guide="prior", **options)
+        started_training = time.monotonic()
+        guide = train(lm, program, prior, args)
+        trained = time.monotonic() - started_training
+        posteriors = {
+            "prior": prior,
+            "prompted": lp.infer(program, guide="prompted", **options),
+            "gflownet": lp.infer(program, guide=guide, **options),
+        }
+        comparison = Comparison(posteriors)
         likelihoods = {g: ending_log_prob(program, p) for g, p in comparison.posteriors.items()}
         console.print(story_table(name, comparison, likelihoods, known.get(name)))
         console.print(
@@ -210,7 +234,8 @@ def reference_run(
     found = json.loads(REFERENCE.read_text()) if REFERENCE.is_file() else {}
     for name in args.stories:
         program = lp.compile(story, *STORIES[name])
-        guide = train(lm, program, args.steps, args)
+        prior = lp.infer(program, num_samples=args.given, seed=args.seed)
+        guide = train(lm, program, prior, args)
         posterior = lp.infer(program, guide=guide, num_samples=args.samples, seed=args.seed)
         console.print(name, posterior)
         found[name] = {

@@ -16,8 +16,8 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ from langppl.guides.trajectories import (
 )
 from langppl.lm.decoding import generator
 from langppl.lm.model import LM
+from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.program.execution import given as given_values
 from langppl.progress import bar
 
 OBJECTIVES = ("auto", "subtb", "vargrad")
@@ -165,7 +167,9 @@ class GFlowNetGuide(Guide):
         tempered_share: float = 0.125,
         sampling_temperature: float = 1.2,
         replay_share: float = 0.25,
-        replay_size: int = 64,
+        replay_size: int = 256,
+        draw_ahead: int = 1,
+        given: Posterior | Sequence[Mapping[str, Any]] = (),
         progress: bool = True,
     ) -> GFlowNetGuide:
         """Trains the adapter; called again, it goes on from where it was.
@@ -182,15 +186,22 @@ class GFlowNetGuide(Guide):
             schedule: how much of the reward counts when.
             tempered_share: share of the batch drawn at `sampling_temperature`.
             sampling_temperature: divides the policy's logits for those draws.
-            replay_share: share of the batch taken from the best draws so far.
+            replay_share: share of the batch taken from the draws so far, in proportion to their
+                importance weights.
             replay_size: how many of those are kept for each observation.
+            draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
+                their last draws are a few steps off-policy.
+            given: latents (site → value) to learn from first, in the place of the guide's own
+                draws; with a single observation only. A posterior's log joints are not computed
+                anew where they suffice.
             progress: whether to show a bar on a terminal.
 
         Returns:
             The guide itself. Interrupted (Ctrl-C), it keeps what it has learned.
 
         Raises:
-            ValueError: for empty data, or a program without a latent string of the guide's LM.
+            ValueError: for empty data, a program without a latent string of the guide's LM, or
+                given latents with several observations.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
         """
         programs = _programs(model, data)
@@ -198,27 +209,36 @@ class GFlowNetGuide(Guide):
             self.check(program)
         if steps < 1 or batch < 2:
             raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
+        if draw_ahead < 1:
+            raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
         schedule = schedule or RewardSchedule()
         # Adding an adapter injects new tensors; those of this guide are found by its name.
         parameters = [p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        buffers = [ReplayBuffer[Draw](replay_size) for _ in programs]
+        feeds = [_Feed(p, ReplayBuffer(replay_size)) for p in programs]
+        rows = given.samples if isinstance(given, Posterior) else given
+        if len(rows):
+            if len(programs) > 1:
+                raise ValueError(
+                    f"given latents belong to one observation, and data has {len(programs)}; "
+                    "fit them one after the other"
+                )
+            feeds[0].ready = self._given(programs[0], given, schedule.start == 1.0)
         done = len(self.history.get("step", []))
         try:
             with bar("training", steps, progress) as advance:
                 for step in range(steps):
-                    which = step % len(programs)
                     for group in optimiser.param_groups:
                         group["lr"] = learning_rate * _rate(step, steps, warmup)
                     optimiser.zero_grad(set_to_none=True)
                     figures = self._step(
-                        programs[which],
-                        buffers[which],
+                        feeds[step % len(feeds)],
                         done + step,
                         batch,
                         schedule.power(step, steps),
                         lam,
                         (tempered_share, sampling_temperature, replay_share),
+                        draw_ahead,
                     )
                     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
                     if not math.isfinite(norm):
@@ -240,48 +260,78 @@ class GFlowNetGuide(Guide):
             )
         return self
 
-    def _step(
-        self,
-        program: Program,
-        buffer: ReplayBuffer[Draw],
-        step: int,
-        batch: int,
-        power: float,
-        lam: float,
-        shares: tuple[float, float, float],
-    ) -> dict[str, float]:
-        """One loss and its backward pass; returns the figures to report."""
-        tempered_share, temperature, replay_share = shares
-        rng = generator((self.seed, "replay", step))
-        replayed = buffer.sample(int(batch * replay_share), rng)
-        fresh = batch - len(replayed)
-        tempered = round(batch * tempered_share)
+    def _given(
+        self, program: Program, given: Posterior | Sequence[Mapping[str, Any]], untempered: bool
+    ) -> list[Draw]:
+        """Latents from elsewhere as draws, scored unless the posterior knows enough."""
+        rows = given.samples if isinstance(given, Posterior) else list(given)
         policies = [
-            _Policy(
-                self, program, (self.seed, "train", step, i), temperature if i < tempered else 1.0
-            )
-            for i in range(fresh)
+            _Policy(self, program, (self.seed, "given", i), 1.0, row) for i, row in enumerate(rows)
+        ]
+        executions = program.run(policies)
+        contexts = [p.contexts for p in policies]
+        _check_contexts(contexts)
+        prefixes = self._takes_prefixes(program, contexts)
+        known: list[float] | None = None
+        alone = all(set(c) == set(e.latents) for c, e in zip(contexts, executions, strict=True))
+        if isinstance(given, Posterior) and untempered and alone and not prefixes:
+            known = None if given.log_joint is None else [float(v) for v in given.log_joint]
+        return make_draws(program, executions, contexts, prefixes, known)
+
+    def _fresh(
+        self, program: Program, count: int, step: int, tempered_share: float, temperature: float
+    ) -> list[Draw]:
+        """The guide's own draws, some of them from the tempered policy, spread evenly."""
+        tempered = [
+            math.floor((i + 1) * tempered_share) > math.floor(i * tempered_share)
+            for i in range(count)
+        ]
+        policies = [
+            _Policy(self, program, (self.seed, "train", step, i), temperature if hot else 1.0)
+            for i, hot in enumerate(tempered)
         ]
         try:
             executions = program.run(policies)
             contexts = [p.contexts for p in policies]
-            if not all(contexts):
-                raise ValueError("some executions meet no latent string of this guide's LM")
+            _check_contexts(contexts)
             prefixes = self._takes_prefixes(program, contexts)
             draws = make_draws(program, executions, contexts, prefixes)
         except ValueError as error:
             if " is nan" in str(error):
                 raise FloatingPointError(f"at training step {step}, {error}") from error
             raise
-        for d in draws:
-            buffer.add(d.key, d.log_reward, d)
+        for d, hot in zip(draws, tempered, strict=True):
+            d.is_tempered = hot
+        return draws
 
-        everything = [d for d in [*draws, *replayed] if all(p.requests(None) for p in d.parts)]
+    def _step(
+        self,
+        feed: _Feed,
+        step: int,
+        batch: int,
+        power: float,
+        lam: float,
+        shares: tuple[float, float, float],
+        draw_ahead: int,
+    ) -> dict[str, float]:
+        """One loss and its backward pass; returns the figures to report."""
+        tempered_share, temperature, replay_share = shares
+        count = batch - min(int(batch * replay_share), len(feed.buffer))
+        if len(feed.ready) < count:
+            feed.ready += self._fresh(
+                feed.program, count * draw_ahead, step, tempered_share, temperature
+            )
+        fresh, feed.ready = feed.ready[:count], feed.ready[count:]
+        replayed = feed.buffer.sample(
+            batch - count, generator((self.seed, "replay", step)), {d.key for d in fresh}
+        )
+        fresh = [d for d in fresh if all(p.requests(None) for p in d.parts)]
+        everything = [*fresh, *replayed]
         if len(everything) < 2:
             raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
         found = policy_scores(everything, self.adapter)
         total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
-        if prefixes:
+        if everything[0].ends:
             paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
             loss = objectives.subtb(paths, lam)
         else:
@@ -289,16 +339,19 @@ class GFlowNetGuide(Guide):
                 d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
                 for d in everything
             ]
-            loss = objectives.vargrad(total.new_tensor(rewards), total)
+            loss = objectives.vargrad(total.new_tensor(rewards), total, len(fresh) or None)
         if not bool(torch.isfinite(loss)):
-            sites = ", ".join(sorted(policies[0].contexts))
+            sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
             raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
         loss.backward()
 
+        log_qs = total.detach().tolist()
+        for d, q in zip(everything, log_qs, strict=True):
+            feed.buffer.add(d.key, d.log_reward - q, d)
         own = [
-            (d.log_reward, float(q))
-            for d, q in zip(everything, total.detach(), strict=True)
-            if d in draws[tempered:]
+            (d.log_reward, q)
+            for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
+            if not d.is_tempered
         ]
         possible = [(r, q) for r, q in own if r > -math.inf]
         return {
@@ -417,22 +470,52 @@ class GFlowNetGuide(Guide):
         return self
 
 
+@dataclass
+class _Feed:
+    """Where the trajectories of one program come from.
+
+    Attributes:
+        program: the program.
+        buffer: what may be replayed.
+        ready: draws that wait for their step.
+    """
+
+    program: Program
+    buffer: ReplayBuffer[Draw]
+    ready: list[Draw] = field(default_factory=list)
+
+
+def _check_contexts(contexts: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+    if not all(contexts):
+        raise ValueError("some executions meet no latent string of this guide's LM")
+
+
 class _Policy:
     """Decides the latents of one execution with the guide's adapter, and keeps their contexts."""
 
     def __init__(
-        self, guide: GFlowNetGuide, program: Program, key: Key, temperature: float
+        self,
+        guide: GFlowNetGuide,
+        program: Program,
+        key: Key,
+        temperature: float,
+        values: Mapping[str, Any] | None = None,
     ) -> None:
         self.guide, self.program, self.key = guide, program, key
         self.temperature = temperature
+        self.values = values
         self.contexts: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
         guide, key = self.guide, (*self.key, name)
-        if not covered(fn, guide.lm):
+        is_covered = covered(fn, guide.lm)
+        if is_covered:
+            prompt = context_ids(self.program, name, fn, execution, guide.context)
+            self.contexts[name] = prompt
+        if self.values is not None:
+            return given_values(self.values)(name, fn, execution)
+        if not is_covered:
             return draw_prior(fn, key)
-        prompt = context_ids(self.program, name, fn, execution, guide.context)
-        self.contexts[name] = prompt
         value, log_q = fn.draw(
             key, prompt=prompt, adapter=guide.adapter, temperature=self.temperature
         )

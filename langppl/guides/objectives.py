@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOOR = 10.0
-"""An impossible trajectory counts as one that is drawn e^10 times too often."""
+FLOOR = 3.0
+"""An impossible trajectory counts as one that is drawn e^3 times too often."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,20 @@ class Trajectory:
     log_reward: Tensor
 
 
-def vargrad(log_reward: Tensor, log_q: Tensor) -> Tensor:
+def vargrad(log_reward: Tensor, log_q: Tensor, estimate_from: int | None = None) -> Tensor:
     """Trajectory balance with the batch's own estimate of log Z: Var(log R − log q).
 
     Args:
         log_reward: shape [n], at least 2; −inf marks an impossible trajectory.
         log_q: shape [n], with gradients.
+        estimate_from: log Z is estimated from the first so many trajectories, all by default.
+            Replayed ones, chosen because their log R − log q is high, belong behind them.
 
     Returns:
         The mean squared residual, a scalar.
     """
     gap = log_reward - log_q
-    return (_residuals(gap, log_q, log_evidence(gap)) ** 2).mean()
+    return (_residuals(gap, log_q, log_evidence(gap[:estimate_from])) ** 2).mean()
 
 
 def trajectory_balance(log_reward: Tensor, log_q: Tensor, log_z: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Draw:
         log_prior: nats; of those latents under the model.
         log_rest: nats; of all other factors, what the guide does not cover cancelled.
         ends: for SubTB, the end points (position, log prior, log rest), the real one last.
+        is_tempered: whether it was drawn from another policy than the guide's own.
     """
 
     key: object
@@ -65,6 +66,7 @@ class Draw:
     log_prior: float
     log_rest: float
     ends: list[tuple[int, float, float]] = field(default_factory=list)
+    is_tempered: bool = False
 
     @property
     def log_reward(self) -> float:
@@ -99,6 +101,7 @@ def make_draws(
     executions: Sequence[Execution],
     contexts: Sequence[Mapping[str, tuple[int, ...]]],
     prefixes: bool,
+    log_joints: Sequence[float] | None = None,
 ) -> list[Draw]:
     """Rewards of executions that a policy proposed.
 
@@ -107,19 +110,28 @@ def make_draws(
         executions: unscored runs.
         contexts: for each, the ids that the policy read before each latent it covers.
         prefixes: whether to score every prefix of the (one) latent string as well.
+        log_joints: where the log joints are known and need not be told apart (the guide covers
+            all latents, and the rewards are not tempered), nats.
     """
     if prefixes:
         return _draws_with_prefixes(program, executions, contexts)
-    score_all(executions)
+    if log_joints is None:
+        score_all(executions)
     draws = []
-    for execution, context in zip(executions, contexts, strict=True):
+    for at, (execution, context) in enumerate(zip(executions, contexts, strict=True)):
         parts = [Part(execution.sites[name], ids) for name, ids in context.items()]
+        if log_joints is not None:
+            known = float(log_joints[at])
+            draws.append(Draw(key_of(parts, execution), parts, 0.0, known))
+            continue
         log_prior = sum(p.site.log_prob or 0.0 for p in parts)
         rest = 0.0
         for site in execution.sites.values():
             if site.name not in context:
                 own = site.log_prob or 0.0
-                rest = -math.inf if own == -math.inf else rest + own - (site.log_q or 0.0)
+                # A latent that the guide does not cover counts as drawn from the prior.
+                proposed = own if site.kind == "latent" and site.log_q is None else site.log_q
+                rest = -math.inf if own == -math.inf else rest + own - (proposed or 0.0)
         if any(s.log_prob == -math.inf for s in execution.sites.values()):
             log_prior = rest = -math.inf
         draws.append(Draw(key_of(parts, execution), parts, log_prior, rest))

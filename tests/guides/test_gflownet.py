@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from langppl import GFlowNetGuide, LMChoice, LMString, compile, factor, infer, sample
+from langppl import (
+    GFlowNetGuide,
+    LMChoice,
+    LMString,
+    RewardSchedule,
+    compile,
+    factor,
+    infer,
+    sample,
+)
 from langppl.guides.context import context_ids
 from langppl.lm import LM
 from langppl.lm.requests import perform
@@ -259,3 +268,68 @@ def test_what_fit_refuses() -> None:
         guide.fit(story, ["ab"])
     with pytest.raises(ValueError, match="unknown objective"):
         GFlowNetGuide(lm, objective="best")
+
+
+def test_given_draws_come_first_and_teach_the_guide() -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    prior = infer(program, num_samples=128, seed=5, progress=False)
+    before = max(divergences(program, None))
+    found = {}
+    for name, given in {"posterior": prior, "latents": prior.samples}.items():
+        guide = GFlowNetGuide(
+            program.args[0], context=lambda info: info.prompt, objective="vargrad", seed=1
+        )
+        guide.fit(
+            program,
+            given=given,
+            steps=4,
+            batch=32,
+            learning_rate=1e-2,
+            schedule=RewardSchedule(start=1.0),
+            replay_share=0.0,
+            progress=False,
+        )
+        found[name] = adapter_of(guide)
+        assert max(divergences(program, guide)) < before
+        # The rewards of the first steps are those of the prior's draws.
+        rewards = [prior.log_joint[32 * k : 32 * (k + 1)].mean() for k in range(4)]  # type: ignore[index]
+        assert guide.history["log_reward"] == pytest.approx(rewards, abs=1e-4)
+    # Log joints that are taken from the posterior are those that scoring gives.
+    for one, two in zip(found["posterior"], found["latents"], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_given_draws_of_a_chain_show_no_later_latent() -> None:
+    program = compile(chain, make_lm(1))
+    prior = infer(program, num_samples=16, progress=False)
+    shown = []
+
+    def context(info: Any) -> Any:
+        shown.append((info.site, set(info.values)))
+        return info.prompt
+
+    guide = GFlowNetGuide(program.args[0], context=context, seed=0)
+    guide.fit(program, given=prior, steps=1, batch=16, progress=False)
+    assert set((site, *values) for site, values in shown) == {("one",), ("two", "one")}
+
+
+def test_given_draws_with_several_observations_are_an_error() -> None:
+    lm = make_lm()
+    with pytest.raises(ValueError, match="given latents belong to one observation"):
+        GFlowNetGuide(lm).fit(story, [(lm, "aab."), (lm, "...")], given=[{"middle": "a"}], **QUICK)
+
+
+def test_drawing_ahead_draws_once_for_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    plain = Program.run
+
+    def run(self: Program, choosers: Any, *rest: Any) -> Any:
+        drawn.append(len(choosers))
+        return plain(self, choosers, *rest)
+
+    program = compile(story, make_lm())
+    monkeypatch.setattr(Program, "run", run)
+    guide = GFlowNetGuide(program.args[0], objective="vargrad")
+    guide.fit(program, steps=6, batch=8, draw_ahead=3, replay_share=0.0, progress=False)
+    assert drawn == [24, 24]
+    assert len(guide.history["step"]) == 6
