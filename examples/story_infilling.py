@@ -36,10 +36,6 @@ STORIES = {
 
 STYLE = """The boy was tired. He went to his bed. Soon the boy was asleep.
 
-There was a fire in the kitchen. A man came with a bucket of water. The fire was out.
-
-Sara found an old box in the garden. It was full of gold. Now Sara is rich.
-
 The dog was dirty. Dad washed it with soap. The dog was clean again.
 
 """
@@ -54,7 +50,7 @@ def make_story(lm: lp.LM) -> Callable[[str, str], str]:
     def story(beginning: str, ending: str) -> str:
         opening = f"{STYLE}{beginning}"
         middle = lp.sample(
-            "middle", lp.LMString(lm, opening, stop=".", max_tokens=20, truncate="reject")
+            "middle", lp.LMString(lm, opening, stop=".", max_tokens=16, truncate="reject")
         )
         lp.sample("ending", lp.LMString(lm, f"{opening}{middle}"), obs=ending)
         return middle
@@ -62,17 +58,12 @@ def make_story(lm: lp.LM) -> Callable[[str, str], str]:
     return story
 
 
-def ending_log_prob(program: lp.Program, posterior: lp.Posterior) -> float:
-    """Mean log p(ending | middle) over the possible draws of a guide, nats."""
+def ending_log_prob(program: lp.Program, posterior: lp.Posterior, most: int = 64) -> float:
+    """Mean log p(ending | middle) over a guide's first possible draws, nats."""
     rows = zip(posterior.samples, posterior.log_weights, strict=True)
-    possible = list({s["middle"].ids: s for s, w in rows if np.isfinite(w)}.values())
+    possible = [s for s, w in rows if np.isfinite(w)][:most]
     executions = program.executions(possible, lambda site: site.kind == "observed")
-    found = {
-        s["middle"].ids: e.sites["ending"].log_prob
-        for s, e in zip(possible, executions, strict=True)
-    }
-    rows = zip(posterior.samples, posterior.log_weights, strict=True)
-    return float(np.mean([found[s["middle"].ids] for s, w in rows if np.isfinite(w)]))
+    return float(np.mean([e.sites["ending"].log_prob for e in executions]))
 
 
 def story_table(
@@ -220,7 +211,8 @@ def main() -> None:
     console.print(
         "ELBO: mean log weight of the possible draws; gap: reference log evidence less ELBO; sd: "
         "of the log weights; (?): Pareto k says that the error cannot be trusted; log p(end): mean "
-        "log p(ending | middle); dist.: distinct middles. Nats throughout."
+        "log p(ending | middle) of the first 64 possible draws; dist.: distinct middles. Nats "
+        "throughout."
     )
     console.print(
         f"Posteriors and picture in {args.out}/. {time.monotonic() - started:.0f} s in all."

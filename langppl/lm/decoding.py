@@ -1,26 +1,33 @@
 """Decoding: strings drawn token by token, many at once, with the past kept in a KV cache.
 
-Each distinct prompt is encoded once and its cache row repeated; rows that are finished leave the
-batch. Each row walks its own rules. A token is drawn by inverse CDF from one uniform number that
-depends on the row's key and the token's place alone, so the draws do not depend on the batch (up
-to rounding in the model).
+Strings with few and short prompts grow as one tree in a single row, whose KV cache holds every
+token once; else each distinct prompt is encoded once and its cache row repeated. Rows that are
+finished leave the batch. Each row walks its own rules. A token is drawn by inverse CDF from one
+uniform number that depends on the row's key and the token's place alone, so the draws do not depend
+on the batch (up to rounding in the model).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from langppl.lm import packed
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
+from langppl.lm.trie import Row, lay_out
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
+
+PACKED_ROWS = 128
+"""Most strings that grow in one tree: each looks through the cache of all of them."""
 
 PLANNED_LENGTH = 64
 """Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
@@ -121,6 +128,61 @@ class _Row:
 
 def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget."""
+    layout = None
+    if lm.packs is not None and len(requests) > 1:
+        layout = lay_out(sorted({r.prompt for r in requests}), lm.node_budget)
+        most = [len(r.prompt) + (r.most_tokens or math.inf) for r in requests]
+        if len(layout.rows) == 1 and max(most) <= lm.packs.window:
+            return _draw_packed(lm, requests, layout.rows[0])
+    return _draw_padded(lm, requests)
+
+
+def _draw_packed(lm: LM, requests: Sequence[DrawRequest], prompts: Row) -> list[DrawReply | None]:
+    """Draws strings as one growing tree: the prompts' KV cache is kept once, never repeated."""
+    replies: list[DrawReply | None] = []
+    distinct = sorted({r.prompt for r in requests})
+    leaf = {distinct[k]: path[-1] for k, path in prompts.paths.items()}
+    seen = torch.from_numpy(prompts.mask(0)).to(lm.device)
+    logits, cache = packed.begin(lm, prompts)
+    keys = packed.keys_and_values(cache)
+    for first in range(0, len(requests), PACKED_ROWS):
+        rows = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
+        at = torch.tensor([int(leaf[row.request.prompt]) for row in rows], device=lm.device)
+        _grow(lm, rows, logits[at], seen[at], packed.cache_of(keys))
+        replies += [row.reply() for row in rows]
+    return replies
+
+
+def _grow(
+    lm: LM, rows: Sequence[_Row], logits: torch.Tensor, seen: torch.Tensor, cache: Any
+) -> None:
+    """Draws rows to their ends.
+
+    Args:
+        lm: the LM.
+        rows: the rows.
+        logits: of each row's first token, shape [rows, vocabulary].
+        seen: what of the cache each row sees, bool [rows, cached].
+        cache: the KV cache of one batch row, which all rows share.
+    """
+    alive = list(rows)
+    while True:
+        chosen = _choose(alive, logits)
+        going = [line for line, token in enumerate(chosen) if token is not None]
+        if not going:
+            return
+        if len(going) < len(alive):
+            seen = seen[torch.tensor(going, device=lm.device)]
+            alive = [alive[line] for line in going]
+        tokens = torch.tensor([[chosen[line] for line in going]], device=lm.device)
+        depth = seen.sum(1)
+        own = torch.eye(len(alive), dtype=torch.bool, device=lm.device)
+        seen = torch.cat([seen, own], dim=1)
+        logits = packed.step(lm, tokens, seen, depth, cache)
+
+
+def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
+    """Draws strings as rows of a batch, each with a cache of its own."""
     rows = [_Row(r) for r in requests]
     prompts = sorted({r.prompt for r in requests})
     logits, cache, mask = _encode(lm, prompts)

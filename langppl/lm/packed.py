@@ -60,7 +60,9 @@ def logits(
     layout = lay_out(sequences, lm.node_budget, min(first))
     stem = None
     if layout.stem:
-        stem = _keys_and_values(lm._call(torch.tensor([layout.stem]), use_cache=True))
+        stem = keys_and_values(
+            lm._call(torch.tensor([layout.stem]), use_cache=True).past_key_values
+        )
     for row in layout.rows:
         wanted = {
             k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()
@@ -76,8 +78,73 @@ def logits(
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _keys_and_values(out: Any) -> KeysAndValues:
-    return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+def keys_and_values(cache: Any) -> KeysAndValues:
+    """What a KV cache holds, layer by layer."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_of(found: KeysAndValues) -> Any:
+    """A new KV cache that begins with what another held."""
+    from transformers import DynamicCache
+
+    # Without a config it keeps every position, whatever the layers' own windows.
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(found):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def begin(lm: LM, row: Row) -> tuple[torch.Tensor, Any]:
+    """Logits [n, vocabulary] at the ends of a row's paths (zeros elsewhere), and its KV cache."""
+    ends = np.unique([path[-1] for path in row.paths.values()])
+    assert lm.packs is not None
+    cache = cache_of([])
+    keep = torch.from_numpy(ends).to(lm.device)
+    out = lm._call(
+        torch.from_numpy(row.ids)[None],
+        keep,
+        attention_mask=_mask(lm.packs, torch.from_numpy(row.mask(0)).to(lm.device)),
+        position_ids=torch.from_numpy(row.depth)[None].to(lm.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    found = out.logits[0] if lm.takes_keep else out.logits[0, keep]
+    logits = found.new_zeros(len(row.ids), found.shape[-1])
+    logits[keep] = found
+    return logits, cache
+
+
+def step(
+    lm: LM, tokens: torch.Tensor, seen: torch.Tensor, depth: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """One more token for each string of a tree; the cache grows by them.
+
+    Args:
+        lm: the LM, its adapter switched on.
+        tokens: shape [1, n].
+        seen: what each sees of the cache and of the new tokens, bool [n, cached + n].
+        depth: their positions, shape [n].
+        cache: the KV cache.
+
+    Returns:
+        Logits, shape [n, vocabulary].
+    """
+    assert lm.packs is not None
+    out = lm._call(
+        tokens,
+        torch.arange(tokens.shape[1], device=lm.device),
+        attention_mask=_mask(lm.packs, seen),
+        position_ids=depth[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    found: torch.Tensor = out.logits[0]
+    return found
+
+
+def _mask(packing: Packing, seen: torch.Tensor) -> Any:
+    mask = seen[None, None]
+    return dict.fromkeys(packing.mask_types, mask) if packing.mask_types else mask
 
 
 def _forward(
@@ -89,18 +156,9 @@ def _forward(
     nodes: np.ndarray,
 ) -> torch.Tensor:
     """Logits [nodes, vocabulary] of one row."""
-    from transformers import DynamicCache
-
     assert packing is not None
-    cache = None
-    if stem is not None:
-        # A cache without a config keeps every position, whatever the layers' own windows.
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(stem):
-            cache.update(keys, values, layer)
-    mask: Any = torch.from_numpy(row.mask(stem_length))[None, None].to(lm.device)
-    if packing.mask_types:
-        mask = dict.fromkeys(packing.mask_types, mask)
+    cache = None if stem is None else cache_of(stem)
+    mask = _mask(packing, torch.from_numpy(row.mask(stem_length)).to(lm.device))
     keep = torch.from_numpy(nodes).to(lm.device)
     out = lm._call(
         torch.from_numpy(row.ids)[None],
@@ -152,7 +210,7 @@ def _agrees(lm: LM, packing: Packing) -> bool:
     sequences = [s[:length] for s in sequences]
     with torch.no_grad(), lm.adapter(None):
         plain = [lm._call(torch.tensor([s]), len(s)).logits[0][-2:].float() for s in sequences]
-        keys = _keys_and_values(lm._call(torch.tensor([stem]), use_cache=True))
+        keys = keys_and_values(lm._call(torch.tensor([stem]), use_cache=True).past_key_values)
         for prefix in ((), stem):
             (row,) = lay_out([s[len(prefix) :] for s in sequences], 10**6).rows
             row = Row(row.ids, row.depth + len(prefix), row.below, row.paths)

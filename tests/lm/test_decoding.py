@@ -103,13 +103,45 @@ def test_finished_rows_leave_and_prompts_are_encoded_once(monkeypatch: pytest.Mo
     replies = draw([request(dist, ("leave", k)) for k in range(40)])
     assert watched.shapes[0] == (1, len(dist.prompt_ids()))
     # A row that took n actions was fed n − 1 of them.
-    going = [rows for rows, _ in watched.shapes[1:]]
+    assert all(rows == 1 for rows, _ in watched.shapes)  # one tree, whose cache all strings share
+    going = [strings for _, strings in watched.shapes[1:]]
     assert going == sorted(going, reverse=True) and going[-1] < going[0] <= 40
     actions = []
     for reply in replies:
         is_end = not reply.text.endswith(".") and len(reply.ids) < 12
         actions.append(len(reply.ids) + is_end)
     assert going == [sum(a > t for a in actions) for t in range(1, max(actions))]
+
+
+def test_finished_rows_leave_a_padded_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TINY, "packs", None)
+    watched = Watched(TINY, monkeypatch)
+    dist = LMString(TINY, "ab", stop=".", max_tokens=12)
+    draw([request(dist, ("leave", k)) for k in range(40)])
+    assert watched.shapes[0] == (1, len(dist.prompt_ids()))
+    going = [rows for rows, _ in watched.shapes[1:]]
+    assert going == sorted(going, reverse=True) and going[-1] < going[0] <= 40
+
+
+@pytest.mark.parametrize("budget", [512, 4])
+def test_strings_of_one_tree_are_those_of_a_padded_batch(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["", "a", "ab", "ab.", "ab.b", "b b"]
+    rules: list[dict[str, Any]] = [{"max_tokens": 9}, {"stop": ".", "max_tokens": 7}, {"ban": "b"}]
+    wanted = [
+        request(LMString(TINY, prompt, **{"max_tokens": 8, **rule}), ("tree", k))
+        for k in range(9)
+        for prompt in prompts
+        for rule in rules
+    ]
+    monkeypatch.setattr("langppl.lm.decoding.PACKED_ROWS", 50)
+    monkeypatch.setattr(TINY, "node_budget", budget)
+    tree = draw(wanted)
+    monkeypatch.setattr(TINY, "packs", None)
+    padded = draw(wanted)
+    assert [r.ids for r in tree] == [r.ids for r in padded]
+    np.testing.assert_allclose([r.log_prob for r in tree], [r.log_prob for r in padded], atol=2e-5)
 
 
 def test_token_budget_bounds_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +151,8 @@ def test_token_budget_bounds_every_pass(monkeypatch: pytest.MonkeyPatch) -> None
     whole = draw(
         [request(LMString(TINY, r, max_tokens=5), ("b", k)) for k in range(6) for r in PROMPTS]
     )
+    assert [r.ids for r in draw(requests)] == [r.ids for r in whole]
+    lm.packs = None
     watched = Watched(lm, monkeypatch)
     chunked = draw(requests)
     assert [r.ids for r in chunked] == [r.ids for r in whole]
