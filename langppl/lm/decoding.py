@@ -131,8 +131,11 @@ def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     layout = None
     if lm.packs is not None and len(requests) > 1:
         layout = lay_out(sorted({r.prompt for r in requests}), lm.node_budget)
-        most = [len(r.prompt) + (r.most_tokens or math.inf) for r in requests]
-        if len(layout.rows) == 1 and max(most) <= lm.packs.window:
+        most = [math.inf if r.most_tokens is None else r.most_tokens for r in requests]
+        longest = max(len(r.prompt) + m for r, m in zip(requests, most, strict=True))
+        # Longer strings could outgrow the token budget, and a tree cannot put some of them off.
+        is_short = max(most) <= PLANNED_LENGTH
+        if len(layout.rows) == 1 and is_short and longest <= lm.packs.window:
             return _draw_packed(lm, requests, layout.rows[0])
     return _draw_padded(lm, requests)
 

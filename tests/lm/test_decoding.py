@@ -123,6 +123,13 @@ def test_finished_rows_leave_a_padded_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert going == sorted(going, reverse=True) and going[-1] < going[0] <= 40
 
 
+def test_strings_that_may_outgrow_the_budget_are_no_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(TINY, monkeypatch)
+    dist = LMString(TINY, "ab", stop=".")
+    draw([request(dist, ("long", k)) for k in range(8)])
+    assert max(rows for rows, _ in watched.shapes) > 1
+
+
 @pytest.mark.parametrize("budget", [512, 4])
 def test_strings_of_one_tree_are_those_of_a_padded_batch(
     budget: int, monkeypatch: pytest.MonkeyPatch
