@@ -276,7 +276,10 @@ class GFlowNetGuide(Guide):
         alone = all(set(c) == set(e.latents) for c, e in zip(contexts, executions, strict=True))
         if isinstance(given, Posterior) and untempered and alone and not prefixes:
             known = None if given.log_joint is None else [float(v) for v in given.log_joint]
-        return make_draws(program, executions, contexts, prefixes, known)
+        draws = make_draws(program, executions, contexts, prefixes, known)
+        for d in draws:
+            d.is_given = True
+        return draws
 
     def _fresh(
         self, program: Program, count: int, step: int, tempered_share: float, temperature: float
@@ -339,7 +342,13 @@ class GFlowNetGuide(Guide):
                 d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
                 for d in everything
             ]
-            loss = objectives.vargrad(total.new_tensor(rewards), total, len(fresh) or None)
+            reward = total.new_tensor(rewards)
+            # The guide leaves given draws behind as it learns from them; log Z must not follow.
+            if feed.log_z is not None and any(d.is_given for d in fresh):
+                loss = objectives.trajectory_balance(reward, total, total.new_tensor(feed.log_z))
+            else:
+                loss = objectives.vargrad(reward, total, len(fresh) or None)
+                feed.log_z = float(objectives.log_evidence((reward - total)[: len(fresh) or None]))
         if not bool(torch.isfinite(loss)):
             sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
             raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
@@ -478,11 +487,13 @@ class _Feed:
         program: the program.
         buffer: what may be replayed.
         ready: draws that wait for their step.
+        log_z: the last estimate from draws that followed the guide, nats.
     """
 
     program: Program
     buffer: ReplayBuffer[Draw]
     ready: list[Draw] = field(default_factory=list)
+    log_z: float | None = None
 
 
 def _check_contexts(contexts: Sequence[Mapping[str, tuple[int, ...]]]) -> None:

@@ -58,7 +58,8 @@ class Draw:
         log_prior: nats; of those latents under the model.
         log_rest: nats; of all other factors, what the guide does not cover cancelled.
         ends: for SubTB, the end points (position, log prior, log rest), the real one last.
-        is_tempered: whether it was drawn from another policy than the guide's own.
+        is_tempered: whether it was drawn from a tempered policy.
+        is_given: whether it was not drawn by the guide at all.
     """
 
     key: object
@@ -67,6 +68,7 @@ class Draw:
     log_rest: float
     ends: list[tuple[int, float, float]] = field(default_factory=list)
     is_tempered: bool = False
+    is_given: bool = False
 
     @property
     def log_reward(self) -> float:

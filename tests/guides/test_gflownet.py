@@ -21,6 +21,7 @@ from langppl import (
     infer,
     sample,
 )
+from langppl.guides import objectives
 from langppl.guides.context import context_ids
 from langppl.lm import LM
 from langppl.lm.requests import perform
@@ -333,3 +334,31 @@ def test_drawing_ahead_draws_once_for_several_steps(monkeypatch: pytest.MonkeyPa
     guide.fit(program, steps=6, batch=8, draw_ahead=3, replay_share=0.0, progress=False)
     assert drawn == [24, 24]
     assert len(guide.history["step"]) == 6
+
+
+def test_log_z_does_not_follow_given_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchors = []
+    plain = objectives.trajectory_balance
+
+    def balance(log_reward: torch.Tensor, log_q: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
+        anchors.append(float(log_z))
+        return plain(log_reward, log_q, log_z)
+
+    program = compile(story, make_lm(1), SEEDS[1])
+    prior = infer(program, num_samples=96, progress=False)
+    monkeypatch.setattr(objectives, "trajectory_balance", balance)
+    guide = GFlowNetGuide(
+        program.args[0], context=lambda info: info.prompt, objective="vargrad", seed=1
+    )
+    guide.fit(
+        program,
+        given=prior,
+        steps=5,
+        batch=32,
+        schedule=RewardSchedule(start=1.0),
+        replay_share=0.0,
+        progress=False,
+    )
+    # Untrained, the guide is the prior: the first batch's log Z is its mean log weight. The second
+    # and third are held to it; the fourth and fifth are the guide's own and estimate theirs.
+    assert anchors == pytest.approx([prior.log_weights[:32].mean()] * 2, abs=1e-4)
