@@ -128,41 +128,62 @@ class _Row:
 
 def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget."""
-    layout = None
     if lm.packs is not None and len(requests) > 1:
-        layout = lay_out(sorted({r.prompt for r in requests}), lm.node_budget)
+        prompts = sorted({r.prompt for r in requests})
+        layout = lay_out(prompts, lm.node_budget)
         most = [math.inf if r.most_tokens is None else r.most_tokens for r in requests]
         longest = max(len(r.prompt) + m for r, m in zip(requests, most, strict=True))
         # Longer strings could outgrow the token budget, and a tree cannot put some of them off.
         is_short = max(most) <= PLANNED_LENGTH
         if len(layout.rows) == 1 and is_short and longest <= lm.packs.window:
-            return _draw_packed(lm, requests, layout.rows[0])
+            return _draw_packed(lm, lm.packs, requests, prompts, layout.rows[0])
     return _draw_padded(lm, requests)
 
 
-def _draw_packed(lm: LM, requests: Sequence[DrawRequest], prompts: Row) -> list[DrawReply | None]:
-    """Draws strings as one growing tree: the prompts' KV cache is kept once, never repeated."""
-    replies: list[DrawReply | None] = []
-    distinct = sorted({r.prompt for r in requests})
-    leaf = {distinct[k]: path[-1] for k, path in prompts.paths.items()}
-    seen = torch.from_numpy(prompts.mask(0)).to(lm.device)
-    logits, cache = packed.begin(lm, prompts)
+def _draw_packed(
+    lm: LM,
+    packing: packed.Packing,
+    requests: Sequence[DrawRequest],
+    prompts: Sequence[tuple[int, ...]],
+    row: Row,
+) -> list[DrawReply | None]:
+    """Draws strings as one growing tree: the prompts' KV cache is kept once, never repeated.
+
+    Args:
+        lm: the LM.
+        packing: how it takes the tree's mask.
+        requests: the strings.
+        prompts: their different prompts.
+        row: the trie of these.
+    """
+    leaves = np.unique([path[-1] for path in row.paths.values()])
+    place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
+    cache = packed.cache_of([])
+    logits = packed.run_row(lm, packing, row, 0, leaves, cache)
+    seen = torch.from_numpy(row.mask(0)[leaves]).to(lm.device)
     keys = packed.keys_and_values(cache)
+    replies: list[DrawReply | None] = []
     for first in range(0, len(requests), PACKED_ROWS):
-        rows = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
-        at = torch.tensor([int(leaf[row.request.prompt]) for row in rows], device=lm.device)
-        _grow(lm, rows, logits[at], seen[at], packed.cache_of(keys))
-        replies += [row.reply() for row in rows]
+        strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
+        at = torch.tensor([place[s.request.prompt] for s in strings], device=lm.device)
+        _grow(lm, packing, strings, logits[at], seen[at], packed.cache_of(keys))
+        replies += [s.reply() for s in strings]
     return replies
 
 
 def _grow(
-    lm: LM, rows: Sequence[_Row], logits: torch.Tensor, seen: torch.Tensor, cache: Any
+    lm: LM,
+    packing: packed.Packing,
+    rows: Sequence[_Row],
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    cache: Any,
 ) -> None:
     """Draws rows to their ends.
 
     Args:
         lm: the LM.
+        packing: how it takes the tree's mask.
         rows: the rows.
         logits: of each row's first token, shape [rows, vocabulary].
         seen: what of the cache each row sees, bool [rows, cached].
@@ -177,11 +198,12 @@ def _grow(
         if len(going) < len(alive):
             seen = seen[torch.tensor(going, device=lm.device)]
             alive = [alive[line] for line in going]
-        tokens = torch.tensor([[chosen[line] for line in going]], device=lm.device)
+        tokens = torch.tensor([chosen[line] for line in going], device=lm.device)
         depth = seen.sum(1)
         own = torch.eye(len(alive), dtype=torch.bool, device=lm.device)
         seen = torch.cat([seen, own], dim=1)
-        logits = packed.step(lm, tokens, seen, depth, cache)
+        everyone = torch.arange(len(alive))
+        logits = packed.run(lm, packing, tokens, depth, seen, everyone, cache)
 
 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:

@@ -57,6 +57,7 @@ def logits(
         Logits [n, vocabulary] in the model's float type, and for some of the sequences (by their
         number; each comes once) the n-indices of what they want, shape [count].
     """
+    assert lm.packs is not None
     layout = lay_out(sequences, lm.node_budget, min(first))
     stem = None
     if layout.stem:
@@ -71,7 +72,8 @@ def logits(
         if not len(nodes):  # nothing but strings of no actions
             yield torch.zeros(0, lm.vocabulary.size, device=lm.device), wanted
             continue
-        found = _forward(lm, lm.packs, row, stem, len(layout.stem), nodes)
+        cache = None if stem is None else cache_of(stem)
+        found = run_row(lm, lm.packs, row, len(layout.stem), nodes, cache)
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
 
 
@@ -94,82 +96,51 @@ def cache_of(found: KeysAndValues) -> Any:
     return cache
 
 
-def begin(lm: LM, row: Row) -> tuple[torch.Tensor, Any]:
-    """Logits [n, vocabulary] at the ends of a row's paths (zeros elsewhere), and its KV cache."""
-    ends = np.unique([path[-1] for path in row.paths.values()])
-    assert lm.packs is not None
-    cache = cache_of([])
-    keep = torch.from_numpy(ends).to(lm.device)
-    out = lm._call(
-        torch.from_numpy(row.ids)[None],
-        keep,
-        attention_mask=_mask(lm.packs, torch.from_numpy(row.mask(0)).to(lm.device)),
-        position_ids=torch.from_numpy(row.depth)[None].to(lm.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    found = out.logits[0] if lm.takes_keep else out.logits[0, keep]
-    logits = found.new_zeros(len(row.ids), found.shape[-1])
-    logits[keep] = found
-    return logits, cache
-
-
-def step(
-    lm: LM, tokens: torch.Tensor, seen: torch.Tensor, depth: torch.Tensor, cache: Any
+def run(
+    lm: LM,
+    packing: Packing,
+    ids: torch.Tensor,
+    depth: torch.Tensor,
+    seen: torch.Tensor,
+    keep: torch.Tensor,
+    cache: Any = None,
 ) -> torch.Tensor:
-    """One more token for each string of a tree; the cache grows by them.
+    """One pass over the nodes of a tree.
 
     Args:
         lm: the LM, its adapter switched on.
-        tokens: shape [1, n].
-        seen: what each sees of the cache and of the new tokens, bool [n, cached + n].
-        depth: their positions, shape [n].
-        cache: the KV cache.
+        packing: how it takes the mask.
+        ids: token of each node, shape [n].
+        depth: position of each, shape [n].
+        seen: what each sees of the cache and of the nodes, bool [n, cached + n].
+        keep: the nodes whose logits are wanted, shape [kept].
+        cache: the KV cache, which grows by the nodes; None to keep none.
 
     Returns:
-        Logits, shape [n, vocabulary].
+        Shape [kept, vocabulary], in the model's float type.
     """
-    assert lm.packs is not None
+    mask: Any = seen.to(lm.device)[None, None]
+    keep = keep.to(lm.device)
     out = lm._call(
-        tokens,
-        torch.arange(tokens.shape[1], device=lm.device),
-        attention_mask=_mask(lm.packs, seen),
-        position_ids=depth[None],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    found: torch.Tensor = out.logits[0]
-    return found
-
-
-def _mask(packing: Packing, seen: torch.Tensor) -> Any:
-    mask = seen[None, None]
-    return dict.fromkeys(packing.mask_types, mask) if packing.mask_types else mask
-
-
-def _forward(
-    lm: LM,
-    packing: Packing | None,
-    row: Row,
-    stem: KeysAndValues | None,
-    stem_length: int,
-    nodes: np.ndarray,
-) -> torch.Tensor:
-    """Logits [nodes, vocabulary] of one row."""
-    assert packing is not None
-    cache = None if stem is None else cache_of(stem)
-    mask = _mask(packing, torch.from_numpy(row.mask(stem_length)).to(lm.device))
-    keep = torch.from_numpy(nodes).to(lm.device)
-    out = lm._call(
-        torch.from_numpy(row.ids)[None],
+        ids[None],
         keep,
-        attention_mask=mask,
-        position_ids=torch.from_numpy(row.depth)[None].to(lm.device),
+        attention_mask=dict.fromkeys(packing.mask_types, mask) if packing.mask_types else mask,
+        position_ids=depth.to(lm.device)[None],
         past_key_values=cache,
         use_cache=cache is not None,
     )
     found: torch.Tensor = out.logits[0]
     return found if lm.takes_keep else found[keep]
+
+
+def run_row(
+    lm: LM, packing: Packing, row: Row, stem: int, nodes: np.ndarray, cache: Any = None
+) -> torch.Tensor:
+    """Logits [nodes, vocabulary] of a row whose stem, so many tokens, is in the cache."""
+    ids, depth, seen, keep = (
+        torch.from_numpy(a) for a in (row.ids, row.depth, row.mask(stem), nodes)
+    )
+    return run(lm, packing, ids, depth, seen, keep, cache)
 
 
 def probe(lm: LM) -> Packing | None:
@@ -207,19 +178,18 @@ def _agrees(lm: LM, packing: Packing) -> bool:
     stem = tuple(int(t) for t in rng.choice(ordinary, max(length - 4, 1)))
     ends = [tuple(int(t) for t in rng.choice(ordinary, 4)) for _ in range(3)]
     sequences = [stem + e for e in [ends[0], ends[1], ends[0][:2] + ends[2][:2]]]
-    sequences = [s[:length] for s in sequences]
+    sequences = [s[:length] for s in sequences]  # all of one length: a batch without padding
     with torch.no_grad(), lm.adapter(None):
-        plain = [lm._call(torch.tensor([s]), len(s)).logits[0][-2:].float() for s in sequences]
+        plain = lm._call(torch.tensor(sequences), length).logits[:, -2:].float()
         keys = keys_and_values(lm._call(torch.tensor([stem]), use_cache=True).past_key_values)
-        for prefix in ((), stem):
-            (row,) = lay_out([s[len(prefix) :] for s in sequences], 10**6).rows
-            row = Row(row.ids, row.depth + len(prefix), row.below, row.paths)
-            found = _forward(
-                lm, packing, row, keys if prefix else None, len(prefix), np.arange(len(row.ids))
-            )
+        for known in (0, len(stem)):
+            (row,) = lay_out([s[known:] for s in sequences], 10**6).rows
+            row = Row(row.ids, row.depth + known, row.below, row.paths)
+            cache = cache_of(keys) if known else None
+            found = run_row(lm, packing, row, known, np.arange(len(row.ids)), cache)
+            most = TOLERANCE if found.dtype == torch.float32 else 0.1
             for k, path in row.paths.items():
                 own = found[torch.from_numpy(path).to(lm.device)][-2:].float()
-                most = TOLERANCE if found.dtype == torch.float32 else 0.1
                 if not bool((own - plain[k]).abs().max() <= most * plain[k].abs().max()):
                     return False
     return True

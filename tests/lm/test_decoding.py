@@ -151,21 +151,24 @@ def test_strings_of_one_tree_are_those_of_a_padded_batch(
     np.testing.assert_allclose([r.log_prob for r in tree], [r.log_prob for r in padded], atol=2e-5)
 
 
-def test_token_budget_bounds_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_token_budget_bounds_every_pass(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM.from_parts(TINY.model, TINY.tokenizer, "tiny", token_budget=60)
     dists = [LMString(lm, prompt, max_tokens=5) for prompt in PROMPTS]
     requests = [request(d, ("b", k)) for k in range(6) for d in dists]
     whole = draw(
         [request(LMString(TINY, r, max_tokens=5), ("b", k)) for k in range(6) for r in PROMPTS]
     )
-    assert [r.ids for r in draw(requests)] == [r.ids for r in whole]
-    lm.packs = None
+    if not packs:
+        lm.packs = None
     watched = Watched(lm, monkeypatch)
     chunked = draw(requests)
     assert [r.ids for r in chunked] == [r.ids for r in whole]
     assert all(rows * length <= 60 for rows, length in watched.shapes)
     longest = max(len(r.prompt) for r in requests) + 5
-    assert longest <= 60 and max(rows for rows, _ in watched.shapes) >= 60 // longest
+    # Strings together: lines of a batch, or nodes of a tree after its prompts.
+    together = max(max(shape) if packs else shape[0] for shape in watched.shapes)
+    assert longest <= 60 and together >= 60 // longest
 
 
 def test_temperature_multiplies_the_distributions_own() -> None:

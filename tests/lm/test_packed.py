@@ -1,6 +1,7 @@
 """Packed scores equal padded ones, with gradients, for several architectures."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,7 +117,13 @@ def test_a_sliding_window_that_would_hide_something_goes_by_padded_batches():
     wanted = requests(lm, [("ab ab ab ab ab ab ab ab", "ab a."), ("a", "ab")])
     long = max(len(r.prompt) + len(r.path.tokens) for r in wanted)
     assert long > 16
-    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+    truth = without_packing(lm, score, wanted)
+    assert_equal(score(wanted), truth, 2e-5)
+    # Packed all the same, the long string would be read past its window.
+    lm.packs = replace(lm.packs, window=float("inf"))
+    wrong = score(wanted)
+    assert abs(wrong[0].log_prob - truth[0].log_prob) > 1e-3
+    assert wrong[1].log_prob == pytest.approx(truth[1].log_prob, abs=2e-5)
 
 
 def test_an_architecture_that_ignores_the_mask_is_found_out(monkeypatch):
