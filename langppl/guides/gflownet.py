@@ -86,7 +86,8 @@ class GFlowNetGuide(Guide):
         seed: of the adapter's initial weights and of all random numbers of training.
 
     Attributes:
-        history: what training reported, one list for each figure.
+        history: what training reported, one list for each figure; `log_reward`, `elbo` and
+            `impossible` are of the guide's own draws, NaN at steps that have none.
 
     Example:
         >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP
@@ -200,8 +201,8 @@ class GFlowNetGuide(Guide):
             The guide itself. Interrupted (Ctrl-C), it keeps what it has learned.
 
         Raises:
-            ValueError: for empty data, a program without a latent string of the guide's LM, or
-                given latents with several observations.
+            ValueError: for empty data, a program without a latent string of the guide's LM, given
+                latents with several observations, or a given posterior of another program.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
         """
         programs = _programs(model, data)
@@ -249,7 +250,8 @@ class GFlowNetGuide(Guide):
                     optimiser.step()
                     for k, v in {"step": float(done + step), **figures, "grad": norm}.items():
                         self.history.setdefault(k, []).append(v)
-                    text = " ".join(f"{k} {v:.2f}" for k, v in figures.items())
+                    shown = {k: v for k, v in figures.items() if not math.isnan(v)}
+                    text = " ".join(f"{k} {v:.2f}" for k, v in shown.items())
                     advance(1, text=f"training {text}")
         except KeyboardInterrupt:
             warnings.warn(
@@ -276,6 +278,7 @@ class GFlowNetGuide(Guide):
         alone = all(set(c) == set(e.latents) for c, e in zip(contexts, executions, strict=True))
         if isinstance(given, Posterior) and untempered and alone and not prefixes:
             known = None if given.log_joint is None else [float(v) for v in given.log_joint]
+            _check_same_program(program, rows, known)
         draws = make_draws(program, executions, contexts, prefixes, known)
         for d in draws:
             d.is_given = True
@@ -336,19 +339,23 @@ class GFlowNetGuide(Guide):
         total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
         if everything[0].ends:
             paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
-            loss = objectives.subtb(paths, lam)
+            log_z = feed.estimate(
+                objectives.root_gaps(paths[: len(fresh)] or paths),
+                objectives.root_gaps(paths),
+                power,
+                any(d.is_given for d in fresh),
+            )
+            loss = objectives.subtb(paths, lam, log_z)
         else:
-            rewards = [
-                d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
-                for d in everything
-            ]
-            reward = total.new_tensor(rewards)
-            # The guide leaves given draws behind as it learns from them; log Z must not follow.
-            if feed.log_z is not None and any(d.is_given for d in fresh):
-                loss = objectives.trajectory_balance(reward, total, total.new_tensor(feed.log_z))
-            else:
-                loss = objectives.vargrad(reward, total, len(fresh) or None)
-                feed.log_z = float(objectives.log_evidence((reward - total)[: len(fresh) or None]))
+            reward = total.new_tensor(
+                [
+                    d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
+                    for d in everything
+                ]
+            )
+            gap = reward - total
+            log_z = feed.estimate(gap[: len(fresh)], gap, power, any(d.is_given for d in fresh))
+            loss = objectives.trajectory_balance(reward, total, log_z)
         if not bool(torch.isfinite(loss)):
             sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
             raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
@@ -360,14 +367,14 @@ class GFlowNetGuide(Guide):
         own = [
             (d.log_reward, q)
             for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
-            if not d.is_tempered
+            if not (d.is_tempered or d.is_given)
         ]
         possible = [(r, q) for r, q in own if r > -math.inf]
         return {
             "loss": float(loss.detach()),
-            "log_reward": float(np.mean([r for r, _ in possible])) if possible else -math.inf,
-            "elbo": float(np.mean([r - q for r, q in possible])) if possible else -math.inf,
-            "impossible": 1.0 - len(possible) / max(len(own), 1),
+            "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
+            "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
+            "impossible": 1.0 - len(possible) / len(own) if own else math.nan,
         }
 
     def _takes_prefixes(
@@ -487,18 +494,56 @@ class _Feed:
         program: the program.
         buffer: what may be replayed.
         ready: draws that wait for their step.
-        log_z: the last estimate from draws that followed the guide, nats.
+        anchor: power of the reward and the estimate of log Z (nats) that given draws are held to.
     """
 
     program: Program
     buffer: ReplayBuffer[Draw]
     ready: list[Draw] = field(default_factory=list)
-    log_z: float | None = None
+    anchor: tuple[float, torch.Tensor] | None = None
+
+    def estimate(
+        self, fresh: torch.Tensor, everything: torch.Tensor, power: float, is_given: bool
+    ) -> torch.Tensor:
+        """Log Z of a batch, detached.
+
+        Args:
+            fresh: log R − log q of the draws that are not replayed; those are replayed because
+                theirs is high.
+            everything: of all draws, for a batch in which no fresh one is possible.
+            power: of the reward.
+            is_given: whether the batch holds given draws. The guide leaves them behind as it
+                learns from them, and log Z must not follow: it stays what the first batch said.
+        """
+        if is_given and self.anchor is not None and self.anchor[0] == power:
+            return self.anchor[1]
+        has_possible = bool(torch.isfinite(fresh).any())
+        log_z = objectives.log_evidence(fresh if has_possible else everything)
+        if is_given and has_possible:
+            self.anchor = (power, log_z)
+        return log_z
 
 
 def _check_contexts(contexts: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
     if not all(contexts):
         raise ValueError("some executions meet no latent string of this guide's LM")
+
+
+def _check_same_program(
+    program: Program, rows: Sequence[Mapping[str, Any]], log_joints: Sequence[float] | None
+) -> None:
+    """Raises ValueError if the first possible row has another log joint under the program."""
+    for row, known in zip(rows, log_joints or (), strict=bool(log_joints)):
+        if known > -math.inf:
+            found = float(program.log_joint(row))
+            # Wide enough for half precision in batches of another shape.
+            if not abs(found - known) <= 0.5 + 0.01 * abs(known):
+                raise ValueError(
+                    f"the given posterior is of another program or other observations: its sample "
+                    f"{ {k: str(v) for k, v in row.items()} } has log joint {known:.3f} there and "
+                    f"{found:.3f} here; give its samples instead, to have them scored"
+                )
+            return
 
 
 class _Policy:

@@ -40,20 +40,18 @@ class Trajectory:
     log_reward: Tensor
 
 
-def vargrad(log_reward: Tensor, log_q: Tensor, estimate_from: int | None = None) -> Tensor:
+def vargrad(log_reward: Tensor, log_q: Tensor) -> Tensor:
     """Trajectory balance with the batch's own estimate of log Z: Var(log R − log q).
 
     Args:
         log_reward: shape [n], at least 2; −inf marks an impossible trajectory.
         log_q: shape [n], with gradients.
-        estimate_from: log Z is estimated from the first so many trajectories, all by default.
-            Replayed ones, chosen because their log R − log q is high, belong behind them.
 
     Returns:
         The mean squared residual, a scalar.
     """
     gap = log_reward - log_q
-    return (_residuals(gap, log_q, log_evidence(gap[:estimate_from])) ** 2).mean()
+    return (_residuals(gap, log_q, log_evidence(gap)) ** 2).mean()
 
 
 def trajectory_balance(log_reward: Tensor, log_q: Tensor, log_z: Tensor) -> Tensor:
@@ -80,27 +78,46 @@ def _residuals(gap: Tensor, log_q: Tensor, log_z: Tensor) -> Tensor:
     return torch.where(torch.isfinite(gap), log_z - gap, floored)
 
 
-def subtb(trajectories: Sequence[Trajectory], lam: float = 1.0) -> Tensor:
+def root_gaps(trajectories: Sequence[Trajectory]) -> Tensor:
+    """Log R − log q of every end point, seen from the root: what SubTB estimates log Z from.
+
+    Args:
+        trajectories: of one observation.
+
+    Returns:
+        Shape [end points], nats; −inf where the string is impossible.
+    """
+    gaps = []
+    for t in trajectories:
+        reached = torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)])[t.ends]
+        gaps.append(t.log_reward - t.log_q_end - reached)
+    return torch.cat(gaps)
+
+
+def subtb(
+    trajectories: Sequence[Trajectory], lam: float = 1.0, log_z: Tensor | None = None
+) -> Tensor:
     """Sub-trajectory balance over all pairs of end points, the root with log Z among them.
 
     With u_t = log R(z₁..t ⊤) − log q(⊤ | z₁..t), the residual from i to j is
-    u_i + Σ_{t=i}^{j−1} log q(z_{t+1} | z₁..t) − u_j, weighted λ^(j−i). The root's u is the batch's
-    estimate of log Z, so the loss has the posterior as its only zero also where the empty string
+    u_i + Σ_{t=i}^{j−1} log q(z_{t+1} | z₁..t) − u_j, weighted λ^(j−i). The root's u is log Z,
+    so the loss has the posterior as its only zero also where the empty string
     cannot end. Prefixes that cannot end, or whose string is impossible, are no end points; an
     impossible last end point is pushed down alone.
 
     Args:
         trajectories: of one observation.
         lam: λ, above 0.
+        log_z: scalar; the batch's own estimate by default.
 
     Returns:
         The weighted mean squared residual, a scalar.
     """
-    sums = [torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)]) for t in trajectories]
-    gaps = [t.log_reward - t.log_q_end - c[t.ends] for t, c in zip(trajectories, sums, strict=True)]
-    log_z = log_evidence(torch.cat(gaps))
+    if log_z is None:
+        log_z = log_evidence(root_gaps(trajectories))
     losses = []
-    for t, c in zip(trajectories, sums, strict=True):
+    for t in trajectories:
+        c = torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)])
         possible = torch.isfinite(t.log_reward)
         ends = t.ends[possible]
         u = torch.cat([log_z[None], (t.log_reward - t.log_q_end)[possible]])

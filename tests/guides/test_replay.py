@@ -19,9 +19,9 @@ def test_the_best_are_kept() -> None:
 def test_equal_and_impossible_trajectories_are_not_added() -> None:
     buffer = ReplayBuffer[int](3)
     buffer.add("a", -1.0, 1)
-    buffer.add("a", -1.0, 1)
+    buffer.add("a", -1.0, 2)
     buffer.add("b", -np.inf, 3)
-    assert buffer.sample(3, np.random.default_rng(0)) == [1]
+    assert buffer.sample(3, np.random.default_rng(0)) == [2]  # renewed, not kept twice
 
 
 def test_samples_are_different_weighted_and_seeded() -> None:
