@@ -240,7 +240,8 @@ def reference_run(
             "seed": args.seed,
             "command": f"python examples/story_infilling.py --reference --stories {name} "
             f"--samples {args.samples} --steps {args.steps} --batch {args.batch} "
-            f"--learning-rate {args.learning_rate} --seed {args.seed}",
+            f"--learning-rate {args.learning_rate} --rank {args.rank} --given {args.given} "
+            f"--seed {args.seed}",
         }
         REFERENCE.write_text(json.dumps(found, indent=2) + "\n")
 
