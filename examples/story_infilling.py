@@ -101,7 +101,7 @@ def story_table(
             row["guide"],
             f"{row['log_evidence']:.2f} ± {row['error']:.2f}" + ("" if row["reliable"] else " (?)"),
             f"{row['elbo_possible']:.2f}",
-            gap if reference is None else f"{gap:.2f}",
+            gap,
             f"{row['sd']:.2f}",
             f"{row['ess']:.1f}",
             f"{row['pareto_k']:.2f}",
