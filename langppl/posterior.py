@@ -98,6 +98,9 @@ class Posterior:
         returns: the model's n return values.
         log_joint: shape [n], nats: log p(latents, observations) of each sample.
         log_q: shape [n], nats: log probability under the guide.
+        site_log_probs: site → shape [n], nats: the log probability of each sample at the sites of
+            the model, observed ones and factors included; NaN where an execution did not reach
+            the site.
         elapsed: seconds that the inference took.
         failed_sites: site → number of samples whose log probability there is −inf (or NaN).
         notes: sentences to be printed under the table.
@@ -133,6 +136,7 @@ class Posterior:
         returns: Sequence[Any] | None = None,
         log_joint: LogWeights | None = None,
         log_q: LogWeights | None = None,
+        site_log_probs: Mapping[str, LogWeights] | None = None,
         elapsed: float | None = None,
         failed_sites: Mapping[str, int] | None = None,
         notes: Sequence[str] = (),
@@ -144,8 +148,8 @@ class Posterior:
         self.elapsed = None if elapsed is None else float(elapsed)
         self.failed_sites = dict(failed_sites or {})
         self.notes = tuple(notes)
-        found = (site for sample in self.samples for site in sample)
-        self.sites = tuple(dict.fromkeys([*(sites or ()), *found]))
+        seen = (site for sample in self.samples for site in sample)
+        self.sites = tuple(dict.fromkeys([*(sites or ()), *seen]))
         if not self.samples:
             raise ValueError("a posterior needs at least one sample, got none")
         try:
@@ -160,6 +164,11 @@ class Posterior:
         self._check_length("returns", self.returns)
         self.log_joint = self._per_sample("log_joint", log_joint)
         self.log_q = self._per_sample("log_q", log_q)
+        self.site_log_probs: dict[str, Array] = {}
+        for site, values in (site_log_probs or {}).items():
+            found = self._per_sample(f"site_log_probs[{site!r}]", values)
+            assert found is not None
+            self.site_log_probs[site] = found
 
         self._possible = bool((self.log_weights > -np.inf).any())
         if log_evidence is not None:
@@ -445,6 +454,7 @@ class Posterior:
             "log_weights": _numbers(self.log_weights),
             "log_joint": _numbers(self.log_joint),
             "log_q": _numbers(self.log_q),
+            "site_log_probs": {k: _numbers(v) for k, v in self.site_log_probs.items()},
             "returns": encoded_returns,
             "samples": [
                 {site: _encode(value) for site, value in sample.items()} for sample in self.samples
@@ -495,6 +505,10 @@ class Posterior:
                 else [_decode(value) for value in content["returns"]],
                 log_joint=_floats(content["log_joint"]),
                 log_q=_floats(content["log_q"]),
+                site_log_probs={
+                    site: [float(v) for v in values]
+                    for site, values in content.get("site_log_probs", {}).items()
+                },
                 elapsed=content["elapsed"],
                 failed_sites=content["failed_sites"],
                 notes=content["notes"],

@@ -161,6 +161,7 @@ class GFlowNetGuide(Guide):
         steps: int = 60,
         batch: int = 16,
         learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
         warmup: int = 5,
         clip: float = 1.0,
         lam: float = 1.0,
@@ -181,6 +182,8 @@ class GFlowNetGuide(Guide):
             steps: gradient steps.
             batch: trajectories of one observation in a step, at least 2.
             learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).
+            betas: AdamW's; training of few steps gains from a shorter memory, such as (0.8, 0.95),
+                which forgets the large gradients of the beginning.
             warmup: steps over which it rises.
             clip: largest norm of the gradient.
             lam: SubTB's λ.
@@ -210,12 +213,14 @@ class GFlowNetGuide(Guide):
             self.check(program)
         if steps < 1 or batch < 2:
             raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
+        if not all(0.0 <= b < 1.0 for b in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
         if draw_ahead < 1:
             raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
         schedule = schedule or RewardSchedule()
         # Adding an adapter injects new tensors; those of this guide are found by its name.
         parameters = [p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
-        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
         feeds = [_Feed(p, ReplayBuffer(replay_size)) for p in programs]
         rows = given.samples if isinstance(given, Posterior) else given
         if len(rows):

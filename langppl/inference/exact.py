@@ -11,6 +11,7 @@ from typing import Any
 from langppl.distributions import LMChoice, LMString, Text
 from langppl.distributions.sites import naming
 from langppl.inference.failures import failures
+from langppl.inference.sites import site_log_probs
 from langppl.lm import enumeration
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -65,6 +66,7 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
         sites=program.latents,
         returns=[e.returned for e in done],
         log_joint=[e.log_joint for e in done],
+        site_log_probs=site_log_probs(done),
         elapsed=time.monotonic() - started,
         failed_sites=failed,
         notes=notes,

@@ -9,6 +9,7 @@ import warnings
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
+from langppl.inference.sites import site_log_probs
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, score
@@ -79,6 +80,7 @@ def as_posterior(
         returns=[e.returned for e in executions],
         log_joint=[e.log_joint for e in executions],
         log_q=[e.log_q for e in executions],
+        site_log_probs=site_log_probs(executions),
         elapsed=elapsed,
         failed_sites=failed,
         notes=notes,

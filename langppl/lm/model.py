@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from langppl.lm import adapters
+from langppl.lm import adapters, products
 from langppl.lm.packed import Packing, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
@@ -93,6 +93,7 @@ class LM:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
         self.model = model.eval().requires_grad_(False)
+        products.freeze(self.model)
         self.tokenizer = tokenizer
         self.token_budget = token_budget
         config = model.config.get_text_config()

@@ -1,0 +1,127 @@
+"""Faster matrix products with frozen weights on the CPU.
+
+`torch.nn.functional.linear` lays the weight out anew in every call; oneDNN takes one that was laid
+out once. The copy costs as much memory as the weight, and frozen weights are worth it: every
+strings' forward pass reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST = 2**16
+"""Weights of fewer numbers gain nothing: the call itself costs more."""
+
+_PROBES = 64
+
+_ROWS = 128
+"""Rows of input for which the layout is chosen; it takes any number."""
+
+
+def _lay_out(weight: Tensor) -> Tensor:
+    laid: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    return laid
+
+
+def _multiply(x: Tensor, laid: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid, bias, "none", [], "")
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b whose gradient goes to x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, laid: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _multiply(x, laid, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight, None, None, None
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that keeps a second copy of its weight in oneDNN's layout.
+
+    It shares the parameters of the layer it replaces. The copy is made at the first call, and anew
+    when the weight has changed; off the CPU, in another float type, or where the weight itself
+    takes gradients, it is a plain linear layer.
+
+    A change is seen by the weight's identity, memory and version, and, since what is written
+    through `.data` (as peft's merging does) leaves no trace in these, by some of its numbers.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.training = layer.training
+        self._laid: Tensor | None = None
+        self._of: tuple[Tensor, int, int] | None = None
+        self._probe = self._seen = torch.empty(0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.Linear`."""
+        weight, bias = self.weight, self.bias
+        takes_gradients = torch.is_grad_enabled() and (
+            weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if takes_gradients or not _suits(weight) or input.dtype != weight.dtype:
+            return super().forward(input)
+        if self._laid is None or not self._is_current():
+            self._laid, self._of = _lay_out(weight), (weight, weight.data_ptr(), weight._version)
+            numbers = weight.detach().flatten()
+            self._probe = numbers[:: max(1, len(numbers) // _PROBES)]
+            self._seen = self._probe.clone()
+        if torch.is_grad_enabled() and input.requires_grad:
+            apply: Any = _Product.apply
+            product: Tensor = apply(input, weight, self._laid, bias)
+            return product
+        return _multiply(input, self._laid, bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the second copy, which oneDNN's tensors do not let be copied or written."""
+        return {**self.__dict__, "_laid": None, "_of": None}
+
+    def _is_current(self) -> bool:
+        assert self._of is not None
+        weight, pointer, version = self._of
+        return (
+            weight is self.weight
+            and pointer == weight.data_ptr()
+            and version == weight._version
+            and torch.equal(self._probe, self._seen)
+        )
+
+
+def _suits(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+def freeze(model: nn.Module) -> None:
+    """Replaces a model's large linear layers, if this machine's torch has oneDNN's products."""
+    if not _works():
+        return
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if (
+                type(layer) is nn.Linear
+                and layer.weight.numel() >= SMALLEST
+                and _suits(layer.weight)
+            ):
+                setattr(parent, name, FrozenLinear(layer))
+
+
+def _works() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3)
+    try:
+        return torch.allclose(_multiply(x, _lay_out(weight), None), x @ weight.T)
+    except (AttributeError, RuntimeError):  # the operators are torch's own, and may go
+        return False
