@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters, products
+from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
@@ -42,6 +43,7 @@ class LM:
         vocabulary: the tokens as bytes.
         window: most tokens the model can read, from its config.
         node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
+        memo: the scores it remembers (see `langppl.lm.memo`).
         packs: how the model takes packed rows; None if it is scored in padded batches. Found
             out, by comparing logits, when the LM is made.
 
@@ -107,6 +109,7 @@ class LM:
         self._begin: int | None = begins[0] if begins else None
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.node_budget = DEFAULT_NODE_BUDGET
+        self.memo = Memo()
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}
         self._prompts: dict[str, tuple[int, ...]] = {}

@@ -133,7 +133,7 @@ def perform(requests: Sequence[Request]) -> list[Reply]:
 
 
 def serve(requests: Sequence[Request]) -> list[Reply]:
-    """Answers requests in batches, grouped by kind, LM and adapter."""
+    """Answers requests in batches, grouped by kind, LM and adapter; scores may be remembered."""
     from langppl.lm.decoding import draw
     from langppl.lm.scoring import score
 
@@ -145,7 +145,9 @@ def serve(requests: Sequence[Request]) -> list[Reply]:
         batch = [requests[at] for at in indices]
         scores = [r for r in batch if isinstance(r, ScoreRequest)]
         draws = [r for r in batch if isinstance(r, DrawRequest)]
-        answers: Sequence[Reply] = score(scores) if scores else draw(draws)
+        answers: Sequence[Reply] = (
+            scores[0].lm.memo.answer(scores, score) if scores else draw(draws)
+        )
         replies.update(zip(indices, answers, strict=True))
     return [replies[at] for at in range(len(requests))]
 

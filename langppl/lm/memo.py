@@ -1,0 +1,124 @@
+"""Scores that are remembered, so that a factor that did not change is never scored again.
+
+A score is a few numbers; what they depend on is all in the key: the ids of the prompt and of the
+string, the legal actions before each of its tokens, the temperature, and the state of the weights,
+an adapter's included, as it is at the moment of asking. The least recently used are forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from langppl.lm import adapters
+from langppl.lm.requests import ScoreReply, ScoreRequest
+from langppl.lm.rules import Path
+
+if TYPE_CHECKING:
+    from langppl.lm.model import LM
+
+DEFAULT_BYTES = 64 * 2**20
+_OVERHEAD = 512
+"""Bytes of an entry besides its numbers and ids: objects and the dictionary's own."""
+
+
+class Memo:
+    """Remembers the scores of one LM.
+
+    Args:
+        capacity: most bytes to use, about; 0 remembers nothing.
+
+    Attributes:
+        hits: requests that were answered from memory, or by an equal one of the same batch.
+        misses: requests that were scored.
+    """
+
+    def __init__(self, capacity: int = DEFAULT_BYTES) -> None:
+        if capacity < 0:
+            raise ValueError(f"a memo's capacity must be at least 0 bytes, got {capacity}")
+        self.capacity = capacity
+        self.hits = self.misses = self._bytes = 0
+        self._found: OrderedDict[object, tuple[ScoreReply, Path, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many scores are remembered."""
+        return len(self._found)
+
+    def clear(self) -> None:
+        """Forgets all scores."""
+        self._found.clear()
+        self._bytes = 0
+
+    def answer(
+        self,
+        requests: Sequence[ScoreRequest],
+        score: Callable[[Sequence[ScoreRequest]], list[ScoreReply]],
+    ) -> list[ScoreReply]:
+        """Answers requests, scoring those that are not remembered.
+
+        Args:
+            requests: of this LM, under one adapter.
+            score: scores what is not known.
+        """
+        if not requests or self.capacity == 0:
+            return score(requests)
+        state = state_of(requests[0].lm, requests[0].adapter)
+        keys = [(state, *_key(r)) for r in requests]
+        new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self._found}
+        self.misses += len(new)
+        self.hits += len(requests) - len(new)
+        replies = {k: self._found[k][0] for k in keys if k in self._found}
+        replies |= zip(new, score(list(new.values())), strict=True)
+        for key, request in zip(keys, requests, strict=True):
+            self._keep(key, request, replies[key])
+        return [replies[k] for k in keys]
+
+    def _keep(self, key: object, request: ScoreRequest, reply: ScoreReply) -> None:
+        if key in self._found:
+            self._found.move_to_end(key)
+            return
+        ids = len(request.prompt) + len(request.path.tokens) + len(request.path.steps)
+        size = _OVERHEAD + 8 * ids + reply.tokens.nbytes + reply.canonical.nbytes
+        for row in (reply.tokens, reply.canonical):
+            row.setflags(write=False)
+        # The path keeps its steps alive, whose identities are in the key.
+        self._found[key] = (reply, request.path, size)
+        self._bytes += size
+        while self._bytes > self.capacity:
+            _, (_, _, size) = self._found.popitem(last=False)
+            self._bytes -= size
+
+
+def _key(request: ScoreRequest) -> tuple[object, ...]:
+    path = request.path
+    return (
+        request.prompt,
+        path.tokens,
+        tuple(id(step) for step in path.steps),
+        path.ending,
+        tuple(path.ending_ids.tolist()),
+        request.temperature,
+    )
+
+
+def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:
+    """What the weights are at this moment, as a key.
+
+    Of an adapter every number counts. An LM's own weights are frozen; that they were exchanged or
+    written to is seen by their places, versions and one number of each.
+    """
+    weights = [tensor.detach() for _, tensor in adapters.base_tensors(lm.model)]
+    places = tuple((w.data_ptr(), w._version) for w in weights)
+    numbers = torch.stack([w.reshape(-1)[w.numel() // 2].float() for w in weights]).cpu()
+    if adapter is None:
+        return (hash(places), numbers.numpy().tobytes())
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(adapters.state(lm.model, adapter).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    scale = lm.model.peft_config[adapter]
+    return (hash(places), numbers.numpy().tobytes(), digest.digest(), scale.lora_alpha, scale.r)

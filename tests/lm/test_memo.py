@@ -1,0 +1,151 @@
+"""A remembered score is the score: under mixed prompts, rules, adapters and training steps."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+
+from langppl import LMString
+from langppl.lm import memo, scoring
+from langppl.lm.memo import Memo
+from langppl.lm.requests import ScoreRequest, perform, serve
+from langppl.lm.rules import Path, StringRules
+from langppl.testing import tiny_lm
+
+PROMPTS = ["a", "ab", "b.", " "]
+TEXTS = ["a.", "ab.", "abb.", "b a.", "."]
+RULES = [
+    StringRules(stop=".", max_tokens=6),
+    StringRules(stop=".", max_tokens=6, min_tokens=2),
+    StringRules(stop=("b.", "."), max_tokens=6),
+]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    found = tiny_lm(["a", "b", ".", " "], seed=4, merged=["ab"])
+    for k, name in enumerate("uv"):
+        torch.manual_seed(k)
+        found.add_adapter(
+            name, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        )
+    return found
+
+
+def request(lm, prompt, text, rules, adapter, temperature=1.0):
+    path = lm.bind(rules).parse(lm.encode_text(text), text.encode(), rules.max_tokens)
+    return ScoreRequest(lm, lm.encode_prompt(prompt), path, temperature, adapter)
+
+
+def train(lm, adapter, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in lm.model.named_parameters():
+        if f".{adapter}." in name:
+            with torch.no_grad():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+
+
+asked = st.tuples(
+    st.sampled_from(PROMPTS),
+    st.sampled_from(TEXTS),
+    st.sampled_from(RULES),
+    st.sampled_from([None, "u", "v"]),
+    st.sampled_from([1.0, 0.7]),
+)
+happens = st.one_of(
+    st.lists(asked, min_size=1, max_size=6),
+    st.tuples(st.sampled_from(["u", "v"]), st.integers(0, 99)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(happens, min_size=2, max_size=8), st.sampled_from([2**20, 3000]))
+def test_every_answer_is_the_score(lm, story, capacity):
+    lm.memo = Memo(capacity)
+    for event in story:
+        if isinstance(event, tuple):
+            train(lm, *event)
+            continue
+        wanted = [request(lm, *e) for e in event]
+        wanted = [r for r in wanted if isinstance(r.path, Path)]  # the rules may refuse the text
+        for r, reply in zip(wanted, serve(wanted), strict=True):
+            (fresh,) = scoring.score([r])
+            np.testing.assert_allclose(reply.tokens, fresh.tokens, atol=2e-5)
+            np.testing.assert_allclose(reply.canonical, fresh.canonical, atol=2e-5)
+            assert reply.ending == pytest.approx(fresh.ending, abs=2e-5)
+        assert lm.memo._bytes <= capacity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": "b."}, {"text": "ab."}, {"rules": 1}, {"adapter": "v"}, {"temperature": 0.7}],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_the_score_depends_on_is_in_the_key(lm, change):
+    lm.memo = Memo()
+    first = {"prompt": "a", "text": "abb.", "rules": 0, "adapter": None, "temperature": 1.0}
+    scores = []
+    for case in (first, {**first, **change}):
+        one = request(lm, **{**case, "rules": RULES[case["rules"]]})
+        (reply,), (fresh,) = serve([one]), scoring.score([one])
+        assert reply.log_prob == pytest.approx(fresh.log_prob, abs=2e-5)
+        scores.append(reply.log_prob)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_what_is_known_is_not_scored_again(lm, monkeypatch):
+    lm.memo = Memo()
+    passes = []
+    original = scoring.score
+    monkeypatch.setattr(scoring, "score", lambda r: passes.append(len(r)) or original(r))
+    one = request(lm, "a", "ab.", RULES[0], None)
+    two = request(lm, "a", "abb.", RULES[0], None)
+    perform([one, two, one])
+    perform([two])
+    assert passes[0] == 2 and sum(passes) == 2
+    assert (lm.memo.hits, lm.memo.misses) == (2, 2)
+    lm.memo.clear()
+    perform([two])
+    assert sum(passes) == 3
+
+
+def test_the_least_recently_used_goes_first(lm):
+    rows = [request(lm, p, "ab.", RULES[0], None) for p in PROMPTS[:3]]
+    lm.memo = Memo()
+    serve([rows[0]])
+    lm.memo = Memo(int(2.5 * lm.memo._bytes))
+    for r in (rows[0], rows[1], rows[0], rows[2]):
+        serve([r])
+    hits = lm.memo.hits
+    serve([rows[0]])
+    assert lm.memo.hits == hits + 1
+    serve([rows[1]])
+    assert lm.memo.hits == hits + 1
+    assert len(lm.memo) == 2
+
+
+def test_changed_base_weights_are_seen(lm):
+    lm.memo = Memo()
+    dist = LMString(lm, "a", stop=".", max_tokens=4)
+    before = float(dist.log_prob("ab."))
+    weight = lm.model.get_output_embeddings().weight
+    kept = weight.detach().clone()
+    try:
+        weight.data *= 0.5  # leaves no trace in the tensor's version
+        changed = float(dist.log_prob("ab."))
+    finally:
+        weight.data.copy_(kept)
+    assert abs(changed - before) > 1e-3
+    assert float(dist.log_prob("ab.")) == pytest.approx(before, abs=1e-5)
+
+
+def test_a_memo_of_nothing_and_a_negative_one(lm):
+    lm.memo = Memo(0)
+    one = request(lm, "a", "ab.", RULES[0], None)
+    serve([one])
+    serve([one])
+    assert lm.memo.hits == 0 and len(lm.memo) == 0
+    with pytest.raises(ValueError, match="capacity must be at least 0"):
+        memo.Memo(-1)
