@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.langppl-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint
+.PHONY: help env demo test lint bench
 
 help:
 	@echo "make demo   the posterior of a missing sentence, on a real language model"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy and the import contracts"
+	@echo "make bench  every benchmark, beside what one would use instead"
 	@echo "make env    the environment alone, in $(VENV)"
 
 env: $(STAMP)
@@ -37,3 +38,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy langppl
 	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	for name in prefix_rewards step decoding limit growth; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; \
+	done

@@ -172,6 +172,7 @@ class GFlowNetGuide(Guide):
         replay_size: int = 256,
         draw_ahead: int = 1,
         given: Posterior | Sequence[Mapping[str, Any]] = (),
+        given_share: float = 1.0,
         progress: bool = True,
     ) -> GFlowNetGuide:
         """Trains the adapter; called again, it goes on from where it was.
@@ -195,9 +196,12 @@ class GFlowNetGuide(Guide):
             replay_size: how many of those are kept for each observation.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
                 their last draws are a few steps off-policy.
-            given: latents (site → value) to learn from first, in the place of the guide's own
-                draws; with a single observation only. A posterior's log joints are not computed
-                anew where they suffice.
+            given: latents (site → value) to learn from, in the place of the guide's own draws;
+                with a single observation only. A posterior's log joints are not computed anew
+                where they suffice.
+            given_share: share of a batch's new draws that are given ones, while these last. With
+                1 the guide learns from them first; a small share spreads them over the training,
+                which keeps the guide from losing what its own draws no longer reach.
             progress: whether to show a bar on a terminal.
 
         Returns:
@@ -215,6 +219,8 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
         if not all(0.0 <= b < 1.0 for b in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+        if not 0.0 < given_share <= 1.0:
+            raise ValueError(f"given_share must be above 0 and at most 1, got {given_share}")
         if draw_ahead < 1:
             raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
         schedule = schedule or RewardSchedule()
@@ -229,7 +235,7 @@ class GFlowNetGuide(Guide):
                     f"given latents belong to one observation, and data has {len(programs)}; "
                     "fit them one after the other"
                 )
-            feeds[0].ready = self._given(programs[0], given, schedule.start == 1.0)
+            feeds[0].given = self._given(programs[0], given, schedule.start == 1.0)
         done = len(self.history.get("step", []))
         try:
             with bar("training", steps, progress) as advance:
@@ -243,7 +249,7 @@ class GFlowNetGuide(Guide):
                         batch,
                         schedule.power(step, steps),
                         lam,
-                        (tempered_share, sampling_temperature, replay_share),
+                        (tempered_share, sampling_temperature, replay_share, given_share),
                         draw_ahead,
                     )
                     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
@@ -322,22 +328,30 @@ class GFlowNetGuide(Guide):
         batch: int,
         power: float,
         lam: float,
-        shares: tuple[float, float, float],
+        shares: tuple[float, float, float, float],
         draw_ahead: int,
     ) -> dict[str, float]:
         """One loss and its backward pass; returns the figures to report."""
-        tempered_share, temperature, replay_share = shares
+        tempered_share, temperature, replay_share, given_share = shares
         count = batch - min(int(batch * replay_share), len(feed.buffer))
-        if len(feed.ready) < count:
+        taken = min(len(feed.given), math.ceil(count * given_share))
+        given, feed.given = feed.given[:taken], feed.given[taken:]
+        own = count - taken
+        if len(feed.ready) < own:
             feed.ready += self._fresh(
-                feed.program, count * draw_ahead, step, tempered_share, temperature
+                feed.program, own * draw_ahead, step, tempered_share, temperature
             )
-        fresh, feed.ready = feed.ready[:count], feed.ready[count:]
+        fresh, feed.ready = feed.ready[:own], feed.ready[own:]
         replayed = feed.buffer.sample(
-            batch - count, generator((self.seed, "replay", step)), {d.key for d in fresh}
+            batch - count, generator((self.seed, "replay", step)), {d.key for d in (*fresh, *given)}
         )
-        fresh = [d for d in fresh if all(p.requests(None) for p in d.parts)]
-        everything = [*fresh, *replayed]
+        # Those that log Z is estimated from come first.
+        if not fresh:
+            fresh, given = given, []
+        fresh, given = (
+            [d for d in draws if all(p.requests(None) for p in d.parts)] for draws in (fresh, given)
+        )
+        everything = [*fresh, *given, *replayed]
         if len(everything) < 2:
             raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
         found = policy_scores(everything, self.adapter)
@@ -369,17 +383,17 @@ class GFlowNetGuide(Guide):
         log_qs = total.detach().tolist()
         for d, q in zip(everything, log_qs, strict=True):
             feed.buffer.add(d.key, d.log_reward - q, d)
-        own = [
+        untempered = [
             (d.log_reward, q)
             for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
             if not (d.is_tempered or d.is_given)
         ]
-        possible = [(r, q) for r, q in own if r > -math.inf]
+        possible = [(r, q) for r, q in untempered if r > -math.inf]
         return {
             "loss": float(loss.detach()),
             "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
             "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
-            "impossible": 1.0 - len(possible) / len(own) if own else math.nan,
+            "impossible": 1.0 - len(possible) / len(untempered) if untempered else math.nan,
         }
 
     def _takes_prefixes(
@@ -498,13 +512,15 @@ class _Feed:
     Attributes:
         program: the program.
         buffer: what may be replayed.
-        ready: draws that wait for their step.
+        ready: the guide's own draws that wait for their step.
+        given: draws from elsewhere that do.
         anchor: power of the reward and the estimate of log Z (nats) that given draws are held to.
     """
 
     program: Program
     buffer: ReplayBuffer[Draw]
     ready: list[Draw] = field(default_factory=list)
+    given: list[Draw] = field(default_factory=list)
     anchor: tuple[float, torch.Tensor] | None = None
 
     def estimate(
@@ -513,11 +529,11 @@ class _Feed:
         """Log Z of a batch, detached.
 
         Args:
-            fresh: log R − log q of the draws that are not replayed; those are replayed because
-                theirs is high.
+            fresh: log R − log q of the guide's own draws, or of given ones where there are none;
+                replayed ones are replayed because theirs is high.
             everything: of all draws, for a batch in which no fresh one is possible.
             power: of the reward.
-            is_given: whether the batch holds given draws. The guide leaves them behind as it
+            is_given: whether these are given draws. The guide leaves them behind as it
                 learns from them, and log Z must not follow: it stays what the first batch said.
         """
         if is_given and self.anchor is not None and self.anchor[0] == power:

@@ -21,7 +21,7 @@ from langppl import (
     infer,
     sample,
 )
-from langppl.guides import objectives
+from langppl.guides import gflownet, objectives
 from langppl.guides.context import context_ids
 from langppl.guides.gflownet import _Feed
 from langppl.guides.replay import ReplayBuffer
@@ -267,6 +267,11 @@ def test_what_fit_refuses() -> None:
         guide.fit(chain, [(lm,)], **QUICK)
     with pytest.raises(ValueError, match="batch >= 2"):
         guide.fit(story, [(lm,)], steps=1, batch=1)
+    with pytest.raises(ValueError, match="betas must be at least 0 and below 1"):
+        guide.fit(story, [(lm,)], betas=(0.9, 1.0))
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="given_share must be above 0"):
+            guide.fit(story, [(lm,)], given_share=share)
     with pytest.raises(TypeError, match="tuple of the model's arguments"):
         guide.fit(story, ["ab"])
     with pytest.raises(ValueError, match="unknown objective"):
@@ -297,6 +302,24 @@ def test_given_draws_come_first_and_teach_the_guide() -> None:
     # Log joints that are taken from the posterior are those that scoring gives.
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def test_a_small_share_spreads_given_draws_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    prior = infer(program, num_samples=40, seed=5, progress=False)
+    batches = []
+    plain = gflownet.policy_scores
+
+    def scores(draws: Any, adapter: Any) -> Any:
+        batches.append([d.is_given for d in draws])
+        return plain(draws, adapter)
+
+    monkeypatch.setattr(gflownet, "policy_scores", scores)
+    guide = fit_given(program, prior, 6, given_share=0.25)
+    # A quarter of 32 in each step while the 40 last, the guide's own first; then none.
+    assert [sum(b) for b in batches] == [8, 8, 8, 8, 8, 0]
+    assert all(b == sorted(b) and len(b) == 32 for b in batches)
+    assert not any(math.isnan(x) for x in guide.history["elbo"])
 
 
 def test_a_given_posterior_of_other_observations_is_an_error() -> None:

@@ -1,0 +1,88 @@
+"""Rewards of all prefixes: padded batches without reuse against langppl, in one run.
+
+Samples of 20 tokens; a stop and the ending after every prefix. Both ways give the same numbers,
+which is checked before anything is timed.
+
+    python benchmarks/prefix_rewards.py --help
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import numpy as np
+import plain
+
+import langppl as lp
+from langppl.guides.trajectories import make_draws
+from langppl.program.execution import given
+
+ENDING = " and in the end they were all very happy because the box was full of apples and bread"
+
+
+def case(lm: lp.LM, model: Any, samples: int, length: int, prompt_length: int, ending_length: int):
+    """The two ways of one row, each giving log rewards [samples, length + 1]."""
+    prompt = common.prompt_of(lm, prompt_length)
+    ending = lm.vocabulary.join(lm.encode_text(ENDING)[:ending_length]).decode()
+    values = common.strings(lm, prompt, samples, length)
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, prompt, stop=".", min_tokens=0, max_tokens=length))
+        lp.sample("y", lp.LMString(lm, f"{prompt}{z}", min_tokens=0), obs=ending)
+
+    program = lp.compile(story)
+    ids = lm.encode_prompt(prompt)
+    stops = common.stop_ids(lm)
+    target = lm.encode_text(ending)
+
+    def padded():
+        found = plain.prefix_log_rewards(model, ids, [v.ids for v in values], stops, target)
+        return found.numpy()
+
+    def packed():
+        lm.memo.clear()
+        executions = program.run([given({"z": v}) for v in values])
+        draws = make_draws(program, executions, [{"z": ids}] * len(values), prefixes=True)
+        return np.array([[p + r for _, p, r in d.ends] for d in draws])
+
+    return padded, packed
+
+
+def main() -> None:
+    options = common.parser(__doc__)
+    options.add_argument("--samples", type=int, nargs="+", default=[8, 32])
+    options.add_argument("--prompts", type=int, nargs="+", default=[7, 60, 200])
+    options.add_argument("--endings", type=int, nargs="+", default=[7, 20])
+    args = options.parse_args()
+    lm, model = lp.LM(args.lm), common.plain_model(args.lm)
+    rows = []
+    for samples in args.samples:
+        for prompt in args.prompts:
+            for ending in args.endings:
+                padded, packed = case(lm, model, samples, 20, prompt, ending)
+                found, expected = packed(), padded()
+                assert found.shape == expected.shape, (found.shape, expected.shape)
+                difference = float(np.abs(found - expected).max())
+                if difference > 1e-2:
+                    raise AssertionError(f"the two ways differ by {difference} nats")
+                seconds = common.side_by_side({"padded": padded, "packed": packed}, args.runs)
+                a, b = (common.median(seconds[k]) for k in ("padded", "packed"))
+                rows.append(
+                    {
+                        "samples": samples,
+                        "prompt": prompt,
+                        "ending": ending,
+                        "padded s": a,
+                        "langppl s": b,
+                        "ratio": a / b,
+                        "largest difference": f"{difference:.1e}",
+                        "seconds": seconds,
+                    }
+                )
+    columns = [c for c in rows[0] if c != "seconds"]
+    common.report("prefix_rewards", columns, rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The plain procedure that the benchmarks measure beside langppl computes the same numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import langppl as lp
+from langppl.distributions import Text
+from langppl.guides.trajectories import make_draws
+from langppl.program.execution import given
+from langppl.testing import tiny_lm
+
+
+@pytest.fixture(scope="module")
+def plain() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "plain.py"
+    spec = importlib.util.spec_from_file_location("plain", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_special_tokens(lm: lp.LM) -> Callable[..., Any]:
+    """The model as langppl sees it: tokens that no text holds have no chance."""
+    never = torch.tensor(lm.vocabulary.special)
+    never[list(lm.vocabulary.end_ids)] = False
+
+    def call(**inputs: Any) -> Any:
+        out = lm.model(**inputs)
+        out.logits = out.logits.masked_fill(never, -torch.inf)
+        return out
+
+    return call
+
+
+def test_prefix_rewards_of_the_plain_script_are_those_of_langppl(plain: ModuleType) -> None:
+    lm = tiny_lm("ab.", seed=3)
+    texts = ["abba", "bbab", "aabb"]
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, "b", stop=".", min_tokens=0, max_tokens=4))
+        lp.sample("y", lp.LMString(lm, f"b{z}", min_tokens=0), obs="ab")
+
+    program = lp.compile(story)
+    ids = lm.encode_prompt("b")
+    values = [Text(t, lm.encode_text(t), lm.fingerprint) for t in texts]
+    executions = program.run([given({"z": v}) for v in values])
+    draws = make_draws(program, executions, [{"z": ids}] * 3, prefixes=True)
+    expected = np.array([[p + r for _, p, r in d.ends] for d in draws])
+    for batch in (2, 32):
+        found = plain.prefix_log_rewards(
+            without_special_tokens(lm),
+            ids,
+            [v.ids for v in values],
+            lm.encode_text("."),
+            lm.encode_text("ab"),
+            batch,
+        )
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
+
+
+def test_the_plain_sampler_keeps_gradients_and_normalises(plain: ModuleType) -> None:
+    lm = tiny_lm("ab.", seed=3)
+    stops = lm.encode_text(".")
+    lm.model.requires_grad_(True)
+    tokens, log_q, log_stop = plain.sample_with_gradients(
+        lm.model, lm.encode_prompt("b"), 5, 4, stops, 0
+    )
+    assert tokens.shape == log_q.shape == (5, 4) and log_stop.shape == (5, 5)
+    assert not torch.isin(tokens, torch.tensor(stops)).any()
+    again = plain.sequence_log_probs(
+        lm.model, [[*lm.encode_prompt("b"), *z] for z in tokens.tolist()], [4] * 5, 2
+    )
+    torch.testing.assert_close(torch.stack(again), log_q, rtol=1e-4, atol=1e-4)
+    plain.subtb_loss(torch.zeros(5, 5), log_q, log_stop).backward()
+    assert all(p.grad is not None for p in lm.model.parameters())
