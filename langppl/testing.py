@@ -393,7 +393,7 @@ def _list_executions(guide: Guide, program: Program, most: int) -> list[Executio
             if name not in values:
                 raise _Unlisted(name, fn)
             choice = inner(name, _forced(fn, values[name]), execution)
-            return Choice(choice.value, choice.log_q)
+            return Choice(choice.value, choice.log_q, defence=choice.defence)
 
         try:
             return score(run_once(program.model, program.args, choose))

@@ -17,14 +17,14 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMString
+from langppl.distributions import LMChoice, LMString
 from langppl.guides import objectives
 from langppl.guides.base import Guide, Key
 from langppl.guides.context import ContextFunction, context_ids, default_context
@@ -39,9 +39,10 @@ from langppl.guides.trajectories import (
 )
 from langppl.lm.decoding import generator
 from langppl.lm.model import LM
+from langppl.lm.requests import ScoreReply, perform
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.program.execution import Choice, Chooser, Execution, draw_prior, mixed
 from langppl.program.execution import given as given_values
 from langppl.progress import bar
 
@@ -83,9 +84,14 @@ class GFlowNetGuide(Guide):
         objective: `"subtb"` (sub-trajectory balance with the reward at every prefix; programs with
             one latent string), `"vargrad"` (trajectory balance with the batch's own log Z), or
             `"auto"`: subtb where it can be, vargrad otherwise.
+        defensive: share of the proposals for each latent that inference draws from the prior
+            instead (a defensive mixture, Hesterberg 1995). It bounds the weights by the likelihood
+            over this share, once for each latent, so that what the guide has lost cannot spoil the
+            evidence; the ELBO falls a little. Training and `sample` are without it.
         seed: of the adapter's initial weights and of all random numbers of training.
 
     Attributes:
+        defensive: as above; may be changed at any time.
         history: what training reported, one list for each figure; `log_reward`, `elbo` and
             `impossible` are of the guide's own draws, NaN at steps that have none.
 
@@ -104,6 +110,7 @@ class GFlowNetGuide(Guide):
         rank: int = 16,
         alpha: int | None = None,
         objective: str = "auto",
+        defensive: float = 0.0,
         seed: int = 0,
     ) -> None:
         from peft import LoraConfig
@@ -123,6 +130,7 @@ class GFlowNetGuide(Guide):
             base_model_name_or_path=lm.name,
         )
         self._setup(lm, context, objective, seed)
+        self.defensive = defensive
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lm.add_adapter(self.adapter, config)
@@ -132,10 +140,22 @@ class GFlowNetGuide(Guide):
         self.context = context or default_context
         self.objective = objective
         self.seed = seed
+        self._defensive = 0.0
         self.adapter = f"guide{next(_numbers)}"
         self.history: dict[str, list[float]] = {}
         self._latents: tuple[str, ...] | None = None
         weakref.finalize(self, _remove, lm, self.adapter)
+
+    @property
+    def defensive(self) -> float:
+        """Share of the prior in what inference proposes, at least 0 and below 1."""
+        return self._defensive
+
+    @defensive.setter
+    def defensive(self, share: float) -> None:
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
+        self._defensive = share
 
     def check(self, program: Program) -> None:
         """Raises ValueError if the guide's LM draws none of the program's latent strings."""
@@ -149,7 +169,7 @@ class GFlowNetGuide(Guide):
 
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
-        return _Policy(self, program, key, 1.0)
+        return _Policy(self, program, key, 1.0, defensive=self.defensive)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -433,7 +453,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"n must be at least 1, got {n}")
         program = model if isinstance(model, Program) else compile(model, *args)
         self.check(program)
-        choosers = [self.chooser(program, (seed, "guide", i)) for i in range(n)]
+        choosers = [_Policy(self, program, (seed, "guide", i), 1.0) for i in range(n)]
         return [e.latents for e in program.run(choosers)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -450,6 +470,7 @@ class GFlowNetGuide(Guide):
             "base_fingerprint": self.lm.weights_fingerprint,
             "objective": self.objective,
             "default_context": self.context is default_context,
+            "defensive": self.defensive,
             "seed": self.seed,
             "steps": len(self.history.get("step", [])),
             "versions": {p: importlib.metadata.version(p) for p in packages},
@@ -488,6 +509,7 @@ class GFlowNetGuide(Guide):
             base, fingerprint = record["base_model"], record["base_fingerprint"]
             objective, seed = record["objective"], record["seed"]
             plain = record["default_context"]
+            defensive = float(record.get("defensive", 0.0))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
         if fingerprint != lm.weights_fingerprint:
@@ -501,6 +523,7 @@ class GFlowNetGuide(Guide):
             )
         self = cls.__new__(cls)
         self._setup(lm, context, objective, seed)
+        self.defensive = defensive
         lm.load_adapter(self.adapter, folder)
         return self
 
@@ -577,9 +600,10 @@ class _Policy:
         key: Key,
         temperature: float,
         values: Mapping[str, Any] | None = None,
+        defensive: float = 0.0,
     ) -> None:
         self.guide, self.program, self.key = guide, program, key
-        self.temperature = temperature
+        self.temperature, self.defensive = temperature, defensive
         self.values = values
         self.contexts: dict[str, tuple[int, ...]] = {}
 
@@ -593,10 +617,33 @@ class _Policy:
             return given_values(self.values)(name, fn, execution)
         if not is_covered:
             return draw_prior(fn, key)
-        value, log_q = fn.draw(
-            key, prompt=prompt, adapter=guide.adapter, temperature=self.temperature
-        )
-        return Choice(value, log_q)
+        if not self.defensive:
+            value, log_q = fn.draw(
+                key, prompt=prompt, adapter=guide.adapter, temperature=self.temperature
+            )
+            return Choice(value, log_q)
+        if generator((*key, "defence")).random() < self.defensive:
+            prior = draw_prior(fn, (*key, "prior"))
+            log_q = _raw_log_prob(fn, prior.value, prompt, guide.adapter)
+            assert prior.log_q is not None
+            return replace(prior, log_q=mixed(log_q, prior.log_q, self.defensive))
+        value, log_q = fn.draw(key, prompt=prompt, adapter=guide.adapter)
+        if fn.why_impossible(value) is None:
+            return Choice(value, log_q, defence=self.defensive)
+        # A string that is rejected has no log_prob, but the prior does propose it.
+        return Choice(value, mixed(log_q, _raw_log_prob(fn, value), self.defensive))
+
+
+def _raw_log_prob(
+    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+) -> float:
+    """Log-probability (nats) with which a latent is drawn, rejected strings included."""
+    if isinstance(fn, LMChoice):
+        return float(fn.log_probs(prompt=prompt, adapter=adapter)[fn.options.index(value)])
+    request = fn.request(value, prompt=prompt, adapter=adapter)
+    (reply,) = perform([request])
+    assert isinstance(reply, ScoreReply)
+    return reply.log_prob
 
 
 def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -> list[Program]:

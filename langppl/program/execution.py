@@ -46,6 +46,8 @@ class Site:
         log_q: nats, with which a latent was proposed; None if it was given.
         scale: Pyro's scale.
         mask: Pyro's mask.
+        defence: share of the prior in the mixture that proposed a latent, where `log_q` does not
+            count it yet: scoring the latent, which gives its probability under the prior, does so.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Site:
     log_q: float | None = None
     scale: Any = 1.0
     mask: Any = None
+    defence: float = 0.0
 
     @property
     def is_string(self) -> bool:
@@ -103,11 +106,13 @@ class Choice:
         value: the value.
         log_q: nats, with which it was proposed; None if it was given.
         log_prob: nats, under the model, where the proposal knows it already.
+        defence: share of the prior in the proposal that `log_q` does not count yet.
     """
 
     value: Any
     log_q: float | None = None
     log_prob: float | None = None
+    defence: float = 0.0
 
 
 Chooser = Callable[[str, Any, Execution], Choice]
@@ -186,6 +191,7 @@ class _Handler(Messenger):
             log_q=choice.log_q,
             scale=msg["scale"],
             mask=msg["mask"],
+            defence=choice.defence,
         )
 
 
@@ -247,7 +253,7 @@ def score_all(
         # One impossible site makes the execution impossible: the LM need not score the others.
         hopeless = [p for p in wanted[start:] if not p[1].requests and p[1].finish(()) == -math.inf]
         if hopeless or any(s.log_prob == -math.inf for s in execution.sites.values()):
-            wanted[start:] = hopeless
+            wanted[start:] = [w for w in wanted[start:] if w in hopeless or w[0].defence]
     requests: list[Request] = [r for _, pending in wanted for r in pending.requests]
     replies: list[Reply] = perform(requests)
     at = 0
@@ -255,10 +261,18 @@ def score_all(
         mine = replies[at : at + len(pending.requests)]
         at += len(mine)
         plain = torch.tensor(pending.finish(mine), dtype=torch.float64)
+        if site.defence and site.log_q is not None:
+            site.log_q = mixed(site.log_q, float(plain), site.defence)
+            site.defence = 0.0
         site.log_prob = float(scale_and_mask(plain, site.scale, site.mask).sum())
     for execution in executions:
         for site in execution.sites.values():
             check_number(site.name, site.log_prob)
+
+
+def mixed(log_q: float, log_prior: float, defence: float) -> float:
+    """Log-probability (nats) under a proposal mixed with so large a share of the prior."""
+    return float(np.logaddexp(np.log1p(-defence) + log_q, np.log(defence) + log_prior))
 
 
 def _tempered(fn: TemperedFactor) -> Pending:

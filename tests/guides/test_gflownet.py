@@ -397,3 +397,50 @@ def test_log_z_is_of_draws_that_are_not_replayed_unless_none_is_possible() -> No
     assert float(feed.estimate(fresh, fresh, 0.5, True)) == -3.0
     assert float(feed.estimate(replayed, replayed, 0.5, True)) == -3.0
     assert float(feed.estimate(replayed, replayed, 1.0, True)) == -1.5
+
+
+def perturbed(program: Program, seed: int, defensive: float) -> GFlowNetGuide:
+    """An untrained guide whose adapter is random, so that it proposes badly."""
+    guide = GFlowNetGuide(program.args[0], rank=4, defensive=defensive, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in guide.lm.model.named_parameters():
+            if f".{guide.adapter}." in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return guide
+
+
+def rejecting(lm: LM) -> None:
+    middle = sample("middle", LMString(lm, "ab", stop=".", max_tokens=3, truncate="reject"))
+    sample("ending", LMString(lm, f"ab{middle}", max_tokens=4), obs="aab.")
+
+
+@pytest.mark.parametrize("model", [story, chain, choice, rejecting], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("defensive", [0.05, 0.4])
+def test_a_defensive_guide_knows_what_it_proposes(model: Any, defensive: float) -> None:
+    program = compile(model, make_lm(2))
+    check_guide(perturbed(program, 3, defensive), program, samples=1500, seed=1)
+
+
+def test_the_prior_bounds_the_weights_of_a_defensive_guide() -> None:
+    program = compile(story, make_lm(2), SEEDS[1])
+    prior = infer(program, method="exact", progress=False)
+    likelihood = np.exp(prior.site_log_probs["ending"].max())
+    bad = infer(program, guide=perturbed(program, 3, 0.0), num_samples=600, progress=False)
+    safe = infer(program, guide=perturbed(program, 3, 0.2), num_samples=600, progress=False)
+    assert np.exp(bad.log_weights.max()) > 2 * likelihood / 0.2
+    assert np.exp(safe.log_weights.max()) <= likelihood / 0.2 * (1 + 1e-4)
+    error = safe.log_evidence_error
+    assert abs(safe.log_evidence - prior.log_evidence) < 4 * error and error < 0.2
+
+
+def test_training_and_raw_draws_are_without_the_defence(tmp_path: Path) -> None:
+    program = compile(story, make_lm(2), SEEDS[1])
+    guides = [perturbed(program, 3, share) for share in (0.0, 0.9)]
+    one, two = (g.sample(program, n=20, seed=4) for g in guides)
+    assert [str(s) for s in one] == [str(s) for s in two]
+    guides[1].save(tmp_path)
+    assert GFlowNetGuide.load(tmp_path, program.args[0]).defensive == 0.9
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="defensive must be at least 0 and below 1"):
+            guides[0].defensive = share
