@@ -142,7 +142,7 @@ def train(
         betas=(0.8, 0.95),
         warmup=4,
         schedule=lp.RewardSchedule(start=1.0),
-        tempered_share=0.0,
+        tempered_share=0.25,
         replay_share=0.2,
         draw_ahead=2,
     )
