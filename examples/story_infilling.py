@@ -142,7 +142,7 @@ def train(
         betas=(0.8, 0.95),
         warmup=4,
         schedule=lp.RewardSchedule(start=1.0),
-        tempered_share=0.25,
+        tempered_share=args.tempered_share,
         replay_share=0.2,
         draw_ahead=2,
     )
@@ -157,6 +157,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=40, help="trajectories in a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapter")
+    parser.add_argument(
+        "--tempered-share", type=float, default=0.25, help="of draws from the tempered policy"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results")
     parser.add_argument("--stories", nargs="+", default=list(STORIES), choices=list(STORIES))
@@ -236,7 +239,7 @@ def reference_run(
             "command": f"python examples/story_infilling.py --reference --stories {name} "
             f"--samples {args.samples} --steps {args.steps} --batch {args.batch} "
             f"--learning-rate {args.learning_rate} --rank {args.rank} --given {args.given} "
-            f"--seed {args.seed}",
+            f"--tempered-share {args.tempered_share} --seed {args.seed}",
         }
         REFERENCE.write_text(json.dumps(found, indent=2) + "\n")
 
