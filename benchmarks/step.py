@@ -9,6 +9,7 @@ Peak memory is that of a process which does nothing but this step.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -74,12 +75,15 @@ def ours(lm: lp.LM, args) -> dict[str, Callable[[], object]]:
 
 def theirs(lm: lp.LM, args) -> dict[str, Callable[[], object]]:
     """The parts as a plain script does them."""
+    ids = lm.encode_prompt(common.prompt_of(lm, args.context))
+    stops, ending = common.stop_ids(lm), lm.encode_text(ENDING)[: args.ending]
+    if args.memory_of:  # a plain script would not hold the weights twice
+        lm.model = None
+        gc.collect()
     base = common.plain_model(args.lm)
     config = LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = lm.encode_prompt(common.prompt_of(lm, args.context))
-    stops, ending = common.stop_ids(lm), lm.encode_text(ENDING)[: args.ending]
     kept: dict[str, torch.Tensor] = {}
 
     def sampling() -> None:
