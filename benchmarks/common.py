@@ -128,11 +128,13 @@ def prompt_of(lm: lp.LM, length: int) -> str:
     return prompt
 
 
-def strings(lm: lp.LM, prompt: str, n: int, length: int, seed: int = 0) -> list[Text]:
+def strings(
+    lm: lp.LM, prompt: str, n: int, length: int, seed: int = 0, joined: bool = True
+) -> list[Text]:
     """Strings of exactly so many tokens, drawn from the LM, without a full stop inside.
 
-    Only such that any prefix with a full stop after it is encoded as these very tokens: a plain
-    script that joins ids, and langppl, which joins text, then score the same thing.
+    With `joined` only such that any prefix with a full stop after it is encoded as these very
+    tokens: a plain script that joins ids, and langppl, which joins text, then score the same thing.
     """
     before, (stop,) = lm.encode_prompt(prompt), lm.encode_text(".")
 
@@ -153,7 +155,7 @@ def strings(lm: lp.LM, prompt: str, n: int, length: int, seed: int = 0) -> list[
         posterior = lp.infer(draw, num_samples=2 * n, seed=seed + len(found), progress=False)
         for sample in posterior.samples:
             text = sample["z"]
-            if len(text.ids or ()) == length and is_plain(text.ids):
+            if len(text.ids or ()) == length and (not joined or is_plain(text.ids)):
                 found.append(text)
     return found[:n]
 
