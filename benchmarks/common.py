@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import platform
 import resource
@@ -151,8 +152,10 @@ def strings(
     def draw() -> str:
         return lp.sample("z", fn)
 
-    while len(found) < n:
-        posterior = lp.infer(draw, num_samples=2 * n, seed=seed + len(found), progress=False)
+    for turn in itertools.count(seed):  # a seed of its own for each, or nothing new comes
+        if len(found) >= n:
+            break
+        posterior = lp.infer(draw, num_samples=2 * n, seed=turn, progress=False)
         for sample in posterior.samples:
             text = sample["z"]
             if len(text.ids or ()) == length and (not joined or is_plain(text.ids)):

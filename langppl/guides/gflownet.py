@@ -220,8 +220,7 @@ class GFlowNetGuide(Guide):
                 with a single observation only. A posterior's log joints are not computed anew
                 where they suffice.
             given_share: share of a batch's new draws that are given ones, while these last. With
-                1 the guide learns from them first; a small share spreads them over the training,
-                which keeps the guide from losing what its own draws no longer reach.
+                1 the guide learns from them first; a small share spreads them over the training.
             progress: whether to show a bar on a terminal.
 
         Returns:
