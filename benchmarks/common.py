@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import itertools
 import json
 import platform
 import resource
@@ -35,7 +34,9 @@ TEXT = (
     "The children were the first who dared to speak to him, and they asked him what was in his "
     "box. He smiled and shook his head, and told them that they would have to wait until the "
     "evening, when everybody was home from the fields and the orchard. So the children waited, "
-    "and the whole village waited with them, and in the evening they all came to the well"
+    "and the whole village waited with them, and in the evening they all came to the well. The "
+    "stranger opened the box, and inside there was nothing but a small black book. He began to "
+    "read from it, and nobody made a sound until the moon stood over the hill"
 )
 
 
@@ -129,38 +130,37 @@ def prompt_of(lm: lp.LM, length: int) -> str:
     return prompt
 
 
-def strings(
-    lm: lp.LM, prompt: str, n: int, length: int, seed: int = 0, joined: bool = True
-) -> list[Text]:
-    """Strings of exactly so many tokens, drawn from the LM, without a full stop inside.
+def strings(lm: lp.LM, prompt: str, n: int, length: int, seed: int = 0) -> list[Text]:
+    """Strings of exactly so many tokens, drawn from the LM, every token a whole word.
 
-    With `joined` only such that any prefix with a full stop after it is encoded as these very
-    tokens: a plain script that joins ids, and langppl, which joins text, then score the same thing.
+    Any prefix of them, with a full stop after it, is encoded as these very tokens: a plain script
+    that joins ids, and langppl, which joins text, then score the same thing.
     """
     before, (stop,) = lm.encode_prompt(prompt), lm.encode_text(".")
 
     def is_plain(ids: tuple[int, ...]) -> bool:
         return all(
-            lm.encode_prompt(prompt + lm.vocabulary.join(ids[:t]).decode("utf-8", "replace") + ".")
+            lm.encode_prompt(prompt + lm.vocabulary.join(ids[:t]).decode() + ".")
             == (*before, *ids[:t], stop)
             for t in range(len(ids) + 1)
         )
 
-    found: list[Text] = []
-    fn = lp.LMString(lm, prompt, max_tokens=length, ban=(".",))
+    fn = lp.LMString(lm, prompt, min_tokens=length, max_tokens=length, allow=_is_word)
 
     def draw() -> str:
         return lp.sample("z", fn)
 
-    for turn in itertools.count(seed):  # a seed of its own for each, or nothing new comes
+    found: list[Text] = []
+    for turn in range(seed, seed + 20):  # a seed of its own for each, or nothing new comes
+        samples = lp.infer(draw, num_samples=2 * n, seed=turn, progress=False).samples
+        found += [s["z"] for s in samples if is_plain(s["z"].ids)]
         if len(found) >= n:
-            break
-        posterior = lp.infer(draw, num_samples=2 * n, seed=turn, progress=False)
-        for sample in posterior.samples:
-            text = sample["z"]
-            if len(text.ids or ()) == length and (not joined or is_plain(text.ids)):
-                found.append(text)
-    return found[:n]
+            return found[:n]
+    raise ValueError(f"fewer than {n} strings of {length} tokens survive encoding")
+
+
+def _is_word(text: str) -> bool:
+    return text.startswith(" ") and text[1:].isascii() and text[1:].isalpha()
 
 
 def stop_ids(lm: lp.LM) -> list[int]:

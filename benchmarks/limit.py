@@ -52,7 +52,7 @@ def main() -> None:
     guide = lp.GFlowNetGuide(lm, rank=args.rank)
     prompt = common.prompt_of(lm, args.prompt)
     ids = lm.encode_prompt(prompt)
-    values = common.strings(lm, prompt, args.samples, args.length, joined=False)
+    values = common.strings(lm, prompt, args.samples, args.length)
     bound = lm.bind(StringRules(stop=".", min_tokens=0, max_tokens=args.length))
     paths = [bound.parse(v.ids, v.encode(), args.length) for v in values]
     free = lm.bind(StringRules(min_tokens=args.length, max_tokens=args.length))

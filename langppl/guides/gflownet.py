@@ -191,6 +191,7 @@ class GFlowNetGuide(Guide):
         replay_share: float = 0.25,
         replay_size: int = 256,
         draw_ahead: int = 1,
+        every: int = 1,
         given: Posterior | Sequence[Mapping[str, Any]] = (),
         given_share: float = 1.0,
         progress: bool = True,
@@ -216,6 +217,8 @@ class GFlowNetGuide(Guide):
             replay_size: how many of those are kept for each observation.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
                 their last draws are a few steps off-policy.
+            every: for SubTB, take the reward at prefixes of a multiple of so many tokens only, which
+                is cheaper; the whole string always counts.
             given: latents (site → value) to learn from, in the place of the guide's own draws;
                 with a single observation only. A posterior's log joints are not computed anew
                 where they suffice.
@@ -242,6 +245,8 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"given_share must be above 0 and at most 1, got {given_share}")
         if draw_ahead < 1:
             raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         schedule = schedule or RewardSchedule()
         # Adding an adapter injects new tensors; those of this guide are found by its name.
         parameters = [p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
@@ -254,7 +259,7 @@ class GFlowNetGuide(Guide):
                     f"given latents belong to one observation, and data has {len(programs)}; "
                     "fit them one after the other"
                 )
-            feeds[0].given = self._given(programs[0], given, schedule.start == 1.0)
+            feeds[0].given = self._given(programs[0], given, schedule.start == 1.0, every)
         done = len(self.history.get("step", []))
         try:
             with bar("training", steps, progress) as advance:
@@ -270,6 +275,7 @@ class GFlowNetGuide(Guide):
                         lam,
                         (tempered_share, sampling_temperature, replay_share, given_share),
                         draw_ahead,
+                        every,
                     )
                     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
                     if not math.isfinite(norm):
@@ -293,7 +299,11 @@ class GFlowNetGuide(Guide):
         return self
 
     def _given(
-        self, program: Program, given: Posterior | Sequence[Mapping[str, Any]], untempered: bool
+        self,
+        program: Program,
+        given: Posterior | Sequence[Mapping[str, Any]],
+        untempered: bool,
+        every: int,
     ) -> list[Draw]:
         """Latents from elsewhere as draws, scored unless the posterior knows enough."""
         rows = given.samples if isinstance(given, Posterior) else list(given)
@@ -309,13 +319,19 @@ class GFlowNetGuide(Guide):
         if isinstance(given, Posterior) and untempered and alone and not prefixes:
             known = None if given.log_joint is None else [float(v) for v in given.log_joint]
             _check_same_program(program, rows, known)
-        draws = make_draws(program, executions, contexts, prefixes, known)
+        draws = make_draws(program, executions, contexts, prefixes, known, every)
         for d in draws:
             d.is_given = True
         return draws
 
     def _fresh(
-        self, program: Program, count: int, step: int, tempered_share: float, temperature: float
+        self,
+        program: Program,
+        count: int,
+        step: int,
+        tempered_share: float,
+        temperature: float,
+        every: int,
     ) -> list[Draw]:
         """The guide's own draws, some of them from the tempered policy, spread evenly."""
         tempered = [
@@ -331,7 +347,7 @@ class GFlowNetGuide(Guide):
             contexts = [p.contexts for p in policies]
             _check_contexts(contexts)
             prefixes = self._takes_prefixes(program, contexts)
-            draws = make_draws(program, executions, contexts, prefixes)
+            draws = make_draws(program, executions, contexts, prefixes, every=every)
         except ValueError as error:
             if " is nan" in str(error):
                 raise FloatingPointError(f"at training step {step}, {error}") from error
@@ -349,6 +365,7 @@ class GFlowNetGuide(Guide):
         lam: float,
         shares: tuple[float, float, float, float],
         draw_ahead: int,
+        every: int,
     ) -> dict[str, float]:
         """One loss and its backward pass; returns the figures to report."""
         tempered_share, temperature, replay_share, given_share = shares
@@ -358,7 +375,7 @@ class GFlowNetGuide(Guide):
         own = count - taken
         if len(feed.ready) < own:
             feed.ready += self._fresh(
-                feed.program, own * draw_ahead, step, tempered_share, temperature
+                feed.program, own * draw_ahead, step, tempered_share, temperature, every
             )
         fresh, feed.ready = feed.ready[:own], feed.ready[own:]
         replayed = feed.buffer.sample(

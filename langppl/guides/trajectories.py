@@ -12,11 +12,12 @@ import torch
 
 from langppl.distributions import LMChoice, LMString, StringDistribution, Text
 from langppl.guides.objectives import Trajectory
-from langppl.lm.requests import ScoreReply, ScoreRequest
+from langppl.lm.requests import ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import Path
-from langppl.lm.scoring import PathLogProbs, score, score_with_gradients
+from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.program import Program
 from langppl.program.execution import Execution, Site, score_all
+from langppl.program.scheduler import run
 
 
 @dataclass
@@ -104,6 +105,7 @@ def make_draws(
     contexts: Sequence[Mapping[str, tuple[int, ...]]],
     prefixes: bool,
     log_joints: Sequence[float] | None = None,
+    every: int = 1,
 ) -> list[Draw]:
     """Rewards of executions that a policy proposed.
 
@@ -114,9 +116,10 @@ def make_draws(
         prefixes: whether to score every prefix of the (one) latent string as well.
         log_joints: where the log joints are known and need not be told apart (the guide covers
             all latents, and the rewards are not tempered), nats.
+        every: which prefixes are scored: those of a multiple of so many tokens.
     """
     if prefixes:
-        return _draws_with_prefixes(program, executions, contexts)
+        return _draws_with_prefixes(program, executions, contexts, every)
     if log_joints is None:
         score_all(executions)
     draws = []
@@ -144,47 +147,58 @@ def _draws_with_prefixes(
     program: Program,
     executions: Sequence[Execution],
     contexts: Sequence[Mapping[str, tuple[int, ...]]],
+    every: int,
 ) -> list[Draw]:
     (name,) = contexts[0]
     parts = [Part(e.sites[name], c[name]) for e, c in zip(executions, contexts, strict=True)]
-    found = _prior_scores([p.site for p in parts])
+    requests = [p.site.fn.request(p.site.value) for p in parts]
     # Each distinct prefix is scored once, whatever number of draws begins with it.
     values: dict[object, Text] = {}
-    plans: list[list[tuple[int, float, object]]] = []
-    for part, scored in zip(parts, found, strict=True):
-        plan: list[tuple[int, float, object]] = []
-        if scored is not None:
-            path, reply = scored
-            before = np.concatenate([[0.0], reply.tokens.cumsum()])
-            for t in range(len(path.tokens)):
-                if reply.canonical[t] > -np.inf:
+    plans: list[list[tuple[int, object]]] = []
+    for part, request in zip(parts, requests, strict=True):
+        plan: list[tuple[int, object]] = []
+        if request is not None:
+            path = request.path
+            for t in range(0, len(path.tokens), every):
+                if len(path.steps[t].canonical):
                     value = prefix_value(part.site.fn, path, t)
                     values.setdefault(value.ids, value)
-                    plan.append((t, float(before[t] + reply.canonical[t]), value.ids))
-            last = -math.inf if path.rejected else float(before[-1] + reply.ending)
+                    plan.append((t, value.ids))
             key = (part.site.fn.tokens_of(part.site.value), "whole")
             if not path.rejected:
                 values.setdefault(key, part.site.value)
-            plan.append((len(path.tokens), last, key))
+            plan.append((len(path.tokens), key))
         plans.append(plan)
-    keys = list(values)
-    scored_all = program.executions([{name: values[k]} for k in keys], lambda s: s.name != name)
-    rest = {}
-    for k, execution in zip(keys, scored_all, strict=True):
+
+    def prior() -> Sequence[Any]:
+        return perform([r for r in requests if r is not None])
+
+    def rest() -> Sequence[Any]:
+        assignments = [{name: v} for v in values.values()]
+        return program.executions(assignments, lambda s: s.name != name)
+
+    # Tasks of one scheduler: both ask the LM about the same prefixes, in one pass.
+    replies, scored = run([prior, rest])
+    log_rest: dict[object, float] = {}
+    for key, execution in zip(values, scored, strict=True):
         terms = [s.log_prob for s in execution.sites.values() if s.name != name]
-        rest[k] = float(sum(t for t in terms if t is not None))
+        log_rest[key] = float(sum(t for t in terms if t is not None))
+    found = iter(replies)
     draws = []
-    for execution, part, plan in zip(executions, parts, plans, strict=True):
-        ends = [(t, prior, rest.get(key, -math.inf)) for t, prior, key in plan]
-        _, prior, log_rest = ends[-1] if ends else (0, -math.inf, -math.inf)
-        draws.append(Draw(key_of([part], execution), [part], prior, log_rest, ends))
+    for execution, part, request, plan in zip(executions, parts, requests, plans, strict=True):
+        ends: list[tuple[int, float, float]] = []
+        if request is not None:
+            reply: ScoreReply = next(found)
+            before = np.concatenate([[0.0], reply.tokens.cumsum()])
+            log_priors = [float(before[t] + reply.canonical[t]) for t, _ in plan]
+            log_priors[-1] = -math.inf if request.path.rejected else reply.log_prob
+            ends = [
+                (t, log_prior, log_rest.get(key, -math.inf))
+                for (t, key), log_prior in zip(plan, log_priors, strict=True)
+            ]
+        _, log_prior, last = ends[-1] if ends else (0, -math.inf, -math.inf)
+        draws.append(Draw(key_of([part], execution), [part], log_prior, last, ends))
     return draws
-
-
-def _prior_scores(sites: Sequence[Site]) -> list[tuple[Path, ScoreReply] | None]:
-    requests = [s.fn.request(s.value) for s in sites]
-    replies = iter(score([r for r in requests if r is not None]))
-    return [None if r is None else (r.path, next(replies)) for r in requests]
 
 
 def prefix_value(fn: LMString, path: Path, length: int) -> Text:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from langppl.lm import packed
+from langppl.lm import attention, packed
+from langppl.lm.attention import Blocks
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
 from langppl.lm.trie import Row, lay_out
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from langppl.lm.model import LM
 
 
-PACKED_ROWS = 128
-"""Most strings that grow in one tree: each looks through the cache of all of them."""
+PACKED_ROWS = 256
+"""Most strings that grow in one tree, whose cache keeps the tokens of finished ones too."""
+
+BLOCK = 16
+"""Strings whose attention goes together: each looks through the tokens of all of them."""
 
 PLANNED_LENGTH = 64
 """Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
@@ -159,14 +163,15 @@ def _draw_packed(
     leaves = np.unique([path[-1] for path in row.paths.values()])
     place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
     cache = packed.cache_of([])
-    logits = packed.run_row(lm, packing, row, 0, leaves, cache)
-    seen = torch.from_numpy(row.mask(0)[leaves]).to(lm.device)
+    logits = lm.logits_of(packed.run_row(lm, packing, row, 0, leaves, cache))
+    seen = row.mask(0)[leaves]
     keys = packed.keys_and_values(cache)
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), PACKED_ROWS):
         strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
-        at = torch.tensor([place[s.request.prompt] for s in strings], device=lm.device)
-        _grow(lm, packing, strings, logits[at], seen[at], packed.cache_of(keys))
+        at = np.array([place[s.request.prompt] for s in strings])
+        of_first = logits[torch.from_numpy(at).to(lm.device)]
+        _grow(lm, packing, strings, of_first, seen[at], row.depth, packed.cache_of(keys))
         replies += [s.reply() for s in strings]
     return replies
 
@@ -176,7 +181,8 @@ def _grow(
     packing: packed.Packing,
     rows: Sequence[_Row],
     logits: torch.Tensor,
-    seen: torch.Tensor,
+    seen: np.ndarray,
+    depth: np.ndarray,
     cache: Any,
 ) -> None:
     """Draws rows to their ends.
@@ -187,6 +193,7 @@ def _grow(
         rows: the rows.
         logits: of each row's first token, shape [rows, vocabulary].
         seen: what of the cache each row sees, bool [rows, cached].
+        depth: position of each cached token, shape [cached].
         cache: the KV cache of one batch row, which all rows share.
     """
     alive = list(rows)
@@ -196,14 +203,20 @@ def _grow(
         if not going:
             return
         if len(going) < len(alive):
-            seen = seen[torch.tensor(going, device=lm.device)]
+            seen = seen[going]
             alive = [alive[line] for line in going]
-        tokens = torch.tensor([chosen[line] for line in going], device=lm.device)
-        depth = seen.sum(1)
-        own = torch.eye(len(alive), dtype=torch.bool, device=lm.device)
-        seen = torch.cat([seen, own], dim=1)
+        own = seen.sum(1)
+        seen = np.concatenate([seen, np.eye(len(alive), dtype=bool)], axis=1)
+        depth = np.concatenate([depth, own])
+        sees: Blocks | torch.Tensor
+        if packing.in_blocks:
+            sees = attention.of_mask(seen, own, depth, lm.device, BLOCK)
+        else:
+            sees = torch.from_numpy(seen)
+        tokens = torch.tensor([chosen[line] for line in going])
         everyone = torch.arange(len(alive))
-        logits = packed.run(lm, packing, tokens, depth, seen, everyone, cache)
+        found = packed.run(lm, packing, tokens, torch.from_numpy(own), sees, everyone, cache)
+        logits = lm.logits_of(found)
 
 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
@@ -233,14 +246,14 @@ def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | No
             alive = [alive[line] for line in going]
         tokens = torch.tensor([[chosen[line]] for line in going], device=lm.device)
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        out = lm.model(
-            input_ids=tokens,
+        found, cache = lm.states(
+            tokens,
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
         )
-        logits, cache = out.logits[:, -1], out.past_key_values
+        logits = lm.logits_of(found[:, -1])
 
 
 def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
@@ -252,15 +265,13 @@ def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, A
         ids[k, longest - len(prompt) :] = torch.tensor(prompt)
         mask[k, longest - len(prompt) :] = 1
     ids, mask = ids.to(lm.device), mask.to(lm.device)
-    options = {"logits_to_keep": 1} if lm.takes_keep else {}
-    out = lm.model(
-        input_ids=ids,
+    found, cache = lm.states(
+        ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
-        **options,
     )
-    return out.logits[:, -1], out.past_key_values, mask
+    return lm.logits_of(found[:, -1]), cache, mask
 
 
 def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:

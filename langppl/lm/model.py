@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 DEFAULT_TOKEN_BUDGET = 4096
-DEFAULT_NODE_BUDGET = 512
+DEFAULT_NODE_BUDGET = 1024
 
 
 class LM:
@@ -44,6 +44,9 @@ class LM:
         window: most tokens the model can read, from its config.
         node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
         memo: the scores it remembers (see `langppl.lm.memo`).
+        splits_head: whether logits are the output layer's product with the model's last states,
+            nothing more, so that they can be taken from some states at a time. Found out when
+            the LM is made.
         packs: how the model takes packed rows; None if it is scored in padded batches. Found
             out, by comparing logits, when the LM is made.
 
@@ -108,6 +111,7 @@ class LM:
         begins = [*_ids(tokenizer.bos_token_id), *_ids(config.bos_token_id), *sorted(ends)]
         self._begin: int | None = begins[0] if begins else None
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.splits_head = self._splits_head()
         self.node_budget = DEFAULT_NODE_BUDGET
         self.memo = Memo()
         self._active: str | None = None
@@ -195,47 +199,93 @@ class LM:
 
     # -- the transformer ----------------------------------------------------------------------
 
-    def forward(
+    def states(
+        self, ids: torch.Tensor, keep: torch.Tensor | None = None, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """What the logits at some positions are made from, see `logits_of`.
+
+        Args:
+            ids: token ids, shape [rows, length].
+            keep: positions, shape [kept]; the last by default.
+            **options: what else the model's forward pass takes.
+
+        Returns:
+            Shape [rows, kept, width] in the model's float type (width is the vocabulary's where
+            the head is not split off), and the KV cache.
+        """
+        if keep is None:
+            keep = torch.tensor([ids.shape[1] - 1])
+        keep, ids = keep.to(self.device), ids.to(self.device)
+        if self.splits_head:
+            out = self.model.base_model(input_ids=ids, **options)
+            return out.last_hidden_state[:, keep], out.past_key_values
+        if self.takes_keep:
+            options["logits_to_keep"] = keep
+        out = self.model(input_ids=ids, **options)
+        return out.logits if self.takes_keep else out.logits[:, keep], out.past_key_values
+
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of states [..., width]."""
+        if not self.splits_head:
+            return states
+        logits: torch.Tensor = self.model.get_output_embeddings()(states)
+        return logits
+
+    def _splits_head(self) -> bool:
+        base = self.model.base_model
+        if base is self.model:
+            return False
+        ids = torch.arange(self.vocabulary.size, device=self.device)[None, :5]
+        try:
+            with torch.no_grad():
+                whole = self.model(input_ids=ids, use_cache=False).logits
+                last = base(input_ids=ids, use_cache=False).last_hidden_state
+                own = self.model.get_output_embeddings()(last)
+        except Exception:  # an architecture whose parts cannot be called like this
+            return False
+        most = float(whole.abs().max())
+        return own.shape == whole.shape and float((own - whole).abs().max()) <= 1e-3 * most
+
+    def padded_states(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
         keep: torch.Tensor,
         prefix: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Logits at some positions of a batch padded on the right.
+        """States at some positions of a batch padded on the right.
 
         Args:
             ids: token ids, shape [rows, length].
             mask: 1 for tokens, 0 for padding, shape [rows, length].
-            keep: positions whose logits are wanted, shape [kept].
+            keep: positions whose states are wanted, shape [kept].
             prefix: ids that stand before every row; read once, its KV cache shared by the rows.
 
         Returns:
-            Shape [rows, kept, vocabulary], in the model's float type.
+            Shape [rows, kept, width].
         """
         rows, length = ids.shape
         mask = torch.cat([mask.new_ones(rows, len(prefix)), mask], dim=1)
         cache = None
         if prefix:
-            cache = self._call(torch.tensor([prefix]), use_cache=True).past_key_values
+            cache = self.states(torch.tensor([prefix]), use_cache=True)[1]
             cache.batch_repeat_interleave(rows)
-        out = self._call(
+        found, _ = self.states(
             ids,
-            keep.to(self.device),
+            keep,
             attention_mask=mask.to(self.device),
             position_ids=torch.arange(len(prefix), len(prefix) + length, device=self.device)[None],
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        logits: torch.Tensor = out.logits
-        return logits if self.takes_keep else logits[:, keep.to(self.device)]
-
-    def _call(self, ids: torch.Tensor, keep: torch.Tensor | int = 1, **options: Any) -> Any:
-        if self.takes_keep:
-            options["logits_to_keep"] = keep
-        return self.model(input_ids=ids.to(self.device), **options)
+        return found
 
     # -- adapters -----------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter that is switched on."""
+        return self._active
 
     @contextlib.contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:

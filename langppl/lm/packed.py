@@ -1,24 +1,31 @@
-"""The fast route to logits: a token trie in one row, under a mask that shows each node its path.
+"""The fast route to an LM's states: a token trie in one row, in which each node sees its path.
 
 Every node of the trie (`langppl.lm.trie`) is one token of the row; it sees its ancestors and
-itself, and its position is its depth, so its logits are those of its own sequence. The trie is cut
+itself, and its position is its depth, so its state is that of its own sequence. The trie is cut
 into rows of `lm.node_budget` nodes; what all rows share is run once and read through the KV cache,
-with gradients too. Logits are taken only at the nodes that are asked for.
+with gradients too. A pass with gradients that takes several rows keeps none of their inner states:
+each row is run again when its turn comes in the backward pass, so that memory stays that of a row.
 
-Not every architecture takes such a mask. `probe` finds out once for each LM, by comparing packed
-with plain logits on a few made-up tokens.
+Attention goes in blocks (`langppl.lm.attention`) or, where an architecture does not take these,
+under a dense mask. `probe` finds out once for each LM which of the two gives the logits of plain
+passes, by comparing them on a few made-up tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from langppl.lm import attention
+from langppl.lm.attention import Blocks
 from langppl.lm.trie import Ids, Row, lay_out
 
 if TYPE_CHECKING:
@@ -33,48 +40,67 @@ class Packing:
     """How an LM takes a packed row.
 
     Attributes:
+        in_blocks: whether attention goes in blocks; else under a dense mask.
         mask_types: names under which the model expects its masks (Gemma 3), empty for one mask.
-        window: longest sequence that every layer reads whole (a sliding window hides the start of
-            longer ones, and the mask here does not).
+        window: longest sequence that is read as the LM reads it. Under a dense mask it is that of
+            the narrowest layer, as a sliding window hides the start of longer ones and the mask
+            does not; in blocks, layers that tell their window have it applied.
     """
 
+    in_blocks: bool
     mask_types: tuple[str, ...]
     window: float
 
 
-def logits(
+def states(
     lm: LM, sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
-    """Logits of an LM at some positions of token sequences.
+    """States of an LM at some positions of token sequences.
 
     Args:
         lm: the LM, its adapter switched on.
         sequences: token ids, none empty.
-        first: for each, the first position whose logits are wanted.
+        first: for each, the first position whose state is wanted.
         count: for each, how many.
 
     Yields:
-        Logits [n, vocabulary] in the model's float type, and for some of the sequences (by their
-        number; each comes once) the n-indices of what they want, shape [count].
+        States [n, width] (see `LM.states`), and for some of the sequences (by their number; each
+        comes once) the n-indices of what they want, shape [count].
     """
     assert lm.packs is not None
     layout = lay_out(sequences, lm.node_budget, min(first))
-    stem = None
+    stem: KeysAndValues | None = None
     if layout.stem:
-        stem = keys_and_values(
-            lm._call(torch.tensor([layout.stem]), use_cache=True).past_key_values
-        )
+        stem = keys_and_values(lm.states(torch.tensor([layout.stem]), use_cache=True)[1])
+    again = torch.is_grad_enabled() and len(layout.rows) > 1
     for row in layout.rows:
         wanted = {
             k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()
         }
         nodes = np.unique(np.concatenate(list(wanted.values())))
         if not len(nodes):  # nothing but strings of no actions
-            yield torch.zeros(0, lm.vocabulary.size, device=lm.device), wanted
+            yield torch.zeros(0, 1, device=lm.device), wanted
             continue
-        cache = None if stem is None else cache_of(stem)
-        found = run_row(lm, lm.packs, row, len(layout.stem), nodes, cache)
+        passed = functools.partial(
+            _row_states, lm, lm.packs, row, layout.stem, nodes, stem, lm.active_adapter
+        )
+        found = checkpoint(passed, use_reentrant=False) if again else passed()
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
+
+
+def _row_states(
+    lm: LM,
+    packing: Packing,
+    row: Row,
+    stem: Ids,
+    nodes: np.ndarray,
+    known: KeysAndValues | None,
+    adapter: str | None,
+) -> torch.Tensor:
+    # Run again in a backward pass, it finds the LM without its adapter.
+    with lm.adapter(adapter):
+        cache = None if known is None else cache_of(known)
+        return run_row(lm, packing, row, len(stem), nodes, cache)
 
 
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
@@ -101,7 +127,7 @@ def run(
     packing: Packing,
     ids: torch.Tensor,
     depth: torch.Tensor,
-    seen: torch.Tensor,
+    seen: Blocks | torch.Tensor,
     keep: torch.Tensor,
     cache: Any = None,
 ) -> torch.Tensor:
@@ -112,34 +138,40 @@ def run(
         packing: how it takes the mask.
         ids: token of each node, shape [n].
         depth: position of each, shape [n].
-        seen: what each sees of the cache and of the nodes, bool [n, cached + n].
-        keep: the nodes whose logits are wanted, shape [kept].
+        seen: what each sees of the cache and of the nodes: blocks, or bool [n, cached + n].
+        keep: the nodes whose states are wanted, shape [kept].
         cache: the KV cache, which grows by the nodes; None to keep none.
 
     Returns:
-        Shape [kept, vocabulary], in the model's float type.
+        States, shape [kept, width].
     """
-    mask: Any = seen.to(lm.device)[None, None]
-    keep = keep.to(lm.device)
-    out = lm._call(
-        ids[None],
-        keep,
-        attention_mask=dict.fromkeys(packing.mask_types, mask) if packing.mask_types else mask,
-        position_ids=depth.to(lm.device)[None],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    found: torch.Tensor = out.logits[0]
-    return found if lm.takes_keep else found[keep]
+    if isinstance(seen, Blocks):
+        # No layer reads this mask, but with it transformers makes none of its own.
+        mask: Any = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=lm.device)
+        way: contextlib.AbstractContextManager[None] = attention.in_blocks(lm.model, seen)
+    else:
+        mask, way = seen.to(lm.device)[None, None], contextlib.nullcontext()
+    with way:
+        found, _ = lm.states(
+            ids[None],
+            keep,
+            attention_mask=dict.fromkeys(packing.mask_types, mask) if packing.mask_types else mask,
+            position_ids=depth.to(lm.device)[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    return found[0]
 
 
 def run_row(
     lm: LM, packing: Packing, row: Row, stem: int, nodes: np.ndarray, cache: Any = None
 ) -> torch.Tensor:
-    """Logits [nodes, vocabulary] of a row whose stem, so many tokens, is in the cache."""
-    ids, depth, seen, keep = (
-        torch.from_numpy(a) for a in (row.ids, row.depth, row.mask(stem), nodes)
-    )
+    """States [nodes, width] of a row whose stem, so many tokens, is in the cache."""
+    if packing.in_blocks:
+        seen: Blocks | torch.Tensor = attention.of_row(row, stem, lm.device)
+    else:
+        seen = torch.from_numpy(row.mask(stem))
+    ids, depth, keep = (torch.from_numpy(a) for a in (row.ids, row.depth, nodes))
     return run(lm, packing, ids, depth, seen, keep, cache)
 
 
@@ -153,15 +185,19 @@ def probe(lm: LM) -> Packing | None:
     types = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
     sliding = getattr(config, "sliding_window", None)
     uses = getattr(config, "use_sliding_window", True)
-    window = float(sliding) if sliding and uses else float("inf")
+    narrowest = int(sliding) if sliding and uses else None
     reason = "its logits differ"
-    for mask_types in ((), types) if types else ((),):
-        packing = Packing(mask_types, window)
-        try:
-            if _agrees(lm, packing):
-                return packing
-        except Exception as error:  # whatever an architecture makes of a mask it does not know
-            reason = f"{type(error).__name__}: {error}"
+    for in_blocks in (True, False):
+        for mask_types in ((), types) if types else ((),):
+            packing = Packing(in_blocks, mask_types, float(narrowest or "inf"))
+            try:
+                windows = _agrees(lm, packing)
+            except Exception as error:  # whatever an architecture makes of what it does not know
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            if windows is None:
+                continue
+            return replace(packing, window=float("inf")) if narrowest in windows else packing
     warnings.warn(
         f"{lm!r} ({type(lm.model).__name__}) does not take a tree attention mask, so its strings "
         f"are scored in padded batches, which are slower ({reason[:200]})",
@@ -171,7 +207,8 @@ def probe(lm: LM) -> Packing | None:
     return None
 
 
-def _agrees(lm: LM, packing: Packing) -> bool:
+def _agrees(lm: LM, packing: Packing) -> set[int] | None:
+    """The sliding windows that were applied; None if packed and plain logits differ."""
     rng = np.random.default_rng(0)
     ordinary = np.flatnonzero(~lm.vocabulary.special)
     length = int(min(lm.window or 14, packing.window, 14))
@@ -179,17 +216,21 @@ def _agrees(lm: LM, packing: Packing) -> bool:
     ends = [tuple(int(t) for t in rng.choice(ordinary, 4)) for _ in range(3)]
     sequences = [stem + e for e in [ends[0], ends[1], ends[0][:2] + ends[2][:2]]]
     sequences = [s[:length] for s in sequences]  # all of one length: a batch without padding
+    windows: set[int] = set()
     with torch.no_grad(), lm.adapter(None):
-        plain = lm._call(torch.tensor(sequences), length).logits[:, -2:].float()
-        keys = keys_and_values(lm._call(torch.tensor([stem]), use_cache=True).past_key_values)
+        plain = lm.model(input_ids=torch.tensor(sequences, device=lm.device), use_cache=False)
+        expected = plain.logits[:, -2:].float()
+        keys = keys_and_values(lm.states(torch.tensor([stem]), use_cache=True)[1])
         for known in (0, len(stem)):
             (row,) = lay_out([s[known:] for s in sequences], 10**6).rows
             row = Row(row.ids, row.depth + known, row.below, row.paths)
             cache = cache_of(keys) if known else None
-            found = run_row(lm, packing, row, known, np.arange(len(row.ids)), cache)
+            with attention.watched(windows):
+                own = run_row(lm, packing, row, known, np.arange(len(row.ids)), cache)
+            found = lm.logits_of(own)
             most = TOLERANCE if found.dtype == torch.float32 else 0.1
             for k, path in row.paths.items():
-                own = found[torch.from_numpy(path).to(lm.device)][-2:].float()
-                if not bool((own - plain[k]).abs().max() <= most * plain[k].abs().max()):
-                    return False
-    return True
+                last = found[torch.from_numpy(path).to(lm.device)][-2:].float()
+                if not bool((last - expected[k]).abs().max() <= most * expected[k].abs().max()):
+                    return None
+    return windows

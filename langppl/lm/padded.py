@@ -1,4 +1,4 @@
-"""The plain route to logits: batches padded on the right.
+"""The plain route to states: batches padded on the right.
 
 Kept as the oracle for the packed route, and for models that refuse its mask: one row for each
 distinct token sequence (a sequence that begins another shares its row), one forward pass a chunk.
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from langppl.lm.model import LM
 
 LOGIT_ROWS = 1024
-"""Most positions whose logits are in memory at once, padding included."""
+"""Most positions whose logits are in memory at once, where the head is not split off."""
 
 _Row = tuple[Ids, int, int]
 """Ids, the first position needed, one past the last."""
 
 
-def logits(
+def states(
     lm: LM, sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
-    """Logits at `count` positions of each sequence, from `first` on; see `packed.logits`."""
+    """States at `count` positions of each sequence, from `first` on; see `packed.states`."""
     for rows, members in _chunks(lm, sequences, first):
         found, offset = _forward(lm, rows)
         kept = found.shape[1]
@@ -64,7 +64,8 @@ def _chunks(
         together = [rows[j] for j in [*batch, k]]
         longest = max(len(ids) for ids, _, _ in together)
         kept = max(last for _, _, last in together) - min(first for _, first, _ in together)
-        return len(together) * longest <= lm.token_budget and len(together) * kept <= LOGIT_ROWS
+        fits = len(together) * longest <= lm.token_budget
+        return fits and (lm.splits_head or len(together) * kept <= LOGIT_ROWS)
 
     def close() -> None:
         members = [(at, row) for row, k in enumerate(batch) for at in owners[k]]
@@ -80,7 +81,7 @@ def _chunks(
 
 
 def _forward(lm: LM, rows: list[_Row]) -> tuple[torch.Tensor, int]:
-    """Logits [rows, kept, vocabulary] of a padded batch, and the position of the first kept."""
+    """States [rows, kept, width] of a padded batch, and the position of the first kept."""
     first = min(first for _, first, _ in rows)
     last = max(last for _, _, last in rows)
     stem = _stem([ids for ids, _, _ in rows], first)
@@ -92,7 +93,7 @@ def _forward(lm: LM, rows: list[_Row]) -> tuple[torch.Tensor, int]:
         ids[k, : len(own)] = torch.tensor(own)
         mask[k, : len(own)] = 1
     keep = torch.arange(first - stem, last - stem)
-    return lm.forward(ids, mask, keep, rows[0][0][:stem]), first
+    return lm.padded_states(ids, mask, keep, rows[0][0][:stem]), first
 
 
 def _stem(rows: list[Ids], most: int) -> int:

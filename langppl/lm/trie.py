@@ -107,13 +107,13 @@ def lay_out(sequences: Sequence[Ids], node_budget: int, most_stem: int | None = 
     stem = min(shared(sequences[order[0]], sequences[order[-1]]), shortest)
     stem = stem if most_stem is None else min(stem, most_stem)
     stem = stem if stem >= LEAST_STEM else 0
+    room = max(node_budget - stem, 1)
     # Rows of even size: the last of a greedy cut would often be a stub.
-    number = -(-(total - stem) // max(node_budget - stem, 1))
-    target = min(node_budget, -(-(total - stem) // number))
+    target = -(-(total - stem) // -(-(total - stem) // room))
     cuts, size = [0], 0
     for place, k in enumerate(order):
         new = len(sequences[k]) - (common[place] if place > cuts[-1] else stem)
-        if size and size + new > max(target, 1):
+        if size >= target or (size and size + new > room):
             cuts.append(place)
             size, new = 0, len(sequences[k]) - stem
         size += new

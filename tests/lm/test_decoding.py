@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,14 @@ class Watched:
 
     def __init__(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, ...]] = []
-        forward = type(lm.model).forward
+        base = type(lm.model.base_model)
+        forward = base.forward
 
         def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
             self.shapes.append(tuple(kwargs["input_ids"].shape))
             return forward(model, *args, **kwargs)
 
-        watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-        monkeypatch.setattr(type(lm.model), "forward", watched)
+        monkeypatch.setattr(base, "forward", watched)
 
 
 def test_finished_rows_leave_and_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +130,10 @@ def test_strings_that_may_outgrow_the_budget_are_no_tree(monkeypatch: pytest.Mon
     assert max(rows for rows, _ in watched.shapes) > 1
 
 
+@pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("budget", [512, 4])
 def test_strings_of_one_tree_are_those_of_a_padded_batch(
-    budget: int, monkeypatch: pytest.MonkeyPatch
+    budget: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = ["", "a", "ab", "ab.", "ab.b", "b b"]
     rules: list[dict[str, Any]] = [{"max_tokens": 9}, {"stop": ".", "max_tokens": 7}, {"ban": "b"}]
@@ -144,6 +145,8 @@ def test_strings_of_one_tree_are_those_of_a_padded_batch(
     ]
     monkeypatch.setattr("langppl.lm.decoding.PACKED_ROWS", 50)
     monkeypatch.setattr(TINY, "node_budget", budget)
+    assert TINY.packs is not None and TINY.packs.in_blocks
+    monkeypatch.setattr(TINY, "packs", replace(TINY.packs, in_blocks=in_blocks))
     tree = draw(wanted)
     monkeypatch.setattr(TINY, "packs", None)
     padded = draw(wanted)

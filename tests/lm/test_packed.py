@@ -1,5 +1,6 @@
 """Packed scores equal padded ones, with gradients, for several architectures."""
 
+import contextlib
 import warnings
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 import langppl as lp
+from langppl.lm import attention
 from langppl.lm.requests import ScoreRequest
 from langppl.lm.rules import StringRules
 from langppl.lm.scoring import score, score_with_gradients
@@ -103,71 +105,130 @@ MANY = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [512, 24, 3])
-def test_packed_scores_are_the_padded_ones(family, budget):
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_packed_scores_are_the_padded_ones(family, budget, in_blocks, monkeypatch):
+    monkeypatch.setattr("langppl.lm.attention.BLOCK", 16)
     lm = other(family, **FAMILIES[family])
-    assert lm.packs is not None
+    assert lm.packs is not None and lm.packs.in_blocks and lm.splits_head
+    lm.packs = replace(lm.packs, in_blocks=in_blocks)
     lm.node_budget = budget
     wanted = requests(lm, MANY)
     assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
 
 
-def test_a_sliding_window_that_would_hide_something_goes_by_padded_batches():
+LONG = [("ab ab ab ab ab ab ab ab", "ab a."), ("ab ab ab ab ab ab ab ab", "b"), ("a", "ab")]
+
+
+def longest(wanted):
+    return max(len(r.prompt) + len(r.path.tokens) for r in wanted)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3Text", "Qwen3"])
+@pytest.mark.parametrize("budget", [512, 3])
+def test_a_sliding_window_is_applied_by_depth(family, budget):
+    changes = {"use_sliding_window": True, "max_window_layers": 1} if family == "Qwen3" else {}
+    lm = other(family, head_dim=8, sliding_window=6, **changes)
+    assert lm.packs is not None and lm.packs.in_blocks and lm.packs.window == float("inf")
+    lm.node_budget = budget
+    wanted = requests(lm, LONG)
+    assert longest(wanted) > 16
+    truth = without_packing(lm, score, wanted)
+    assert_equal(score(wanted), truth, 2e-5)
+    wide = other(family, head_dim=8, sliding_window=64, **changes)
+    assert abs(score(requests(wide, LONG))[0].log_prob - truth[0].log_prob) > 1e-3
+
+
+def test_under_a_dense_mask_strings_beyond_a_sliding_window_go_by_padded_batches(monkeypatch):
+    monkeypatch.setattr("langppl.lm.attention.in_blocks", without_blocks)
     lm = other("Mistral", head_dim=8, sliding_window=16)
-    assert lm.packs is not None and lm.packs.window == 16
-    wanted = requests(lm, [("ab ab ab ab ab ab ab ab", "ab a."), ("a", "ab")])
-    long = max(len(r.prompt) + len(r.path.tokens) for r in wanted)
-    assert long > 16
+    assert lm.packs is not None and not lm.packs.in_blocks and lm.packs.window == 16
+    wanted = requests(lm, LONG)
+    assert longest(wanted) > 16
     truth = without_packing(lm, score, wanted)
     assert_equal(score(wanted), truth, 2e-5)
     # Packed all the same, the long string would be read past its window.
     lm.packs = replace(lm.packs, window=float("inf"))
     wrong = score(wanted)
     assert abs(wrong[0].log_prob - truth[0].log_prob) > 1e-3
-    assert wrong[1].log_prob == pytest.approx(truth[1].log_prob, abs=2e-5)
+    assert wrong[2].log_prob == pytest.approx(truth[2].log_prob, abs=2e-5)
+
+
+def without_blocks(model, blocks):
+    """An architecture that does not ask transformers for its attention function."""
+    return contextlib.nullcontext()
 
 
 def test_an_architecture_that_ignores_the_mask_is_found_out(monkeypatch):
     lm = small(1)
-    model, plain = lm.model, type(lm.model).forward
+    base = type(lm.model.base_model)
+    plain = base.forward
 
     def forward(self, *args, attention_mask=None, **kwargs):
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = None
         return plain(self, *args, attention_mask=attention_mask, **kwargs)
 
-    forward.__signature__ = __import__("inspect").signature(plain)
-    monkeypatch.setattr(type(model), "forward", forward)
+    monkeypatch.setattr("langppl.lm.attention.in_blocks", without_blocks)
+    monkeypatch.setattr(base, "forward", forward)
     with pytest.warns(UserWarning, match="does not take a tree attention mask"):
-        found = lp.LM.from_parts(model, lm.tokenizer, "deaf")
+        found = lp.LM.from_parts(lm.model, lm.tokenizer, "deaf")
     assert found.packs is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score(requests(found, MANY[:4]))
 
 
+def test_a_head_that_does_more_than_multiply_is_not_split_off():
+    lm = other("Gemma3Text", head_dim=8, sliding_window=64, final_logit_softcapping=5.0)
+    assert not lm.splits_head and lm.packs is not None and lm.packs.in_blocks
+    parameters = lm.add_adapter("a", LoraConfig(r=2, target_modules="all-linear"))
+    wanted = requests(lm, MANY)
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+    ids = torch.tensor([[*wanted[3].prompt, *wanted[3].path.tokens]])
+    logits = lm.model(input_ids=ids).logits[0, len(wanted[3].prompt) - 1 :]
+    assert float(logits.abs().max()) <= 5.0
+    step = wanted[3].path.steps[0]
+    expected = logits[0].masked_fill(~step.legal_on(logits.device), -torch.inf).log_softmax(-1)
+    assert score(wanted)[3].tokens[0] == pytest.approx(
+        float(expected[wanted[3].path.tokens[0]]), abs=2e-5
+    )
+    adapted = requests(lm, MANY[:6], adapter="a")
+    sum(f.total for f in score_with_gradients(adapted)).backward()
+    assert any(float(p.grad.abs().max()) > 0 for p in parameters)
+
+
 words = st.text(alphabet="ab. ", max_size=10)
 
 
-@given(st.lists(st.tuples(words, words), min_size=1, max_size=12), st.sampled_from([3, 16, 512]))
-@settings(max_examples=60, deadline=None)
-def test_any_texts_score_alike_packed_and_padded(texts, budget):
+@given(
+    st.lists(st.tuples(words, words), min_size=1, max_size=12),
+    st.sampled_from([3, 16, 512]),
+    st.sampled_from([1, 5, 64]),
+)
+@settings(max_examples=500, deadline=None)
+def test_any_texts_score_alike_packed_and_padded(texts, budget, block):
     lm = LM
     lm.node_budget = budget
+    attention.BLOCK = block
     bound = lm.bind(StringRules())
     wanted = [
         ScoreRequest(lm, lm.encode_prompt(p), bound.parse(lm.encode_text(t), t.encode(), None))
         for p, t in texts
     ]
-    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+    try:
+        assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+    finally:
+        attention.BLOCK = 64
 
 
 LM = small(2)
 
 
 @pytest.mark.parametrize("budget", [512, 24, 3])
-def test_gradients_are_the_padded_ones(budget):
+@pytest.mark.parametrize("target", ["all-linear", ["lm_head", "q_proj"]])
+def test_gradients_are_the_padded_ones(budget, target):
     lm = small(4)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=target, init_lora_weights=False)
     parameters = lm.add_adapter("a", config)
     lm.node_budget = budget
     wanted = requests(lm, MANY, adapter="a")
