@@ -8,8 +8,10 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,7 +81,7 @@ def flops_of(lm: lp.LM) -> tuple[int, int]:
     return 2 * (whole - head), 2 * head
 
 
-def product_rate(lm: lp.LM, rows: int = 512, runs: int = 3) -> float:
+def product_rate(lm: lp.LM, rows: int = 512, runs: int = 1) -> float:
     """Operations a second of matrix products in the model's own shapes: the machine's limit.
 
     The best of some runs, of torch's plain products and of those that langppl uses.
@@ -179,16 +181,31 @@ def report(
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(_shown(row[c]) for c in columns))
+        table.add_row(*(shown(row[c]) for c in columns))
     Console(width=140).print(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "machine": machine(), "lm": args.lm, "rows": list(rows)}
+    content = {
+        "benchmark": name,
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": machine(),
+        "lm": args.lm,
+        "runs": args.runs,
+        "columns": list(columns),
+        "rows": list(rows),
+    }
     path = args.out / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:
@@ -201,7 +218,7 @@ def machine() -> dict[str, Any]:
         cwd=Path(__file__).parent,
     ).stdout.strip()
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -20,6 +20,7 @@ def sequence_log_probs(
     counts: Sequence[int],
     batch: int,
     stops: Sequence[int] = (),
+    never: Sequence[int] = (),
 ) -> list[Tensor]:
     """Log-probabilities of the last tokens of each sequence, in padded batches.
 
@@ -29,6 +30,7 @@ def sequence_log_probs(
         counts: how many of the last tokens of each to score.
         batch: sequences in a batch.
         stops: tokens that spell the stop; where the first of them is scored, all are summed.
+        never: tokens that no text holds, to be left out of the normaliser.
     """
     found: list[Tensor] = []
     for first in range(0, len(sequences), batch):
@@ -41,6 +43,8 @@ def sequence_log_probs(
         out = model(
             input_ids=ids, attention_mask=mask, logits_to_keep=longest - start, use_cache=False
         )
+        if never:
+            out.logits[..., list(never)] = -torch.inf
         log_probs = out.logits.float().log_softmax(-1)
         for k, row in enumerate(rows):
             count = counts[first + k]
@@ -61,6 +65,7 @@ def prefix_log_rewards(
     stops: Sequence[int],
     ending: Sequence[int],
     batch: int = 32,
+    never: Sequence[int] = (),
 ) -> Tensor:
     """log p(z₁..t, stop, ending) for every t, by a full forward pass of every prefix.
 
@@ -74,7 +79,7 @@ def prefix_log_rewards(
             sequences.append([*prompt, *tail])
             counts.append(len(tail))
     with torch.no_grad():
-        found = sequence_log_probs(model, sequences, counts, batch, stops)
+        found = sequence_log_probs(model, sequences, counts, batch, stops, never)
     return torch.stack([f.sum() for f in found]).reshape(len(samples), -1)
 
 

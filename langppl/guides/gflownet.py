@@ -217,8 +217,8 @@ class GFlowNetGuide(Guide):
             replay_size: how many of those are kept for each observation.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
                 their last draws are a few steps off-policy.
-            every: for SubTB, take the reward at prefixes of a multiple of so many tokens only, which
-                is cheaper; the whole string always counts.
+            every: for SubTB, take the reward at prefixes of a multiple of so many tokens only,
+                which is cheaper; the whole string always counts.
             given: latents (site → value) to learn from, in the place of the guide's own draws;
                 with a single observation only. A posterior's log joints are not computed anew
                 where they suffice.

@@ -164,7 +164,7 @@ def _draws_with_prefixes(
                     value = prefix_value(part.site.fn, path, t)
                     values.setdefault(value.ids, value)
                     plan.append((t, value.ids))
-            key = (part.site.fn.tokens_of(part.site.value), "whole")
+            key: object = (part.site.fn.tokens_of(part.site.value), "whole")
             if not path.rejected:
                 values.setdefault(key, part.site.value)
             plan.append((len(path.tokens), key))

@@ -272,6 +272,8 @@ def test_what_fit_refuses() -> None:
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="given_share must be above 0"):
             guide.fit(story, [(lm,)], given_share=share)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        guide.fit(story, [(lm,)], every=0)
     with pytest.raises(TypeError, match="tuple of the model's arguments"):
         guide.fit(story, ["ab"])
     with pytest.raises(ValueError, match="unknown objective"):

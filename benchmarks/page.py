@@ -1,0 +1,86 @@
+"""Writes docs/benchmarks.md from the JSON under benchmarks/results/, so that no figure is typed.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, shown
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Every table was written by the command above it (`make bench` runs all of them) and turned into this
+page by `python benchmarks/page.py`. Each row is a ratio measured in one run on one machine, the ways
+in turns; seconds are medians. The JSON, with every single run, is in `benchmarks/results/`.
+"""
+TEXTS = {
+    "prefix_rewards": """## Rewards of all prefixes
+
+log p(z₁..t, stop, ending) for every t of every sample of 20 tokens: full forward passes in padded batches
+of 32, without reuse, against langppl's one pass over the token trie. Both give the same numbers (the
+largest difference is of sums over the whole string and ending).""",
+    "step": """## One GFlowNet step
+
+16 samples of 20 tokens, a context of 60, an ending of 10, SubTB with the reward at every prefix. Plain: the
+paper's procedure with transformers and peft, token by token with gradients kept through the cache, the prompt
+repeated over the batch, a full forward pass for the reward of each prefix. Peak memory is that of a process
+which does one step and nothing else, Python, torch and weights included.""",
+    "decoding": """## Decoding
+
+32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against langppl.""",
+    "particles": """## Infilling by particles
+
+N particles of a missing sentence with its ending observed. langppl runs its importance sampler here.""",
+    "limit": """## Against the limit
+
+Tokens really computed × operations of a token, over the rate of bare matrix products in the model's shapes,
+measured in the same run (the better of torch's and oneDNN's prepacked ones).""",
+    "growth": """## Growth
+
+Importance sampling of a missing sentence: time and peak memory of a process of its own.
+
+![time and memory against samples](../benchmarks/results/growth.png)""",
+    "precision": """## bfloat16
+
+What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice, differences in nats
+(bfloat16 less float32). Whether it is faster depends on the processor.""",
+}
+
+
+def section(name: str, content: dict[str, Any]) -> str:
+    """A table with its text and where it was measured."""
+    columns, machine = content["columns"], content["machine"]
+    lines = [
+        TEXTS[name],
+        "",
+        f"`{content['command']}`",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in content["rows"]),
+        "",
+        f"{content['lm']}, {machine['processor']}, {machine['threads']} threads, "
+        f"{machine['capability']}, torch {machine['versions']['torch']}, transformers "
+        f"{machine['versions']['transformers']}, commit {machine['commit']}, {machine['date']}; "
+        f"medians of {content['runs']} runs.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    found = {}
+    for name in TEXTS:
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
+    parts = [HEAD, *(section(name, content) for name, content in found.items())]
+    PAGE.write_text("\n\n".join(p.strip() for p in parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
