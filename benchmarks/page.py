@@ -14,32 +14,36 @@ from common import RESULTS, shown
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-Every table was written by the command above it (`make bench` runs all of them) and turned into this
-page by `python benchmarks/page.py`. Each row is a ratio measured in one run on one machine, the ways
-in turns; seconds are medians. The JSON, with every single run, is in `benchmarks/results/`.
+Every table was written by the command above it (`make bench` runs all of them) and turned into
+this page by `python benchmarks/page.py`. Each row is a ratio measured in one run on one
+machine, the ways in turns; seconds are medians. The JSON, with every single run, is in
+`benchmarks/results/`.
 """
 TEXTS = {
     "prefix_rewards": """## Rewards of all prefixes
 
-log p(z₁..t, stop, ending) for every t of every sample of 20 tokens: full forward passes in padded batches
-of 32, without reuse, against langppl's one pass over the token trie. Both give the same numbers (the
-largest difference is of sums over the whole string and ending).""",
+log p(z₁..t, stop, ending) for every t of every sample of 20 tokens: full forward passes in
+padded batches of 32, without reuse, against langppl's one pass over the token trie. Both give
+the same numbers (the largest difference is of sums over the whole string and ending).""",
     "step": """## One GFlowNet step
 
-16 samples of 20 tokens, a context of 60, an ending of 10, SubTB with the reward at every prefix. Plain: the
-paper's procedure with transformers and peft, token by token with gradients kept through the cache, the prompt
-repeated over the batch, a full forward pass for the reward of each prefix. Peak memory is that of a process
-which does one step and nothing else, Python, torch and weights included.""",
+16 samples of 20 tokens, a context of 60, an ending of 10, SubTB with the reward at every
+prefix. Plain: the paper's procedure with transformers and peft, token by token with gradients
+kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
+of each prefix. Peak memory is that of a process which does one step and nothing else, Python,
+torch and weights included.""",
     "decoding": """## Decoding
 
-32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against langppl.""",
+32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
+langppl.""",
     "particles": """## Infilling by particles
 
-N particles of a missing sentence with its ending observed. langppl runs its importance sampler here.""",
+N particles of a missing sentence with its ending observed. langppl runs its importance sampler
+here.""",
     "limit": """## Against the limit
 
-Tokens really computed × operations of a token, over the rate of bare matrix products in the model's shapes,
-measured in the same run (the better of torch's and oneDNN's prepacked ones).""",
+Tokens really computed × operations of a token, over the rate of bare matrix products in the
+model's shapes, measured in the same run (the better of torch's and oneDNN's prepacked ones).""",
     "growth": """## Growth
 
 Importance sampling of a missing sentence: time and peak memory of a process of its own.
@@ -47,8 +51,8 @@ Importance sampling of a missing sentence: time and peak memory of a process of 
 ![time and memory against samples](../benchmarks/results/growth.png)""",
     "precision": """## bfloat16
 
-What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice, differences in nats
-(bfloat16 less float32). Whether it is faster depends on the processor.""",
+What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,
+differences in nats (bfloat16 less float32). Whether it is faster depends on the processor.""",
 }
 
 
