@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from langppl.lm import attention, packed
-from langppl.lm.attention import Blocks
+from langppl.lm import kept, packed
+from langppl.lm.kept import Tree
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
 from langppl.lm.trie import Row, lay_out
@@ -171,7 +171,12 @@ def _draw_packed(
         strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
         at = np.array([place[s.request.prompt] for s in strings])
         of_first = logits[torch.from_numpy(at).to(lm.device)]
-        _grow(lm, packing, strings, of_first, seen[at], row.depth, packed.cache_of(keys))
+        tree = Tree.of_row(row)
+        own = packed.cache_of(keys)
+        _grow(lm, packing, strings, of_first, seen[at], tree, leaves[at].tolist(), own)
+        if lm.active_adapter is None and kept.is_keeping():
+            tree.keys = packed.keys_and_values(own)
+            kept.keep(lm, tree)
         replies += [s.reply() for s in strings]
     return replies
 
@@ -182,7 +187,8 @@ def _grow(
     rows: Sequence[_Row],
     logits: torch.Tensor,
     seen: np.ndarray,
-    depth: np.ndarray,
+    tree: Tree,
+    last: list[int],
     cache: Any,
 ) -> None:
     """Draws rows to their ends.
@@ -193,7 +199,8 @@ def _grow(
         rows: the rows.
         logits: of each row's first token, shape [rows, vocabulary].
         seen: what of the cache each row sees, bool [rows, cached].
-        depth: position of each cached token, shape [cached].
+        tree: what is in the cache; it grows with it.
+        last: the node of each row's last token.
         cache: the KV cache of one batch row, which all rows share.
     """
     alive = list(rows)
@@ -205,17 +212,13 @@ def _grow(
         if len(going) < len(alive):
             seen = seen[going]
             alive = [alive[line] for line in going]
-        own = seen.sum(1)
+        tokens = [token for token in chosen if token is not None]
+        last = [tree.add(last[line], t) for line, t in zip(going, tokens, strict=True)]
         seen = np.concatenate([seen, np.eye(len(alive), dtype=bool)], axis=1)
-        depth = np.concatenate([depth, own])
-        sees: Blocks | torch.Tensor
-        if packing.in_blocks:
-            sees = attention.of_mask(seen, own, depth, lm.device, BLOCK)
-        else:
-            sees = torch.from_numpy(seen)
-        tokens = torch.tensor([chosen[line] for line in going])
-        everyone = torch.arange(len(alive))
-        found = packed.run(lm, packing, tokens, torch.from_numpy(own), sees, everyone, cache)
+        depth = np.array(tree.depth)
+        sees = packed.seen_by(lm, packing, seen, depth[last], depth, BLOCK)
+        at, everyone = torch.from_numpy(depth[last]), torch.arange(len(alive))
+        found = packed.run(lm, packing, torch.tensor(tokens), at, sees, everyone, cache)
         logits = lm.logits_of(found)
 
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from langppl.lm import attention
+from langppl.lm import attention, kept
 from langppl.lm.attention import Blocks
+from langppl.lm.kept import KeysAndValues, Tree
 from langppl.lm.trie import Ids, Row, lay_out
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def states(
         comes once) the n-indices of what they want, shape [count].
     """
     assert lm.packs is not None
+    if lm.active_adapter is None and not torch.is_grad_enabled():
+        known = kept.known(lm, sequences, first)
+        if known:
+            yield from _after_trees(lm, lm.packs, sequences, first, count, known)
+            return
     layout = lay_out(sequences, lm.node_budget, min(first))
     stem: KeysAndValues | None = None
     if layout.stem:
@@ -88,6 +94,58 @@ def states(
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
 
 
+def _after_trees(
+    lm: LM,
+    packing: Packing,
+    sequences: Sequence[Ids],
+    first: Sequence[int],
+    count: Sequence[int],
+    known: Sequence[tuple[Tree, list[int]]],
+) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    """The states of sequences that begin with nodes of trees whose keys and values are kept."""
+    groups: dict[int, tuple[Tree, list[int]]] = {}
+    for k, (tree, _) in enumerate(known):
+        groups.setdefault(id(tree), (tree, []))[1].append(k)
+    for tree, members in groups.values():
+        # A node of the tree takes the place of all tokens that lead to it.
+        paths = [known[k][1] for k in members]
+        rest = [
+            (-1 - path[-1], *sequences[k][len(path) :]) if path else sequences[k]
+            for k, path in zip(members, paths, strict=True)
+        ]
+        skipped = [len(path) - 1 if path else 0 for path in paths]
+        for row in lay_out(rest, lm.node_budget, 0).rows:
+            wanted = {}
+            new = kept.branches(tree, row)
+            for m, path in row.paths.items():
+                k = members[m]
+                own = path[first[k] - skipped[m] :][: count[k]]
+                wanted[k] = new.place[own]
+            nodes = np.unique(np.concatenate(list(wanted.values())))
+            if not len(nodes):
+                yield torch.zeros(0, 1, device=lm.device), wanted
+                continue
+            depth = np.concatenate([tree.depth, new.depth])
+            seen = seen_by(lm, packing, new.seen, new.depth, depth, attention.BLOCK)
+            ids, at, keep = (torch.from_numpy(a) for a in (new.ids, new.depth, nodes))
+            found = run(lm, packing, ids, at, seen, keep, cache_of(tree.keys))
+            yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
+
+
+def seen_by(
+    lm: LM,
+    packing: Packing,
+    seen: np.ndarray,
+    query_depth: np.ndarray,
+    key_depth: np.ndarray,
+    size: int,
+) -> Blocks | torch.Tensor:
+    """What nodes in any order see, bool [n, cached + n], as `run` takes it."""
+    if packing.in_blocks:
+        return attention.of_mask(seen, query_depth, key_depth, lm.device, size)
+    return torch.from_numpy(seen)
+
+
 def _row_states(
     lm: LM,
     packing: Packing,
@@ -101,9 +159,6 @@ def _row_states(
     with lm.adapter(adapter):
         cache = None if known is None else cache_of(known)
         return run_row(lm, packing, row, len(stem), nodes, cache)
-
-
-KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def keys_and_values(cache: Any) -> KeysAndValues:

@@ -19,6 +19,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from pyro.poutine import runtime
 
+from langppl.lm.kept import keeping
 from langppl.lm.requests import Reply, Request, serve, served_by
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
     executions = [_Execution(task, inside) for task in tasks]
     try:
         # Served directly, also where this call itself runs inside another scheduler.
-        with served_by(None):
+        with served_by(None), keeping():
             for execution in executions:
                 execution.go_on(None)
             while waiting := [e for e in executions if e.wanted is not None]:

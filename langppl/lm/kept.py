@@ -1,0 +1,179 @@
+"""What decoding has computed, kept for the scoring that follows it.
+
+Draws are mostly scored at once: an ending after each middle that was just drawn. Their keys and
+values are in the decoder's cache by then, so while a batch of executions goes on (`keeping`), the
+trees of its draws are kept, and scoring begins where a tree ends. Only draws of the LM itself,
+without an adapter, are kept: it is under the LM that draws are scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from langppl.lm.memo import state_of
+from langppl.lm.trie import Ids, Row
+
+if TYPE_CHECKING:
+    from langppl.lm.model import LM
+
+KEPT_BYTES = 256 * 2**20
+"""Most bytes of keys and values that are kept of one LM."""
+
+KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
+"""What a KV cache holds, layer by layer, each [1, heads, nodes, width]."""
+
+
+@dataclass
+class Tree:
+    """A trie whose keys and values are in a cache.
+
+    Attributes:
+        parents: the node before each node, −1 for none.
+        depth: position of each.
+        nodes: (parent, token) → node.
+        keys: keys and values of all nodes; empty while it grows.
+        state: of the LM's weights when they were computed.
+    """
+
+    parents: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    nodes: dict[tuple[int, int], int] = field(default_factory=dict)
+    keys: KeysAndValues = field(default_factory=list)
+    state: object = None
+
+    @classmethod
+    def of_row(cls, row: Row) -> Tree:
+        """The tree of a trie's row."""
+        tree = cls()
+        path: list[int] = []
+        for token, depth in zip(row.ids.tolist(), row.depth.tolist(), strict=True):
+            path = [*path[:depth], tree.add(path[depth - 1] if depth else -1, token)]
+        return tree
+
+    def add(self, parent: int, token: int) -> int:
+        """Adds the node that comes next in the cache; equal ones may stand there twice."""
+        node = len(self.parents)
+        self.parents.append(parent)
+        self.depth.append(0 if parent < 0 else self.depth[parent] + 1)
+        self.nodes.setdefault((parent, token), node)
+        return node
+
+    def path(self, ids: Sequence[int]) -> list[int]:
+        """The nodes of as many first tokens as it knows."""
+        found: list[int] = []
+        node = -1
+        for token in ids:
+            known = self.nodes.get((node, token))
+            if known is None:
+                break
+            node = known
+            found.append(node)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Room that its keys and values take."""
+        return sum(x.numel() * x.element_size() for pair in self.keys for x in pair)
+
+
+_trees: ContextVar[dict[int, list[Tree]] | None] = ContextVar("langppl_trees", default=None)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Within the block, trees are kept; they are forgotten at its end."""
+    token = _trees.set({})
+    try:
+        yield
+    finally:
+        _trees.reset(token)
+
+
+def is_keeping() -> bool:
+    """Whether a tree that is kept now may be of use."""
+    return _trees.get() is not None
+
+
+def keep(lm: LM, tree: Tree) -> None:
+    """Keeps a tree of an LM's draws, if there is room; the oldest go first."""
+    every = _trees.get()
+    if every is None or tree.bytes > KEPT_BYTES:
+        return
+    tree.state = state_of(lm, None)
+    trees = every.setdefault(id(lm), [])
+    trees.append(tree)
+    while sum(t.bytes for t in trees) > KEPT_BYTES:
+        trees.pop(0)
+
+
+def known(lm: LM, sequences: Sequence[Ids], most: Sequence[int]) -> list[tuple[Tree, list[int]]]:
+    """For each sequence, the tree that knows most of its first tokens, and their nodes.
+
+    Args:
+        lm: the LM, without an adapter.
+        sequences: token ids.
+        most: how many tokens of each may be taken from a tree.
+
+    Returns:
+        One entry for each sequence; empty if nothing is known of any of them.
+    """
+    trees = (_trees.get() or {}).get(id(lm), [])
+    if trees:
+        state = state_of(lm, None)
+        trees = [t for t in trees if t.state == state]
+    if not trees:
+        return []
+    found = []
+    for ids, limit in zip(sequences, most, strict=True):
+        paths = [(tree, tree.path(ids[:limit])) for tree in trees]
+        found.append(max(paths, key=lambda p: len(p[1])))
+    return found if any(path for _, path in found) else []
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Nodes that are run after those of a tree.
+
+    Attributes:
+        ids: token of each, shape [n].
+        depth: position of each, shape [n].
+        seen: what each sees of the tree and of the nodes, bool [n, tree + n].
+        place: of each node of the row that they come from, its number among them.
+    """
+
+    ids: np.ndarray
+    depth: np.ndarray
+    seen: np.ndarray
+    place: np.ndarray
+
+
+def branches(tree: Tree, row: Row) -> Branches:
+    """A row's nodes, without those that stand for a node of a tree (−1 − node in a token's place).
+
+    What lies below such a node sees the tree's path to it instead.
+    """
+    is_new = row.ids >= 0
+    place = np.cumsum(is_new) - 1
+    of_tree = np.zeros((len(row.ids), len(tree.parents)), dtype=bool)
+    depth = row.depth.copy()
+    for first in np.flatnonzero(~is_new).tolist():
+        below = slice(first, int(row.below[first]))
+        node = -1 - int(row.ids[first])
+        depth[below] += tree.depth[node]
+        while node >= 0:
+            of_tree[below, node] = True
+            node = tree.parents[node]
+    own = row.mask(0)[is_new][:, is_new]
+    return Branches(
+        row.ids[is_new],
+        depth[is_new],
+        np.concatenate([of_tree[is_new], own], axis=1),
+        place,
+    )

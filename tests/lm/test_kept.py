@@ -1,0 +1,150 @@
+"""Scores that begin where a draw's tree ends are those from the beginning."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packed import FAMILIES, other
+
+import langppl as lp
+from langppl.lm import attention, kept
+from langppl.lm.decoding import draw
+from langppl.lm.requests import DrawRequest, ScoreRequest
+from langppl.lm.rules import StringRules
+from langppl.lm.scoring import score
+from langppl.lm.trie import lay_out
+from langppl.testing import tiny_lm
+
+LM = tiny_lm(["a", "b", ".", " "], seed=3, merged=["ab", "b.", ".a"])
+PROMPTS = ["", "ab", "ab ab", "b"]
+
+
+def draws_of(lm: lp.LM, seed: int, n: int = 9, length: int = 7) -> list[tuple[int, ...]]:
+    """Prompt and tokens of strings that were just drawn."""
+    rules = lm.bind(StringRules(stop=(".",), min_tokens=0, max_tokens=length))
+    wanted = [
+        DrawRequest(lm, lm.encode_prompt(PROMPTS[k % 4]), rules, length, (seed, k))
+        for k in range(n)
+    ]
+    return [(*r.prompt, *d.ids) for r, d in zip(wanted, draw(wanted), strict=True)]
+
+
+def endings_of(lm: lp.LM, begun: list[tuple[int, ...]], ending: str, cut: int) -> list[Any]:
+    """An ending after each string, and after what is left of it without its last tokens."""
+    open_rules = lm.bind(StringRules(min_tokens=0))
+    path = open_rules.parse(lm.encode_text(ending), ending.encode(), None)
+    return [ScoreRequest(lm, ids[: max(1, len(ids) - c)], path) for ids in begun for c in (0, cut)]
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f.tokens, e.tokens, atol=2e-5)
+        np.testing.assert_allclose(f.ending, e.ending, atol=2e-5)
+        np.testing.assert_allclose(f.canonical, e.canonical, atol=2e-5)
+
+
+@given(st.integers(0, 50), st.text("ab. ", max_size=6), st.integers(0, 8), st.sampled_from([4, 99]))
+@settings(max_examples=150, deadline=None)
+def test_scores_after_draws_are_those_from_the_beginning(
+    seed: int, ending: str, cut: int, budget: int
+) -> None:
+    before, LM.node_budget = LM.node_budget, budget
+    attention.BLOCK = 5
+    try:
+        with kept.keeping():
+            begun = draws_of(LM, seed)
+            requests = endings_of(LM, begun, ending, cut)
+            found = score(requests)
+        expected = score(requests)
+    finally:
+        LM.node_budget, attention.BLOCK = before, 64
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_for_every_family(family: str) -> None:
+    lm = other(family, **{**FAMILIES[family], **({"sliding_window": 6} if "3" in family else {})})
+    with kept.keeping():
+        begun = draws_of(lm, 1)
+        requests = endings_of(lm, begun, "ab a", 2)
+        assert kept.known(lm, [(*r.prompt,) for r in requests], [len(r.prompt) for r in requests])
+        found = score(requests)
+    assert_equal(found, score(requests))
+
+
+class Tokens:
+    """Counts the tokens that an LM reads."""
+
+    def __init__(self, lm: lp.LM) -> None:
+        self.count = 0
+        self.handle = lm.model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _add(self, _module: Any, _args: Any, out: torch.Tensor) -> None:
+        self.count += out.shape[0] * out.shape[1]
+
+
+def test_inference_reads_no_drawn_token_twice() -> None:
+    lm = tiny_lm("ab", seed=3)  # one token a character: texts are joined as they were drawn
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, "abb", min_tokens=6, max_tokens=6))
+        lp.sample("y", lp.LMString(lm, f"abb{z}", min_tokens=0), obs="bab")
+
+    program = lp.compile(story)
+    lm.memo.clear()
+    tokens = Tokens(lm)
+    posterior = lp.infer(program, num_samples=12, seed=3, progress=False)
+    tokens.handle.remove()
+    distinct = len({str(s["z"]) for s in posterior.samples})
+    assert distinct > 5
+    # To draw, the last token of a string is not read; to score, it and the ending but its last.
+    assert tokens.count == 3 + 12 * 5 + distinct * 3
+
+
+def test_what_was_computed_with_other_weights_is_not_used() -> None:
+    lm = tiny_lm(["a", "b", ".", " "], seed=4, merged=["ab", "b."])
+    with kept.keeping():
+        requests = endings_of(lm, draws_of(lm, 1), "ab", 1)
+        old = score(requests)
+        weight = lm.model.get_output_embeddings().weight
+        first = next(p for p in lm.model.parameters() if p is not weight)
+        with torch.no_grad():
+            first.mul_(1.5)
+        found = score(requests)
+    assert_equal(found, score(requests))
+    assert abs(found[0].log_prob - old[0].log_prob) > 1e-3
+
+
+def test_trees_end_with_their_block_and_keep_within_their_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def knows() -> bool:
+        begun = [(*LM.encode_prompt(p),) for p in PROMPTS]
+        return bool(kept.known(LM, begun, [len(b) for b in begun]))
+
+    with kept.keeping():
+        draws_of(LM, 1)
+        assert knows()
+        with kept.keeping():
+            assert not knows()
+        assert knows()
+        monkeypatch.setattr(kept, "KEPT_BYTES", 10)
+        draws_of(LM, 2)
+        assert knows()  # the new one has no room; the old one is there still
+    assert not knows()
+    draws_of(LM, 1)
+    assert not knows()
+
+
+def test_a_tree_knows_its_paths() -> None:
+    (row,) = lay_out([(1, 2, 3), (1, 2, 4, 5), (7,)], 99).rows
+    tree = kept.Tree.of_row(row)
+    assert tree.depth == row.depth.tolist()
+    assert tree.path((1, 2, 4, 9)) == [0, 1, 3] and tree.path((8,)) == []
+    new = tree.add(3, 6)
+    assert (
+        new == len(row.ids) and tree.depth[new] == 3 and tree.path((1, 2, 4, 6)) == [0, 1, 3, new]
+    )
