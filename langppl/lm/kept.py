@@ -37,7 +37,8 @@ class Tree:
     Attributes:
         parents: the node before each node, −1 for none.
         depth: position of each.
-        nodes: (parent, token) → node.
+        nodes: (parent, token) → node; of equal nodes the first stands for all.
+        first: for each node, the first equal one.
         keys: keys and values of all nodes; empty while it grows.
         state: of the LM's weights when they were computed.
     """
@@ -45,6 +46,7 @@ class Tree:
     parents: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     nodes: dict[tuple[int, int], int] = field(default_factory=dict)
+    first: list[int] = field(default_factory=list)
     keys: KeysAndValues = field(default_factory=list)
     state: object = None
 
@@ -58,11 +60,12 @@ class Tree:
         return tree
 
     def add(self, parent: int, token: int) -> int:
-        """Adds the node that comes next in the cache; equal ones may stand there twice."""
+        """Adds the node that comes next in the cache, where equal ones may stand."""
         node = len(self.parents)
+        key = (self.first[parent] if parent >= 0 else parent, token)
+        self.first.append(self.nodes.setdefault(key, node))
         self.parents.append(parent)
         self.depth.append(0 if parent < 0 else self.depth[parent] + 1)
-        self.nodes.setdefault((parent, token), node)
         return node
 
     def path(self, ids: Sequence[int]) -> list[int]:

@@ -116,9 +116,13 @@ def _score(
     if not requests:
         return
     lm, adapter = requests[0].lm, requests[0].adapter
-    sequences = [r.prompt + r.path.tokens for r in requests]
     first = [len(r.prompt) - 1 for r in requests]
     count = [len(r.path.steps) for r in requests]
+    # Where a string does not end, nothing is read after its last token.
+    sequences = [
+        (r.prompt + r.path.tokens)[: max(f + c, 1)]
+        for r, f, c in zip(requests, first, count, strict=True)
+    ]
     fits = lm.packs is not None and max(map(len, sequences)) <= lm.packs.window
     route = packed.states if fits else padded.states
     with lm.adapter(adapter):

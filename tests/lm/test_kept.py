@@ -146,7 +146,10 @@ def test_a_tree_knows_its_paths() -> None:
     tree = kept.Tree.of_row(row)
     assert tree.depth == row.depth.tolist()
     assert tree.path((1, 2, 4, 9)) == [0, 1, 3] and tree.path((8,)) == []
+    again = tree.add(1, 4)
+    assert tree.first[again] == 3 and tree.path((1, 2, 4)) == [0, 1, 3]
+    below = tree.add(again, 8)
+    assert tree.path((1, 2, 4, 8)) == [0, 1, 3, below]
     new = tree.add(3, 6)
-    assert (
-        new == len(row.ids) and tree.depth[new] == 3 and tree.path((1, 2, 4, 6)) == [0, 1, 3, new]
-    )
+    assert new == len(row.ids) + 2 and tree.depth[new] == 3
+    assert tree.path((1, 2, 4, 6)) == [0, 1, 3, new]
