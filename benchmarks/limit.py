@@ -30,10 +30,10 @@ class Counter:
         lm.model.get_output_embeddings().register_forward_hook(self._headed)
 
     def _embedded(self, _module: object, _args: object, out: torch.Tensor) -> None:
-        self.tokens += out.shape[0] * out.shape[1]
+        self.tokens += out.shape[:-1].numel()
 
     def _headed(self, _module: object, _args: object, out: torch.Tensor) -> None:
-        self.logits += out.shape[0] * out.shape[1]
+        self.logits += out.shape[:-1].numel()
 
     def of(self, way: Callable[[], object]) -> tuple[int, int]:
         self.tokens = self.logits = 0
