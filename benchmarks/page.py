@@ -32,6 +32,7 @@ prefix. Plain: the paper's procedure with transformers and peft, token by token 
 kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
 of each prefix. Peak memory is that of a process which does one step and nothing else, Python,
 torch and weights included.""",
+    "step_memory": """Peak memory of one such step, in a process of its own:""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against

@@ -113,6 +113,7 @@ def main() -> None:
     options.add_argument(
         "--memory-of", choices=("plain", "langppl"), help="one step, its peak memory"
     )
+    options.add_argument("--memory-only", action="store_true", help="do not time the steps")
     args = options.parse_args()
     lm = lp.LM(args.lm)
     makers = {"plain": theirs, "langppl": ours}
@@ -123,6 +124,19 @@ def main() -> None:
         print(json.dumps(common.peak_memory()))
         return
 
+    if not args.memory_only:
+        times(lm, makers, args)
+    memory = {}
+    for name in makers:
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory[name] = float(done.stdout.strip().splitlines()[-1])
+    rows = [_row("peak GiB", memory["plain"], memory["langppl"])]
+    common.report("step_memory", list(rows[0]), rows, args)
+
+
+def times(lm: lp.LM, makers: dict[str, Callable], args) -> None:
+    """The time of each part."""
     ways = {name: make(lm, args) for name, make in makers.items()}
     seconds: dict[str, dict[str, list[float]]] = {p: {"plain": [], "langppl": []} for p in PARTS}
     for _ in range(args.runs + 1):  # the first warms up
@@ -130,11 +144,6 @@ def main() -> None:
             for part in PARTS:
                 (own,) = common.side_by_side({name: parts[part]}, 1).values()
                 seconds[part][name] += own
-    memory = {}
-    for name in makers:
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory[name] = float(done.stdout.strip().splitlines()[-1])
     rows = []
     for part in PARTS:
         own = {k: v[1:] for k, v in seconds[part].items()}
@@ -144,7 +153,6 @@ def main() -> None:
         for name in ways
     }
     rows.append(_row("step", whole["plain"], whole["langppl"]))
-    rows.append(_row("peak GiB", memory["plain"], memory["langppl"]))
     common.report("step", list(rows[0]), rows, args)
 
 

@@ -1,9 +1,21 @@
-"""Balance losses: at their minimum, 0, the guide's draws follow the reward.
+"""What a guide is trained with, each a function of tensors.
+
+The balance losses (`subtb`, `detailed_balance`, `trajectory_balance`, `vargrad`) take draws from
+anywhere; at their minimum, 0, the guide's draws follow the reward. The others are what one would
+use instead: `reverse_kl` (policy gradient on the ELBO, which is what reinforcement learning with a
+KL penalty does), `reward` (the same without the entropy), `wake` (reweighted wake-sleep) and
+`likelihood` (maximum likelihood of given latents).
 
 References:
     Malkin et al. 2022, *Trajectory balance* (arXiv 2201.13259).
     Madan et al. 2023, *Learning GFlowNets from partial episodes* (arXiv 2209.12782): SubTB(λ).
     Zhang et al. 2023, *Robust scheduling with GFlowNets* (arXiv 2302.05446): VarGrad.
+    Bengio et al. 2023, *GFlowNet foundations* (arXiv 2111.09266): detailed balance.
+    Deleu et al. 2022, *Bayesian structure learning with GFNs* (arXiv 2202.13903): detailed balance
+    without a flow network, where every state can end.
+    Williams 1992, *Simple statistical gradient-following algorithms* (REINFORCE).
+    Kool et al. 2019, *Buy 4 REINFORCE samples, get a baseline for free*: leave-one-out.
+    Bornschein and Bengio 2015, *Reweighted wake-sleep* (arXiv 1406.2751).
     Hu et al. 2024, *Amortizing intractable inference in LLMs* (arXiv 2310.04363): the form of
     SubTB in which every prefix that can end has the flow R(z₁..t ⊤)/q(⊤ | z₁..t).
 
@@ -117,19 +129,99 @@ def subtb(
         log_z = log_evidence(root_gaps(trajectories))
     losses = []
     for t in trajectories:
-        c = torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)])
-        possible = torch.isfinite(t.log_reward)
-        ends = t.ends[possible]
-        u = torch.cat([log_z[None], (t.log_reward - t.log_q_end)[possible]])
-        reached = torch.cat([c[:1], c[ends]])
-        at = torch.cat([ends.new_zeros(1), ends])
+        u, reached, at = _end_points(t, log_z)
         i, j = torch.triu_indices(len(u), len(u), 1, device=u.device)
         residual = u[i] + reached[j] - reached[i] - u[j]
-        weight = lam ** (at[j] - at[i]).to(u.dtype)
-        total, norm = (weight * residual**2).sum(), weight.sum()
-        if not possible[-1]:
-            log_q = c[-1] + t.log_q_end[-1]
-            total = total + (log_q - log_q.detach() + FLOOR) ** 2
-            norm = norm + 1
-        losses.append(total / norm)
+        losses.append(_weighted(t, residual, lam ** (at[j] - at[i]).to(u.dtype)))
     return torch.stack(losses).mean()
+
+
+def detailed_balance(trajectories: Sequence[Trajectory], log_z: Tensor | None = None) -> Tensor:
+    """Balance between neighbouring end points alone, the root with log Z the first of them.
+
+    Args:
+        trajectories: of one observation.
+        log_z: scalar; the batch's own estimate by default.
+
+    Returns:
+        The mean squared residual, a scalar; see `subtb`.
+    """
+    if log_z is None:
+        log_z = log_evidence(root_gaps(trajectories))
+    losses = []
+    for t in trajectories:
+        u, reached, _ = _end_points(t, log_z)
+        residual = u[:-1] + reached[1:] - reached[:-1] - u[1:]
+        losses.append(_weighted(t, residual, torch.ones_like(residual)))
+    return torch.stack(losses).mean()
+
+
+def _end_points(t: Trajectory, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the root and every possible end point: u, log q of what leads there, position."""
+    possible = torch.isfinite(t.log_reward)
+    c = torch.cat([t.log_q.new_zeros(1), t.log_q.cumsum(0)])
+    ends = t.ends[possible]
+    u = torch.cat([log_z[None], (t.log_reward - t.log_q_end)[possible]])
+    return u, torch.cat([c[:1], c[ends]]), torch.cat([ends.new_zeros(1), ends])
+
+
+def _weighted(t: Trajectory, residual: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean of squared residuals; an impossible last end point is pushed down."""
+    total, norm = (weight * residual**2).sum(), weight.sum()
+    if not torch.isfinite(t.log_reward[-1]):
+        log_q = t.log_q.sum() + t.log_q_end[-1]
+        total = total + (log_q - log_q.detach() + FLOOR) ** 2
+        norm = norm + 1
+    return total / norm
+
+
+def reverse_kl(log_reward: Tensor, log_q: Tensor) -> Tensor:
+    """Policy gradient on the ELBO with a leave-one-out baseline.
+
+    Args:
+        log_reward: shape [n], of draws from the policy itself; −inf marks an impossible one, whose
+            advantage is the balance losses' floor.
+        log_q: shape [n], with gradients.
+
+    Returns:
+        A scalar: the mean of log q − log R over the possible draws, whose gradient is the
+        policy gradient's estimate.
+    """
+    return _policy_gradient(log_q.detach() - log_reward, log_q)
+
+
+def reward(log_reward: Tensor, log_q: Tensor) -> Tensor:
+    """Policy gradient on the mean log R alone, which collapses onto a mode; see `reverse_kl`."""
+    return _policy_gradient(-log_reward, log_q)
+
+
+def _policy_gradient(cost: Tensor, log_q: Tensor) -> Tensor:
+    possible = torch.isfinite(cost)
+    n = int(possible.sum())
+    known = torch.where(possible, cost, 0.0)
+    baseline = (known.sum() - known) / max(n - 1, 1)
+    advantage = torch.where(possible, cost - baseline if n > 1 else 0.0, FLOOR)
+    surrogate = (advantage * log_q).mean()
+    value = known.sum() / max(n, 1)
+    return surrogate - surrogate.detach() + value
+
+
+def wake(log_reward: Tensor, log_q: Tensor) -> Tensor:
+    """Maximum likelihood of draws weighted by R/q, self-normalised (the wake phase for q).
+
+    Args:
+        log_reward: shape [n], of draws from the policy itself; −inf marks an impossible one.
+        log_q: shape [n], with gradients.
+
+    Returns:
+        A scalar; 0, without gradient, if no draw is possible.
+    """
+    gap = log_reward - log_q.detach()
+    if not bool(torch.isfinite(gap).any()):
+        return 0.0 * log_q.sum()
+    return -(gap.softmax(0) * log_q).sum()
+
+
+def likelihood(log_q: Tensor) -> Tensor:
+    """Maximum likelihood of given latents: −mean log q, of log q of shape [n]."""
+    return -log_q.mean()
