@@ -258,6 +258,34 @@ def test_impossible_draws_are_counted_and_survived() -> None:
     assert np.mean(shares[-10:]) < np.mean(shares[:10])
 
 
+@pytest.mark.parametrize("objective", ["reverse_kl", "rws"])
+def test_baselines_learn_too(objective: str) -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    guide = GFlowNetGuide(
+        program.args[0], context=lambda info: info.prompt, objective=objective, seed=1
+    )
+    before = divergences(program, guide)[0]
+    guide.fit(program, steps=80, batch=32, learning_rate=3e-3, progress=False)
+    assert divergences(program, guide)[0] < 0.3 * before
+
+
+def test_maximum_likelihood_of_posterior_samples_is_the_posterior() -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    truth = infer(program, method="exact", progress=False).resample(256, seed=1)
+    guide = fit_given(program, truth, 60, objective="mle", learning_rate=3e-3)
+    forward = divergences(program, guide)[1]
+    # 256 draws over about 20 likely strings: the sampling error alone is some 20 / 512 nats.
+    assert forward < 0.15 < divergences(program, None)[1]
+
+
+def test_baselines_refuse_what_they_cannot_learn_from() -> None:
+    lm = make_lm()
+    with pytest.raises(ValueError, match="learns from the guide's own draws"):
+        GFlowNetGuide(lm, objective="rws").fit(story, [(lm,)], given=[{"middle": "a."}])
+    with pytest.raises(ValueError, match='"mle" learns from given latents'):
+        GFlowNetGuide(lm, objective="mle").fit(story, [(lm,)])
+
+
 def test_what_fit_refuses() -> None:
     lm = make_lm()
     guide = GFlowNetGuide(lm, objective="subtb")
