@@ -31,9 +31,9 @@ the same numbers (the largest difference is of sums over the whole string and en
 prefix. Plain: the paper's procedure with transformers and peft, token by token with gradients
 kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
 of each prefix.""",
-    "step_memory": """Peak memory of one such step in a process of its own, Python, torch and weights
-included. With fewer nodes to a row than the gradient needs, rows are run again in the backward
-pass: less memory, more work. Seconds are of a single second step.""",
+    "step_memory": """Peak memory of one such step in a process of its own, Python, torch and
+weights included. With fewer nodes to a row than the gradient needs, rows are run again in the
+backward pass: less memory, more work. Seconds are of a single second step.""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ OBJECTIVES = ("auto", "subtb", "db", "vargrad", "reverse_kl", "reward", "rws", "
 WITH_PREFIXES = ("subtb", "db")
 ON_POLICY = ("reverse_kl", "reward", "rws")
 GUIDE_FILE = "guide.json"
+LEAST_NODES = 16
+"""Rows of fewer nodes are no remedy for a lack of memory."""
+
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
@@ -445,6 +449,63 @@ class GFlowNetGuide(Guide):
         everything = [*fresh, *given, *replayed]
         if len(everything) < 2:
             raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
+        loss, log_qs = self._within_memory(
+            lambda: self._descend(feed, everything, len(fresh), step, power, lam)
+        )
+        for d, q in zip(everything, log_qs, strict=True):
+            feed.buffer.add(d.key, d.log_reward - q, d)
+        untempered = [
+            (d.log_reward, q)
+            for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
+            if not (d.is_tempered or d.is_given)
+        ]
+        possible = [(r, q) for r, q in untempered if r > -math.inf]
+        return {
+            "loss": loss,
+            "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
+            "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
+            "impossible": 1.0 - len(possible) / len(untempered) if untempered else math.nan,
+        }
+
+    def _within_memory(self, descend: Callable[[], T]) -> T:
+        """Runs a forward and backward pass, in smaller rows if the memory does not suffice."""
+        while True:
+            try:
+                return descend()
+            except RuntimeError as error:
+                budget = self.lm.node_budget // 2
+                if not _is_out_of_memory(error) or budget < LEAST_NODES:
+                    raise
+            self.lm.node_budget = budget
+            for name, parameter in self.lm.model.named_parameters():
+                if f".{self.adapter}." in name:
+                    parameter.grad = None
+            warnings.warn(
+                f"out of memory: training goes on with lm.node_budget = {budget}, half of what it "
+                "was",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _descend(
+        self,
+        feed: _Feed,
+        everything: Sequence[Draw],
+        fresh: int,
+        step: int,
+        power: float,
+        lam: float,
+    ) -> tuple[float, list[float]]:
+        """The loss, whose gradients are left with the adapter, and log q of each draw.
+
+        Args:
+            feed: where the draws come from.
+            everything: the draws.
+            fresh: how many of the first of them log Z is estimated from.
+            step: the training's step.
+            power: of the reward.
+            lam: SubTB's λ.
+        """
         found = policy_scores(everything, self.adapter)
         total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
         reward = total.new_tensor(
@@ -453,7 +514,7 @@ class GFlowNetGuide(Guide):
                 for d in everything
             ]
         )
-        is_given = any(d.is_given for d in fresh)
+        is_given = any(d.is_given for d in everything[:fresh])
         if self.objective == "mle":
             loss = objectives.likelihood(total)
         elif self.objective in ON_POLICY:
@@ -466,7 +527,7 @@ class GFlowNetGuide(Guide):
         elif everything[0].ends:
             paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
             log_z = feed.estimate(
-                objectives.root_gaps(paths[: len(fresh)] or paths),
+                objectives.root_gaps(paths[:fresh] or paths),
                 objectives.root_gaps(paths),
                 power,
                 is_given,
@@ -477,28 +538,13 @@ class GFlowNetGuide(Guide):
                 loss = objectives.subtb(paths, lam, log_z)
         else:
             gap = reward - total
-            log_z = feed.estimate(gap[: len(fresh)], gap, power, is_given)
+            log_z = feed.estimate(gap[:fresh], gap, power, is_given)
             loss = objectives.trajectory_balance(reward, total, log_z)
         if not bool(torch.isfinite(loss)):
             sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
             raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
         loss.backward()
-
-        log_qs = total.detach().tolist()
-        for d, q in zip(everything, log_qs, strict=True):
-            feed.buffer.add(d.key, d.log_reward - q, d)
-        untempered = [
-            (d.log_reward, q)
-            for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
-            if not (d.is_tempered or d.is_given)
-        ]
-        possible = [(r, q) for r, q in untempered if r > -math.inf]
-        return {
-            "loss": float(loss.detach()),
-            "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
-            "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
-            "impossible": 1.0 - len(possible) / len(untempered) if untempered else math.nan,
-        }
+        return float(loss.detach()), total.detach().tolist()
 
     def _takes_prefixes(
         self, program: Program, contexts: Sequence[dict[str, tuple[int, ...]]]
@@ -852,6 +898,11 @@ def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -
                 f"each observation must be a tuple of the model's arguments, got {row!r}"
             )
     return [compile(model, *row) for row in rows]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

@@ -286,6 +286,42 @@ def test_baselines_refuse_what_they_cannot_learn_from() -> None:
         GFlowNetGuide(lm, objective="mle").fit(story, [(lm,)])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_out_of_memory_it_goes_on_in_smaller_rows(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(most: int) -> list[torch.Tensor]:
+        lm = make_lm()
+        guide = GFlowNetGuide(lm, seed=1)
+        plain = gflownet.policy_scores
+
+        def scores(draws: Any, adapter: Any) -> Any:
+            if lm.node_budget > most:
+                raise error
+            return plain(draws, adapter)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(gflownet, "policy_scores", scores)
+            guide.fit(story, [(lm,)], **QUICK)
+        assert lm.node_budget == min(most, 1024)
+        return [p.detach() for n, p in lm.model.named_parameters() if guide.adapter in n]
+
+    expected = trained(10**6)
+    with pytest.warns(UserWarning, match=r"training goes on with lm.node_budget = 16") as said:
+        found = trained(16)
+    assert len([w for w in said if "out of memory" in str(w.message)]) == 6
+    for p, q in zip(expected, found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="memory"), pytest.warns(UserWarning):
+        trained(2)
+
+
 def test_what_fit_refuses() -> None:
     lm = make_lm()
     guide = GFlowNetGuide(lm, objective="subtb")
