@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.langppl-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench
+.PHONY: help env demo test lint bench peers
 
 help:
 	@echo "make demo   the posterior of a missing sentence, on a real language model"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy and the import contracts"
 	@echo "make bench  every benchmark, beside what one would use instead"
+	@echo "make peers  particles beside llamppl and genlm-control, in an environment of its own"
 	@echo "make env    the environment alone, in $(VENV)"
 
 env: $(STAMP)
@@ -43,3 +44,13 @@ bench: $(STAMP)
 	for name in prefix_rewards step decoding limit growth precision page; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
+
+PEERS := .venv-peers
+
+peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -c constraints.txt torch
+	$(PEERS)/bin/python -m pip install -c constraints.txt -c benchmarks/peers-constraints.txt \
+		-e '.[plots,peers]'
+	$(PEERS)/bin/python benchmarks/particles.py
+	$(PEERS)/bin/python benchmarks/page.py

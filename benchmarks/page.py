@@ -30,9 +30,10 @@ the same numbers (the largest difference is of sums over the whole string and en
 16 samples of 20 tokens, a context of 60, an ending of 10, SubTB with the reward at every
 prefix. Plain: the paper's procedure with transformers and peft, token by token with gradients
 kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
-of each prefix. Peak memory is that of a process which does one step and nothing else, Python,
-torch and weights included.""",
-    "step_memory": """Peak memory of one such step, in a process of its own:""",
+of each prefix.""",
+    "step_memory": """Peak memory of one such step in a process of its own, Python, torch and
+weights included. With fewer nodes to a row than the gradient needs, rows are run again in the
+backward pass: less memory, more work. Seconds are of a single second step.""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against

@@ -114,25 +114,40 @@ def main() -> None:
         "--memory-of", choices=("plain", "langppl"), help="one step, its peak memory"
     )
     options.add_argument("--memory-only", action="store_true", help="do not time the steps")
+    options.add_argument(
+        "--budgets", type=int, nargs="+", default=[1024, 256], help="nodes of a row, for the memory"
+    )
     args = options.parse_args()
     lm = lp.LM(args.lm)
     makers = {"plain": theirs, "langppl": ours}
     if args.memory_of:
-        parts = makers[args.memory_of](lm, args)
-        for part in PARTS:
-            parts[part]()
-        print(json.dumps(common.peak_memory()))
+        lm.node_budget = args.budgets[0]
+        print(json.dumps(one(makers[args.memory_of](lm, args), args)))
         return
 
     if not args.memory_only:
         times(lm, makers, args)
-    memory = {}
-    for name in makers:
+    rows: list[dict[str, object]] = []
+    for name, budget in (("plain", 0), *(("langppl", b) for b in args.budgets)):
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+        command += ["--budgets", str(budget)] if budget else []
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory[name] = float(done.stdout.strip().splitlines()[-1])
-    rows = [_row("peak GiB", memory["plain"], memory["langppl"])]
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append({"way": name, "node budget": budget or "–", **found})
+    for row in rows:
+        row["of plain"] = row["peak GiB"] / rows[0]["peak GiB"]
     common.report("step_memory", list(rows[0]), rows, args)
+
+
+def one(parts: dict[str, Callable[[], object]], args) -> dict[str, float]:
+    """Peak memory of one step, and the seconds of a second one."""
+    for part in PARTS:
+        parts[part]()
+    found = {"peak GiB": common.peak_memory()}
+    for part in PARTS:
+        (seconds,) = common.side_by_side({part: parts[part]}, 1)[part]
+        found[f"{part} s"] = seconds
+    return found
 
 
 def times(lm: lp.LM, makers: dict[str, Callable], args) -> None:

@@ -436,7 +436,7 @@ class Posterior:
         notes = list(self.notes)
         returns = self.returns
         try:
-            encoded_returns = None if returns is None else [_encode(value) for value in returns]
+            encoded_returns = None if returns is None else [encode(value) for value in returns]
         except TypeError as error:
             encoded_returns = None
             notes.append(f"The return values were not saved: {error}.")
@@ -457,7 +457,7 @@ class Posterior:
             "site_log_probs": {k: _numbers(v) for k, v in self.site_log_probs.items()},
             "returns": encoded_returns,
             "samples": [
-                {site: _encode(value) for site, value in sample.items()} for sample in self.samples
+                {site: encode(value) for site, value in sample.items()} for sample in self.samples
             ],
         }
         _write_atomically(Path(path), json.dumps(content, allow_nan=False, indent=1) + "\n")
@@ -491,7 +491,7 @@ class Posterior:
         try:
             fields = dict(
                 samples=[
-                    {site: _decode(value) for site, value in sample.items()}
+                    {site: decode(value) for site, value in sample.items()}
                     for sample in content["samples"]
                 ],
                 log_weights=_floats(content["log_weights"]),
@@ -502,7 +502,7 @@ class Posterior:
                 sites=content["sites"],
                 returns=None
                 if content["returns"] is None
-                else [_decode(value) for value in content["returns"]],
+                else [decode(value) for value in content["returns"]],
                 log_joint=_floats(content["log_joint"]),
                 log_q=_floats(content["log_q"]),
                 site_log_probs={
@@ -727,7 +727,7 @@ def _floats(values: Iterable[float | str] | None) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """A sample's value in strict JSON; objects mark the types that JSON lacks."""
     if isinstance(value, Text):
         ids = None if value.ids is None else list(value.ids)
@@ -740,22 +740,22 @@ def _encode(value: Any) -> Any:
         return float(value) if math.isfinite(value) else {"float": _number(value)}
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": _encode(value.detach().cpu().tolist()), "dtype": dtype}
+        return {"tensor": encode(value.detach().cpu().tolist()), "dtype": dtype}
     if isinstance(value, (np.ndarray, np.generic)):
-        return _encode(value.tolist())
+        return encode(value.tolist())
     if isinstance(value, list):
-        return [_encode(entry) for entry in value]
+        return [encode(entry) for entry in value]
     if isinstance(value, tuple):
-        return {"tuple": [_encode(entry) for entry in value]}
+        return {"tuple": [encode(entry) for entry in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {str(key): _encode(entry) for key, entry in value.items()}}
+        return {"dict": {str(key): encode(entry) for key, entry in value.items()}}
     raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
     """The inverse of `_encode`."""
     if isinstance(value, list):
-        return [_decode(entry) for entry in value]
+        return [decode(entry) for entry in value]
     if not isinstance(value, dict):
         return value
     if "text" in value:
@@ -766,10 +766,10 @@ def _decode(value: Any) -> Any:
         dtype = getattr(torch, value["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{value['dtype']!r} is not a tensor type")
-        return torch.tensor(_decode(value["tensor"]), dtype=dtype)
+        return torch.tensor(decode(value["tensor"]), dtype=dtype)
     if "tuple" in value:
-        return tuple(_decode(entry) for entry in value["tuple"])
-    return {key: _decode(entry) for key, entry in value["dict"].items()}
+        return tuple(decode(entry) for entry in value["tuple"])
+    return {key: decode(entry) for key, entry in value["dict"].items()}
 
 
 def _write_atomically(path: Path, text: str) -> None:

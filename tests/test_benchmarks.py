@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,3 +85,31 @@ def test_the_plain_sampler_keeps_gradients_and_normalises(plain: ModuleType) -> 
     torch.testing.assert_close(torch.stack(again), log_q, rtol=1e-4, atol=1e-4)
     plain.subtb_loss(torch.zeros(5, 5), log_q, log_stop).backward()
     assert all(p.grad is not None for p in lm.model.parameters())
+
+
+def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    page = importlib.import_module("page")
+    content = {
+        "command": "python benchmarks/decoding.py --runs 5",
+        "machine": {
+            "processor": "abacus",
+            "threads": 2,
+            "capability": "none",
+            "versions": {"torch": "1", "transformers": "2"},
+            "commit": "abc",
+            "date": "2000-01-01",
+        },
+        "lm": "small",
+        "runs": 5,
+        "columns": ["prompt", "ratio"],
+        "rows": [{"prompt": 7, "ratio": 1.754, "seconds": [1.0]}],
+    }
+    (tmp_path / "decoding.json").write_text(json.dumps(content))
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.main()
+    text = (tmp_path / "page.md").read_text()
+    assert "| prompt | ratio |\n|---|---|\n| 7 | 1.75 |" in text
+    assert "`python benchmarks/decoding.py --runs 5`" in text and "medians of 5 runs" in text
+    assert "bfloat16" not in text  # what was not measured is not on the page

@@ -19,22 +19,24 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString
-from langppl.guides import objectives
+from langppl.guides import checkpoints, objectives
 from langppl.guides.base import Guide, Key
 from langppl.guides.context import ContextFunction, context_ids, default_context
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.trajectories import (
     Draw,
     covered,
+    from_records,
     log_q,
     make_draws,
     policy_scores,
+    to_record,
     trajectory,
 )
 from langppl.lm.decoding import generator
@@ -46,8 +48,14 @@ from langppl.program.execution import Choice, Chooser, Execution, draw_prior, mi
 from langppl.program.execution import given as given_values
 from langppl.progress import bar
 
-OBJECTIVES = ("auto", "subtb", "vargrad")
+OBJECTIVES = ("auto", "subtb", "db", "vargrad", "reverse_kl", "reward", "rws", "mle")
+WITH_PREFIXES = ("subtb", "db")
+ON_POLICY = ("reverse_kl", "reward", "rws")
 GUIDE_FILE = "guide.json"
+LEAST_NODES = 16
+"""Rows of fewer nodes are no remedy for a lack of memory."""
+
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
@@ -82,8 +90,12 @@ class GFlowNetGuide(Guide):
         rank: of the LoRA adapter.
         alpha: LoRA's scale; the rank if None.
         objective: `"subtb"` (sub-trajectory balance with the reward at every prefix; programs with
-            one latent string), `"vargrad"` (trajectory balance with the batch's own log Z), or
-            `"auto"`: subtb where it can be, vargrad otherwise.
+            one latent string), `"db"` (the same between neighbouring prefixes alone), `"vargrad"`
+            (trajectory balance with the batch's own log Z), or `"auto"`: subtb where it can be,
+            vargrad otherwise. Others to compare with: `"reverse_kl"` (policy gradient on the ELBO),
+            `"reward"` (on the reward alone, which collapses onto a mode), `"rws"` (reweighted
+            wake-sleep) and `"mle"` (maximum likelihood of given latents). See
+            `langppl.guides.objectives`.
         defensive: share of the proposals for each latent that inference draws from the prior
             instead (a defensive mixture, Hesterberg 1995). It bounds the weights by the likelihood
             over this share, once for each latent, so that what the guide has lost cannot spoil the
@@ -194,6 +206,8 @@ class GFlowNetGuide(Guide):
         every: int = 1,
         given: Posterior | Sequence[Mapping[str, Any]] = (),
         given_share: float = 1.0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
         progress: bool = True,
     ) -> GFlowNetGuide:
         """Trains the adapter; called again, it goes on from where it was.
@@ -210,7 +224,9 @@ class GFlowNetGuide(Guide):
             clip: largest norm of the gradient.
             lam: SubTB's λ.
             schedule: how much of the reward counts when.
-            tempered_share: share of the batch drawn at `sampling_temperature`.
+            tempered_share: share of the batch drawn at `sampling_temperature`. For `reverse_kl`,
+                `reward` and `rws`, which hold for the policy's own draws alone, this and
+                `replay_share` are 0 and `draw_ahead` is 1, whatever is given here.
             sampling_temperature: divides the policy's logits for those draws.
             replay_share: share of the batch taken from the draws so far, in proportion to their
                 importance weights.
@@ -221,9 +237,15 @@ class GFlowNetGuide(Guide):
                 which is cheaper; the whole string always counts.
             given: latents (site → value) to learn from, in the place of the guide's own draws;
                 with a single observation only. A posterior's log joints are not computed anew
-                where they suffice.
+                where they suffice. With `mle` they are all that is learned from, as often as
+                there are steps.
             given_share: share of a batch's new draws that are given ones, while these last. With
                 1 the guide learns from them first; a small share spreads them over the training.
+            checkpoint: a folder to which the state of the training is written every so many
+                steps. Called again with the same arguments, on a guide made like this one, `fit`
+                goes on from there; on the CPU the result is, bit for bit, that of a run which was
+                never killed.
+            checkpoint_every: how many steps.
             progress: whether to show a bar on a terminal.
 
         Returns:
@@ -233,7 +255,13 @@ class GFlowNetGuide(Guide):
             ValueError: for empty data, a program without a latent string of the guide's LM, given
                 latents with several observations, or a given posterior of another program.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
+            OSError: if a checkpoint cannot be written, before the first step.
         """
+        settings = {
+            k: v
+            for k, v in locals().items()
+            if k not in ("self", "model", "data", "given", "progress", "checkpoint")
+        }
         programs = _programs(model, data)
         for program in programs:
             self.check(program)
@@ -247,23 +275,47 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if self.objective in ON_POLICY:
+            tempered_share, replay_share, draw_ahead = 0.0, 0.0, 1
+        elif self.objective == "mle":
+            replay_share, given_share = 0.0, 1.0
         schedule = schedule or RewardSchedule()
         # Adding an adapter injects new tensors; those of this guide are found by its name.
-        parameters = [p for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
+        named = [(n, p) for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
+        parameters = [p for _, p in named]
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
         feeds = [_Feed(p, ReplayBuffer(replay_size)) for p in programs]
+        run: _Run | None = None
+        first = 0
+        if checkpoint is not None:
+            settings = {**settings, "schedule": repr(schedule), "given": len(given)}
+            run = _Run(self, Path(checkpoint), settings, named, optimiser, feeds)
+            first = run.resume()
         rows = given.samples if isinstance(given, Posterior) else given
-        if len(rows):
+        if len(rows) and not first:
             if len(programs) > 1:
                 raise ValueError(
                     f"given latents belong to one observation, and data has {len(programs)}; "
                     "fit them one after the other"
                 )
+            if self.objective in ON_POLICY:
+                raise ValueError(
+                    f"objective={self.objective!r} learns from the guide's own draws, and given "
+                    'latents are none; use a balance loss, or "mle"'
+                )
             feeds[0].given = self._given(programs[0], given, schedule.start == 1.0, every)
-        done = len(self.history.get("step", []))
+            feeds[0].again = list(feeds[0].given) if self.objective == "mle" else []
+        elif self.objective == "mle" and not first:
+            raise ValueError('objective="mle" learns from given latents: fit(..., given=...)')
+        done = len(self.history.get("step", [])) - first
+        if run is not None and not first:
+            run.write(0)  # a folder that cannot be written to is found out now
         try:
             with bar("training", steps, progress) as advance:
-                for step in range(steps):
+                advance(first)
+                for step in range(first, steps):
                     for group in optimiser.param_groups:
                         group["lr"] = learning_rate * _rate(step, steps, warmup)
                     optimiser.zero_grad(set_to_none=True)
@@ -289,6 +341,10 @@ class GFlowNetGuide(Guide):
                     shown = {k: v for k, v in figures.items() if not math.isnan(v)}
                     text = " ".join(f"{k} {v:.2f}" for k, v in shown.items())
                     advance(1, text=f"training {text}")
+                    if run is not None and (
+                        (step + 1) % checkpoint_every == 0 or step + 1 == steps
+                    ):
+                        run.write(step + 1)
         except KeyboardInterrupt:
             warnings.warn(
                 f"training was interrupted after {len(self.history.get('step', [])) - done} of "
@@ -370,6 +426,9 @@ class GFlowNetGuide(Guide):
         """One loss and its backward pass; returns the figures to report."""
         tempered_share, temperature, replay_share, given_share = shares
         count = batch - min(int(batch * replay_share), len(feed.buffer))
+        while feed.again and len(feed.given) < count:
+            rng = generator((self.seed, "again", step, len(feed.given)))
+            feed.given += [feed.again[k] for k in rng.permutation(len(feed.again))]
         taken = min(len(feed.given), math.ceil(count * given_share))
         given, feed.given = feed.given[:taken], feed.given[taken:]
         own = count - taken
@@ -390,33 +449,9 @@ class GFlowNetGuide(Guide):
         everything = [*fresh, *given, *replayed]
         if len(everything) < 2:
             raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
-        found = policy_scores(everything, self.adapter)
-        total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
-        if everything[0].ends:
-            paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
-            log_z = feed.estimate(
-                objectives.root_gaps(paths[: len(fresh)] or paths),
-                objectives.root_gaps(paths),
-                power,
-                any(d.is_given for d in fresh),
-            )
-            loss = objectives.subtb(paths, lam, log_z)
-        else:
-            reward = total.new_tensor(
-                [
-                    d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
-                    for d in everything
-                ]
-            )
-            gap = reward - total
-            log_z = feed.estimate(gap[: len(fresh)], gap, power, any(d.is_given for d in fresh))
-            loss = objectives.trajectory_balance(reward, total, log_z)
-        if not bool(torch.isfinite(loss)):
-            sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
-            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
-        loss.backward()
-
-        log_qs = total.detach().tolist()
+        loss, log_qs = self._within_memory(
+            lambda: self._descend(feed, everything, len(fresh), step, power, lam)
+        )
         for d, q in zip(everything, log_qs, strict=True):
             feed.buffer.add(d.key, d.log_reward - q, d)
         untempered = [
@@ -426,11 +461,90 @@ class GFlowNetGuide(Guide):
         ]
         possible = [(r, q) for r, q in untempered if r > -math.inf]
         return {
-            "loss": float(loss.detach()),
+            "loss": loss,
             "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
             "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
             "impossible": 1.0 - len(possible) / len(untempered) if untempered else math.nan,
         }
+
+    def _within_memory(self, descend: Callable[[], T]) -> T:
+        """Runs a forward and backward pass, in smaller rows if the memory does not suffice."""
+        while True:
+            try:
+                return descend()
+            except RuntimeError as error:
+                budget = self.lm.node_budget // 2
+                if not _is_out_of_memory(error) or budget < LEAST_NODES:
+                    raise
+            self.lm.node_budget = budget
+            for name, parameter in self.lm.model.named_parameters():
+                if f".{self.adapter}." in name:
+                    parameter.grad = None
+            warnings.warn(
+                f"out of memory: training goes on with lm.node_budget = {budget}, half of what it "
+                "was",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _descend(
+        self,
+        feed: _Feed,
+        everything: Sequence[Draw],
+        fresh: int,
+        step: int,
+        power: float,
+        lam: float,
+    ) -> tuple[float, list[float]]:
+        """The loss, whose gradients are left with the adapter, and log q of each draw.
+
+        Args:
+            feed: where the draws come from.
+            everything: the draws.
+            fresh: how many of the first of them log Z is estimated from.
+            step: the training's step.
+            power: of the reward.
+            lam: SubTB's λ.
+        """
+        found = policy_scores(everything, self.adapter)
+        total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
+        reward = total.new_tensor(
+            [
+                d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
+                for d in everything
+            ]
+        )
+        is_given = any(d.is_given for d in everything[:fresh])
+        if self.objective == "mle":
+            loss = objectives.likelihood(total)
+        elif self.objective in ON_POLICY:
+            ways = {
+                "reverse_kl": objectives.reverse_kl,
+                "reward": objectives.reward,
+                "rws": objectives.wake,
+            }
+            loss = ways[self.objective](reward, total)
+        elif everything[0].ends:
+            paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
+            log_z = feed.estimate(
+                objectives.root_gaps(paths[:fresh] or paths),
+                objectives.root_gaps(paths),
+                power,
+                is_given,
+            )
+            if self.objective == "db":
+                loss = objectives.detailed_balance(paths, log_z)
+            else:
+                loss = objectives.subtb(paths, lam, log_z)
+        else:
+            gap = reward - total
+            log_z = feed.estimate(gap[:fresh], gap, power, is_given)
+            loss = objectives.trajectory_balance(reward, total, log_z)
+        if not bool(torch.isfinite(loss)):
+            sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
+            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
+        loss.backward()
+        return float(loss.detach()), total.detach().tolist()
 
     def _takes_prefixes(
         self, program: Program, contexts: Sequence[dict[str, tuple[int, ...]]]
@@ -442,12 +556,12 @@ class GFlowNetGuide(Guide):
             and set(program.latents) == names
             and all(isinstance(program.sites[n].fn, LMString) for n in names)
         )
-        if self.objective == "subtb" and not single:
+        if self.objective in WITH_PREFIXES and not single:
             raise ValueError(
-                'objective="subtb" needs a program with one latent, an LMString; this one has '
-                f'{", ".join(program.latents)}; use "vargrad" or "auto"'
+                f'objective="{self.objective}" needs a program with one latent, an LMString; '
+                f'this one has {", ".join(program.latents)}; use "vargrad" or "auto"'
             )
-        return single and self.objective != "vargrad"
+        return single and self.objective in ("auto", *WITH_PREFIXES)
 
     # -- using --------------------------------------------------------------------------------
 
@@ -553,6 +667,7 @@ class _Feed:
         buffer: what may be replayed.
         ready: the guide's own draws that wait for their step.
         given: draws from elsewhere that do.
+        again: draws that are given once more when these are used up.
         anchor: power of the reward and the estimate of log Z (nats) that given draws are held to.
     """
 
@@ -560,6 +675,7 @@ class _Feed:
     buffer: ReplayBuffer[Draw]
     ready: list[Draw] = field(default_factory=list)
     given: list[Draw] = field(default_factory=list)
+    again: list[Draw] = field(default_factory=list)
     anchor: tuple[float, torch.Tensor] | None = None
 
     def estimate(
@@ -582,6 +698,110 @@ class _Feed:
         if is_given and has_possible:
             self.anchor = (power, log_z)
         return log_z
+
+
+class _Run:
+    """The state of one call of `fit`, written to and read from a folder of checkpoints.
+
+    What it does not hold depends on the seed and the step alone: random numbers are counter-based.
+    """
+
+    def __init__(
+        self,
+        guide: GFlowNetGuide,
+        folder: Path,
+        settings: Mapping[str, Any],
+        named: Sequence[tuple[str, torch.nn.Parameter]],
+        optimiser: torch.optim.Optimizer,
+        feeds: Sequence[_Feed],
+    ) -> None:
+        self.guide, self.folder, self.optimiser, self.feeds = guide, folder, optimiser, feeds
+        self.parameters = {n.replace(f".{guide.adapter}.", "."): p for n, p in named}
+        observations = [
+            [(n, str(s.value)) for n, s in f.program.sites.items() if s.kind == "observed"]
+            for f in feeds
+        ]
+        described = {
+            **settings,
+            "objective": guide.objective,
+            "seed": guide.seed,
+            "base": guide.lm.weights_fingerprint,
+            "observations": observations,
+            "sites": [list(f.program.sites) for f in feeds],
+            "tensors": {n: list(p.shape) for n, p in self.parameters.items()},
+        }
+        self.settings = json.loads(json.dumps(described))
+
+    def write(self, step: int) -> None:
+        """Writes the state after so many steps."""
+        # A resumed run remembers no scores, and a batch's others move a score's last bits.
+        self.guide.lm.memo.clear()
+        tensors = {f"weight {n}": p.detach() for n, p in self.parameters.items()}
+        for n, p in self.parameters.items():
+            for key, value in self.optimiser.state.get(p, {}).items():
+                tensors[f"{key} {n}"] = value
+        record = {
+            "settings": self.settings,
+            "history": self.guide.history,
+            "feeds": [
+                {
+                    "buffer": [[w, to_record(d)] for w, d in feed.buffer.items()],
+                    "ready": [to_record(d) for d in feed.ready],
+                    "given": [to_record(d) for d in feed.given],
+                    "again": [to_record(d) for d in feed.again],
+                    "anchor": None
+                    if feed.anchor is None
+                    else [feed.anchor[0], float(feed.anchor[1])],
+                }
+                for feed in self.feeds
+            ],
+        }
+        checkpoints.write(self.folder, step, record, tensors)
+
+    def resume(self) -> int:
+        """Reads the newest checkpoint, if there is one; returns the steps done."""
+        found = checkpoints.read(self.folder)
+        self.guide.lm.memo.clear()
+        if found is None:
+            return 0
+        step, record, tensors = found
+        other = [
+            k
+            for k in {**self.settings, **record["settings"]}
+            if self.settings.get(k) != record["settings"].get(k)
+        ]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of a training with other {', '.join(other)}; "
+                "give the same arguments to go on with it, or another folder"
+            )
+        with torch.no_grad():
+            for n, p in self.parameters.items():
+                p.copy_(tensors[f"weight {n}"])
+                kept = {
+                    key: tensors[f"{key} {n}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key} {n}" in tensors
+                }
+                if kept:
+                    self.optimiser.state[p] = {
+                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
+                    }
+        self.guide.history = record["history"]
+        for feed, known in zip(self.feeds, record["feeds"], strict=True):
+            for (weight, _), draw in zip(
+                known["buffer"],
+                from_records(feed.program, [d for _, d in known["buffer"]]),
+                strict=True,
+            ):
+                feed.buffer.add(draw.key, weight, draw)
+            feed.ready = from_records(feed.program, known["ready"])
+            feed.given = from_records(feed.program, known["given"])
+            feed.again = from_records(feed.program, known["again"])
+            if known["anchor"] is not None:
+                power, log_z = known["anchor"]
+                feed.anchor = (power, torch.tensor(log_z, device=self.guide.lm.device))
+        return step
 
 
 def _check_contexts(contexts: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
@@ -678,6 +898,11 @@ def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -
                 f"each observation must be a tuple of the model's arguments, got {row!r}"
             )
     return [compile(model, *row) for row in rows]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

@@ -43,6 +43,10 @@ class ReplayBuffer(Generic[T]):
         if len(self._items) > self.capacity:
             del self._items[min(self._items, key=lambda k: self._items[k][0])]
 
+    def items(self) -> list[tuple[float, T]]:
+        """Weights and trajectories, in the order in which they came."""
+        return list(self._items.values())
+
     def sample(self, n: int, rng: np.random.Generator, without: Collection[object] = ()) -> list[T]:
         """Up to n different trajectories, drawn in proportion to their weights.
 

@@ -15,8 +15,9 @@ from langppl.guides.objectives import Trajectory
 from langppl.lm.requests import ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
+from langppl.posterior import decode, encode
 from langppl.program import Program
-from langppl.program.execution import Execution, Site, score_all
+from langppl.program.execution import Execution, Site, given, score_all
 from langppl.program.scheduler import run
 
 
@@ -61,6 +62,7 @@ class Draw:
         ends: for SubTB, the end points (position, log prior, log rest), the real one last.
         is_tempered: whether it was drawn from a tempered policy.
         is_given: whether it was not drawn by the guide at all.
+        latents: values of all latents, those that the guide does not cover included.
     """
 
     key: object
@@ -70,6 +72,7 @@ class Draw:
     ends: list[tuple[int, float, float]] = field(default_factory=list)
     is_tempered: bool = False
     is_given: bool = False
+    latents: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def log_reward(self) -> float:
@@ -119,7 +122,19 @@ def make_draws(
         every: which prefixes are scored: those of a multiple of so many tokens.
     """
     if prefixes:
-        return _draws_with_prefixes(program, executions, contexts, every)
+        draws = _draws_with_prefixes(program, executions, contexts, every)
+    else:
+        draws = _whole_draws(executions, contexts, log_joints)
+    for draw, execution in zip(draws, executions, strict=True):
+        draw.latents = execution.latents
+    return draws
+
+
+def _whole_draws(
+    executions: Sequence[Execution],
+    contexts: Sequence[Mapping[str, tuple[int, ...]]],
+    log_joints: Sequence[float] | None,
+) -> list[Draw]:
     if log_joints is None:
         score_all(executions)
     draws = []
@@ -140,6 +155,43 @@ def make_draws(
         if any(s.log_prob == -math.inf for s in execution.sites.values()):
             log_prior = rest = -math.inf
         draws.append(Draw(key_of(parts, execution), parts, log_prior, rest))
+    return draws
+
+
+def to_record(draw: Draw) -> dict[str, Any]:
+    """A draw as JSON can hold it."""
+    return {
+        "latents": {site: encode(value) for site, value in draw.latents.items()},
+        "contexts": {p.site.name: list(p.context) for p in draw.parts},
+        "log_prior": draw.log_prior,
+        "log_rest": draw.log_rest,
+        "ends": [list(end) for end in draw.ends],
+        "is_tempered": draw.is_tempered,
+        "is_given": draw.is_given,
+    }
+
+
+def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list[Draw]:
+    """The draws that `to_record` wrote; the program is run for their sites, and nothing scored."""
+    rows = [{site: decode(v) for site, v in r["latents"].items()} for r in records]
+    executions = program.run([given(row) for row in rows])
+    draws = []
+    for record, execution in zip(records, executions, strict=True):
+        parts = [
+            Part(execution.sites[name], tuple(ids)) for name, ids in record["contexts"].items()
+        ]
+        draws.append(
+            Draw(
+                key=key_of(parts, execution),
+                parts=parts,
+                log_prior=record["log_prior"],
+                log_rest=record["log_rest"],
+                ends=[(int(t), float(p), float(r)) for t, p, r in record["ends"]],
+                is_tempered=record["is_tempered"],
+                is_given=record["is_given"],
+                latents=execution.latents,
+            )
+        )
     return draws
 
 

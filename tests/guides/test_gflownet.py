@@ -258,6 +258,70 @@ def test_impossible_draws_are_counted_and_survived() -> None:
     assert np.mean(shares[-10:]) < np.mean(shares[:10])
 
 
+@pytest.mark.parametrize("objective", ["reverse_kl", "rws"])
+def test_baselines_learn_too(objective: str) -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    guide = GFlowNetGuide(
+        program.args[0], context=lambda info: info.prompt, objective=objective, seed=1
+    )
+    before = divergences(program, guide)[0]
+    guide.fit(program, steps=80, batch=32, learning_rate=3e-3, progress=False)
+    assert divergences(program, guide)[0] < 0.3 * before
+
+
+def test_maximum_likelihood_of_posterior_samples_is_the_posterior() -> None:
+    program = compile(story, make_lm(1), SEEDS[1])
+    truth = infer(program, method="exact", progress=False).resample(256, seed=1)
+    guide = fit_given(program, truth, 60, objective="mle", learning_rate=3e-3)
+    forward = divergences(program, guide)[1]
+    # 256 draws over about 20 likely strings: the sampling error alone is some 20 / 512 nats.
+    assert forward < 0.15 < divergences(program, None)[1]
+
+
+def test_baselines_refuse_what_they_cannot_learn_from() -> None:
+    lm = make_lm()
+    with pytest.raises(ValueError, match="learns from the guide's own draws"):
+        GFlowNetGuide(lm, objective="rws").fit(story, [(lm,)], given=[{"middle": "a."}])
+    with pytest.raises(ValueError, match='"mle" learns from given latents'):
+        GFlowNetGuide(lm, objective="mle").fit(story, [(lm,)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_out_of_memory_it_goes_on_in_smaller_rows(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(most: int) -> list[torch.Tensor]:
+        lm = make_lm()
+        guide = GFlowNetGuide(lm, seed=1)
+        plain = gflownet.policy_scores
+
+        def scores(draws: Any, adapter: Any) -> Any:
+            if lm.node_budget > most:
+                raise error
+            return plain(draws, adapter)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(gflownet, "policy_scores", scores)
+            guide.fit(story, [(lm,)], **QUICK)
+        assert lm.node_budget == min(most, 1024)
+        return [p.detach() for n, p in lm.model.named_parameters() if guide.adapter in n]
+
+    expected = trained(10**6)
+    with pytest.warns(UserWarning, match=r"training goes on with lm.node_budget = 16") as said:
+        found = trained(16)
+    assert len([w for w in said if "out of memory" in str(w.message)]) == 6
+    for p, q in zip(expected, found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="memory"), pytest.warns(UserWarning):
+        trained(2)
+
+
 def test_what_fit_refuses() -> None:
     lm = make_lm()
     guide = GFlowNetGuide(lm, objective="subtb")

@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from langppl.guides.objectives import FLOOR, Trajectory, subtb, trajectory_balance, vargrad
+from langppl.guides.objectives import (
+    FLOOR,
+    Trajectory,
+    detailed_balance,
+    likelihood,
+    reverse_kl,
+    reward,
+    subtb,
+    trajectory_balance,
+    vargrad,
+    wake,
+)
 
 A, B, END, STOP = range(4)
 LIMIT = 3
@@ -89,6 +100,11 @@ def subtb_half(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Te
     return subtb([trajectory(table, w, reward) for w in WHOLES], lam=0.5)
 
 
+def neighbours(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
+    table = policy(logits)
+    return detailed_balance([trajectory(table, w, reward) for w in WHOLES])
+
+
 def vargrad_loss(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> Tensor:
     return vargrad(torch.stack([reward[w] for w in WHOLES]), all_log_q(logits))
 
@@ -100,6 +116,7 @@ def balance_loss(logits: Tensor, log_z: Tensor, reward: dict[Whole, Tensor]) -> 
 LOSSES: dict[str, Loss] = {
     "subtb": subtb_loss,
     "subtb, lambda 0.5": subtb_half,
+    "detailed balance": neighbours,
     "vargrad": vargrad_loss,
     "trajectory balance": balance_loss,
 }
@@ -180,6 +197,116 @@ def test_an_impossible_end_point_does_not_bias(name: str) -> None:
             vargrad(rewards, own) if name == "vargrad" else trajectory_balance(rewards, own, log_z)
         )
     assert float(loss) == pytest.approx(0.0, abs=1e-20)
+
+
+# -- what one would use instead ------------------------------------------------------------------
+
+
+def drawn(logits: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Log rewards and log q of n draws from the policy, and which whole each is."""
+    own = all_log_q(logits)
+    at = torch.multinomial(own.detach().exp(), n, True, generator=torch.manual_seed(seed))
+    return torch.stack(list(REWARD.values()))[at], own[at]
+
+
+def expected_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
+    """The mean over many batches of two draws: exact, as all pairs are listed."""
+    leaf = logits.clone().requires_grad_()
+    own, rewards = all_log_q(leaf), torch.stack(list(REWARD.values()))
+    total = leaf.new_zeros(())
+    chances = own.detach().exp()
+    for i, j in itertools.product(range(len(WHOLES)), repeat=2):
+        pair = torch.tensor([i, j])
+        total = total + chances[i] * chances[j] * loss(rewards[pair], own[pair])
+    (gradient,) = torch.autograd.grad(total, leaf)
+    return gradient
+
+
+def true_gradient(logits: Tensor, entropy: float) -> Tensor:
+    """Of E[entropy · log q − log R] under the policy, summed over all strings."""
+    leaf = logits.clone().requires_grad_()
+    own, rewards = all_log_q(leaf), torch.stack(list(REWARD.values()))
+    (gradient,) = torch.autograd.grad((own.exp() * (entropy * own - rewards)).sum(), leaf)
+    return gradient
+
+
+@pytest.mark.parametrize(("loss", "entropy"), [(reverse_kl, 1.0), (reward, 0.0)])
+def test_policy_gradients_are_unbiased(loss: Callable[..., Tensor], entropy: float) -> None:
+    logits = torch.randn(len(STATES), 4, generator=torch.manual_seed(3)).double()
+    found, truth = expected_gradient(loss, logits), true_gradient(logits, entropy)
+    assert float(truth.abs().max()) > 0.05
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_at_the_posterior_reverse_kl_rests_and_reward_does_not() -> None:
+    logits = posterior_logits(REWARD)
+    # Every advantage is 0 there: the gradient of any batch is, not its mean alone.
+    rewards, own = drawn(logits.clone().requires_grad_(), 6, 0)
+    evidence = torch.stack(list(REWARD.values())).logsumexp(0)
+    value = reverse_kl(rewards, own)
+    assert float(value.detach()) == pytest.approx(-float(evidence))
+    (gradient,) = torch.autograd.grad(value, own)
+    assert float(gradient.abs().max()) < 1e-12
+    assert float(true_gradient(logits, 0.0).abs().max()) > 0.05
+
+
+def entropy_after(loss: Callable[..., Tensor], steps: int = 400) -> float:
+    logits = torch.zeros(len(STATES), 4, dtype=torch.float64).requires_grad_()
+    optimiser = torch.optim.Adam([logits], lr=0.1)
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss(*drawn(logits, 64, step)).backward()
+        optimiser.step()
+    own = all_log_q(logits).detach()
+    return float(-(own.exp() * own).sum())
+
+
+def test_reward_alone_collapses_and_reverse_kl_does_not() -> None:
+    target = posterior(REWARD)
+    truth = float(-(target.exp() * target).sum())
+    assert entropy_after(reward) < 0.5 * truth
+    assert entropy_after(reverse_kl) == pytest.approx(truth, rel=0.1)
+
+
+def test_waking_and_likelihood_rest_at_what_they_learn_from() -> None:
+    target = posterior(REWARD).exp()
+    leaf = posterior_logits(REWARD).requires_grad_()
+    own = all_log_q(leaf)
+    (gradient,) = torch.autograd.grad((target * own).sum(), leaf)
+    assert float(gradient.abs().max()) < 1e-9  # of the mean of `likelihood` over the posterior
+    # With every string drawn once from a flat proposal, waking weights are the posterior's.
+    rewards = torch.stack(list(REWARD.values()))
+    flat = torch.zeros(len(WHOLES), dtype=torch.float64).requires_grad_()
+    (found,) = torch.autograd.grad(wake(rewards, flat), flat)
+    torch.testing.assert_close(found, -target)
+
+
+def test_baselines_by_hand() -> None:
+    log_q = tensor(-1.0, -2.0, -3.0).requires_grad_()
+    rewards = tensor(0.0, 1.0, -math.inf)
+    # Costs −1 and −3; the other's cost is each one's baseline; the impossible one has the floor.
+    (gradient,) = torch.autograd.grad(reverse_kl(rewards, log_q), log_q)
+    assert gradient.tolist() == pytest.approx([2.0 / 3, -2.0 / 3, FLOOR / 3])
+    (gradient,) = torch.autograd.grad(reward(rewards, log_q), log_q)
+    assert gradient.tolist() == pytest.approx([1.0 / 3, -1.0 / 3, FLOOR / 3])
+    # Weights e^1 and e^3 over their sum, and 0.
+    share = 1.0 / (1.0 + math.exp(2.0))
+    (gradient,) = torch.autograd.grad(wake(rewards, log_q), log_q)
+    assert gradient.tolist() == pytest.approx([-share, share - 1.0, 0.0])
+    assert float(likelihood(log_q).detach()) == pytest.approx(2.0)
+    assert float(wake(tensor(-math.inf), log_q[:1]).detach()) == 0.0
+
+
+def test_detailed_balance_by_hand() -> None:
+    one = Trajectory(
+        log_q=tensor(-1.0, -2.0),
+        ends=torch.tensor([1, 2]),
+        log_q_end=tensor(-0.5, -0.25),
+        log_reward=tensor(-3.0, -4.0),
+    )
+    residuals = [-1.125 - 1.0 + 2.5, -2.5 - 2.0 + 3.75]
+    want = sum(r**2 for r in residuals) / 2
+    assert float(detailed_balance([one])) == pytest.approx(want)
 
 
 # -- by hand -------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Kills trainings at random moments and resumes them; prints what their adapters are in the end.
+
+Run by `test_checkpoints.py`, as a process of its own: it forks one for each training.
+
+    python tests/guides/killed.py FOLDER TRIALS
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import langppl as lp
+from langppl.testing import tiny_lm
+
+OPTIONS: list[dict[str, Any]] = [
+    {"objective": "subtb", "draw_ahead": 3},
+    {"objective": "vargrad", "given": 24, "given_share": 0.3},
+]
+
+
+def train(folder: Path, kind: int) -> str:
+    """Trains, or goes on with it; a digest of the adapter's numbers."""
+    lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, "ab", stop=".", max_tokens=4))
+        lp.sample("y", lp.LMString(lm, f"ab{z}"), obs="aab.")
+
+    options = dict(OPTIONS[kind])
+    guide = lp.GFlowNetGuide(lm, rank=4, objective=options.pop("objective"), seed=3)
+    program = lp.compile(story)
+    if "given" in options:
+        options["given"] = lp.infer(program, num_samples=options["given"], progress=False)
+    guide.fit(
+        program,
+        steps=14,
+        batch=12,
+        checkpoint=folder,
+        checkpoint_every=3,
+        progress=False,
+        **options,
+    )
+    digest = hashlib.sha256()
+    for name, p in lm.model.named_parameters():
+        if f".{guide.adapter}." in name:
+            digest.update(p.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def start(folder: Path, kind: int) -> int:
+    """A process that trains and writes its digest to `folder`.txt."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            found = train(folder, kind)
+            folder.with_suffix(".txt").write_text(found)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def whole(folder: Path, kind: int) -> str:
+    """Trains in a process of its own until it is done; the digest."""
+    _, status = os.waitpid(start(folder, kind), 0)
+    assert status == 0, f"the training in {folder} failed"
+    return folder.with_suffix(".txt").read_text()
+
+
+def main() -> None:
+    root, trials = Path(sys.argv[1]), int(sys.argv[2])
+    rng = random.Random(0)
+    expected, lasted = {}, {}
+    for kind in range(len(OPTIONS)):
+        started = time.monotonic()
+        expected[kind] = whole(root / f"unbroken{kind}", kind)
+        lasted[kind] = time.monotonic() - started
+    killed = 0
+    for trial in range(trials):
+        kind = trial % len(OPTIONS)
+        folder = root / f"trial{trial}"
+        child = start(folder, kind)
+        time.sleep(rng.uniform(0.0, lasted[kind]))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        steps = sorted(p.name for p in folder.glob("step-*"))
+        print(trial, steps, whole(folder, kind) == expected[kind], flush=True)
+    print("killed", killed, "digests", len(set(expected.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A training that is killed and resumed ends as one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import langppl as lp
+from langppl.guides import checkpoints
+from langppl.testing import tiny_lm
+
+QUICK: dict[str, Any] = {"batch": 8, "checkpoint_every": 2, "progress": False}
+
+
+def program_and_guide(seed: int = 3, obs: str = "aab.") -> tuple[lp.Program, lp.GFlowNetGuide]:
+    lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, "ab", stop=".", max_tokens=4))
+        lp.sample("y", lp.LMString(lm, f"ab{z}"), obs=obs)
+
+    return lp.compile(story), lp.GFlowNetGuide(lm, rank=4, seed=seed)
+
+
+def test_killed_at_twenty_moments_it_ends_the_same(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "20"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    *trials, last = done.stdout.splitlines()
+    assert len(trials) == 20 and all(line.endswith("True") for line in trials), done.stdout
+    _, killed, _, digests = last.split()
+    assert int(killed) >= 15 and digests == "2"
+    # Some were killed in the middle: after the first checkpoint, before the last.
+    assert sum("step-00000003" in t or "step-00000006" in t or "step-00000009" in t for t in trials)
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    program, guide = program_and_guide()
+    guide.fit(program, steps=4, checkpoint=tmp_path, **QUICK)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    again, other = program_and_guide()
+    other.fit(again, steps=4, checkpoint=tmp_path, **QUICK)
+    assert other.history == guide.history and len(guide.history["loss"]) == 4
+    for (_, p), (_, q) in zip(
+        guide.lm.model.named_parameters(), other.lm.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+
+
+def test_another_training_is_refused(tmp_path: Path) -> None:
+    program, guide = program_and_guide()
+    guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+    program, guide = program_and_guide()
+    with pytest.raises(ValueError, match="other batch, steps; give the same arguments"):
+        guide.fit(program, steps=3, checkpoint=tmp_path, **{**QUICK, "batch": 6})
+    program, guide = program_and_guide(obs="ab.")
+    with pytest.raises(ValueError, match="other observations"):
+        guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+    program, guide = program_and_guide(seed=4)
+    with pytest.raises(ValueError, match="other seed"):
+        guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    program, guide = program_and_guide()
+    with pytest.raises(OSError, match=r"cannot write a checkpoint to .*file"):
+        guide.fit(program, steps=2, checkpoint=tmp_path / "file", **QUICK)
+    assert not guide.history
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.write(tmp_path, 1, {"a": 1}, {"x": torch.ones(2)})
+    plain = Path.write_text
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        return plain(Path("/dev/full"), text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write(tmp_path, 2, {"a": 2}, {"x": torch.zeros(2)})
+    monkeypatch.undo()
+    found = checkpoints.read(tmp_path)
+    assert found is not None
+    step, record, tensors = found
+    assert (step, record["a"], tensors["x"].tolist()) == (1, 1, [1.0, 1.0])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    assert checkpoints.read(tmp_path) is None
+    checkpoints.write(tmp_path, 7, {"x": float("-inf")}, {})
+    found = checkpoints.read(tmp_path)
+    assert found is not None and found[1]["x"] == float("-inf")
+    path = tmp_path / "step-00000007" / checkpoints.TENSORS
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(ValueError, match="step-00000007 is damaged"):
+        checkpoints.read(tmp_path)
+
+
+def test_what_a_killed_write_left_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path, 1, {}, {})
+    (tmp_path / "step-00000002.partial").mkdir()
+    found = checkpoints.read(tmp_path)
+    assert found is not None and found[0] == 1
+    checkpoints.write(tmp_path, 2, {}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
