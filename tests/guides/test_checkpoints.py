@@ -62,7 +62,7 @@ def test_another_training_is_refused(tmp_path: Path) -> None:
     program, guide = program_and_guide()
     guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
     program, guide = program_and_guide()
-    with pytest.raises(ValueError, match="other batch, steps; give the same arguments"):
+    with pytest.raises(ValueError, match="other steps, batch; give the same arguments"):
         guide.fit(program, steps=3, checkpoint=tmp_path, **{**QUICK, "batch": 6})
     program, guide = program_and_guide(obs="ab.")
     with pytest.raises(ValueError, match="other observations"):
