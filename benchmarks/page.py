@@ -14,10 +14,10 @@ from common import RESULTS, shown
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-Every table was written by the command above it (`make bench` runs all of them) and turned into
-this page by `python benchmarks/page.py`. Each row is a ratio measured in one run on one
-machine, the ways in turns; seconds are medians. The JSON, with every single run, is in
-`benchmarks/results/`.
+Every table was written by the command above it (`make bench` runs all of them but the peers',
+which `make peers` does) and turned into this page by `python benchmarks/page.py`. Each row is a
+ratio measured in one run on one machine, the ways in turns; seconds are medians. The JSON, with
+every single run, is in `benchmarks/results/`.
 """
 TEXTS = {
     "prefix_rewards": """## Rewards of all prefixes
@@ -73,7 +73,11 @@ def section(name: str, content: dict[str, Any]) -> str:
         f"{content['lm']}, {machine['processor']}, {machine['threads']} threads, "
         f"{machine['capability']}, torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}, commit {machine['commit']}, {machine['date']}; "
-        f"medians of {content['runs']} runs.",
+        + (
+            "medians of as many runs as the table says."
+            if "runs" in columns
+            else f"medians of {content['runs']} runs."
+        ),
     ]
     return "\n".join(lines)
 
