@@ -32,8 +32,8 @@ prefix. Plain: the paper's procedure with transformers and peft, token by token 
 kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
 of each prefix.""",
     "step_memory": """Peak memory of one such step in a process of its own, Python, torch and
-weights included. With fewer nodes to a row than the gradient needs, rows are run again in the
-backward pass: less memory, more work. Seconds are of a single second step.""",
+weights included. With fewer nodes to a row than the gradient needs (`lm.node_budget`), rows are
+run again in the backward pass: less memory, more work.""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
