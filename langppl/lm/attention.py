@@ -101,7 +101,6 @@ def of_row(row: Row, stem: int, device: torch.device) -> Blocks:
     query_depth[:n] = row.depth
     keys[:, :stem] = key_depth[:, :stem] = np.arange(stem)
     seen[:, :, :stem] = True
-    seen[-1, :, 0] = True
     for b, own in enumerate(parts):
         at = np.arange(b * size, min((b + 1) * size, n))
         last = stem + len(own)

@@ -24,9 +24,6 @@ from langppl.lm.rules import Step
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
-Read = tuple[torch.Tensor, dict[int, np.ndarray]]
-"""States [n, width], and for each request (by its number) the rows that it reads."""
-
 
 @dataclass(frozen=True)
 class PathLogProbs:
