@@ -9,6 +9,7 @@ more or less efficient, never wrong.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -287,13 +288,15 @@ class GFlowNetGuide(Guide):
         parameters = [p for _, p in named]
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
         feeds = [_Feed(p, ReplayBuffer(replay_size)) for p in programs]
+        rows = given.samples if isinstance(given, Posterior) else given
         run: _Run | None = None
         first = 0
         if checkpoint is not None:
-            settings = {**settings, "schedule": repr(schedule), "given": len(given)}
+            latents = [sorted((k, str(v)) for k, v in row.items()) for row in rows]
+            digest = hashlib.sha256(repr(latents).encode()).hexdigest()[:16]
+            settings = {**settings, "schedule": repr(schedule), "given": digest}
             run = _Run(self, Path(checkpoint), settings, named, optimiser, feeds)
             first = run.resume()
-        rows = given.samples if isinstance(given, Posterior) else given
         if len(rows) and not first:
             if len(programs) > 1:
                 raise ValueError(

@@ -67,6 +67,9 @@ def test_another_training_is_refused(tmp_path: Path) -> None:
     program, guide = program_and_guide(obs="ab.")
     with pytest.raises(ValueError, match="other observations"):
         guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+    program, guide = program_and_guide()
+    with pytest.raises(ValueError, match="other given; give"):
+        guide.fit(program, steps=2, checkpoint=tmp_path, given=[{"z": "a."}] * 8, **QUICK)
     program, guide = program_and_guide(seed=4)
     with pytest.raises(ValueError, match="other seed"):
         guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
