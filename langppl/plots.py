@@ -33,6 +33,7 @@ __all__ = ["plot_log_weights", "plot_posterior", "plot_training", "save_figure"]
 _TOP_VALUES = 10
 _LONGEST_LABEL = 48
 _TRAINING_SERIES = {"log_reward": "mean log reward", "elbo": "mean log weight (ELBO)"}
+_SQUARED_SERIES = {"loss": "loss", "val_variance": "variance"}
 
 
 def plot_posterior(posterior: Posterior, site: str | None = None) -> Figure:
@@ -123,10 +124,13 @@ def plot_training(history: Mapping[str, Sequence[float]], ax: Axes | None = None
     """Draws how training went: log reward and ELBO in nats, the loss on an axis of its own.
 
     Each curve is drawn as it is, faintly, and as its running mean. Values that are not finite (an
-    ELBO of −inf when a draw was impossible) leave gaps.
+    ELBO of −inf when a draw was impossible) leave gaps. What validation found is drawn as points
+    joined by a line, at the steps where there was one: its ELBO in nats, and the variance of its
+    log weights on the axis of the loss, which is in nats² too.
 
     Args:
-        history: series of one length: any of `loss`, `log_reward` and `elbo`, with `step` for the
+        history: series of one length: any of `loss`, `log_reward`, `elbo`, `val_elbo` and
+            `val_variance`, the last two NaN at steps without validation, with `step` for the
             horizontal axis where it is not 0, 1, 2, … Other series are ignored.
         ax: where to draw; by default a new figure.
 
@@ -137,11 +141,11 @@ def plot_training(history: Mapping[str, Sequence[float]], ax: Axes | None = None
         ImportError: if matplotlib is not installed.
         ValueError: if there is nothing to draw, or the lengths differ.
     """
-    series = {name: history[name] for name in (*_TRAINING_SERIES, "loss") if name in history}
+    names = ("loss", *_TRAINING_SERIES, "val_elbo", "val_variance")
+    series = {name: history[name] for name in names if name in history}
     if not series:
-        raise ValueError(
-            f'history has none of "loss", "log_reward", "elbo"; it has: {sorted(history)}'
-        )
+        quoted = ", ".join(f'"{name}"' for name in names)
+        raise ValueError(f"history has none of {quoted}; it has: {sorted(history)}")
     lengths = {name: len(history[name]) for name in (*series, "step") if name in history}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the series of history differ in length: {lengths}")
@@ -152,12 +156,20 @@ def plot_training(history: Mapping[str, Sequence[float]], ax: Axes | None = None
     for i, (name, label) in enumerate(_TRAINING_SERIES.items()):
         if name in series:
             handles.append(_curve(ax, steps, series[name], f"C{i}", label))
+    if "val_elbo" in series:
+        handles.append(_points(ax, steps, series["val_elbo"], "C2", "validation ELBO"))
     ax.set_ylabel("nats")
-    if "loss" in series:
+    squared = [name for name in _SQUARED_SERIES if name in series]
+    if squared:
         top = ax.twinx() if handles else ax
-        handles.append(_curve(top, steps, series["loss"], "tab:gray", "loss"))
-        top.set_ylabel("loss (nats²)")
-        if any(math.isfinite(x) and x > 0.0 for x in series["loss"]):
+        if "loss" in series:
+            handles.append(_curve(top, steps, series["loss"], "tab:gray", "loss"))
+        if "val_variance" in series:
+            label = "validation variance"
+            handles.append(_points(top, steps, series["val_variance"], "C3", label))
+        top.set_ylabel(f"{', '.join(_SQUARED_SERIES[name] for name in squared)} (nats²)")
+        # The loss decides where it is there: a negative one would vanish from a logarithmic axis.
+        if any(math.isfinite(x) and x > 0.0 for x in series[squared[0]]):
             top.set_yscale("log", nonpositive="mask")
     ax.set_title("Training of the guide")
     ax.set_xlabel("step")
@@ -205,6 +217,18 @@ def _curve(ax: Axes, steps: Array, values: Sequence[float], color: str, label: s
     if not np.isfinite(array).any():
         label += ": no finite value"
     (line,) = ax.plot(steps, _running_mean(array), color=color, lw=1.8, label=label)
+    return line
+
+
+def _points(ax: Axes, steps: Array, values: Sequence[float], color: str, label: str) -> Any:
+    """A series that is NaN at most steps, as points joined by a line; the handle for the legend."""
+    array = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(array)
+    steps, array = steps[known], array[known]
+    array = np.where(np.isfinite(array), array, np.nan)
+    if not np.isfinite(array).any():
+        label += ": no finite value"
+    (line,) = ax.plot(steps, array, color=color, lw=1.2, marker="o", markersize=4.0, label=label)
     return line
 
 

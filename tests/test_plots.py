@@ -121,6 +121,56 @@ def test_training_without_a_finite_value() -> None:
     assert legend.get_texts()[0].get_text().endswith("no finite value")
 
 
+def test_validation_is_drawn_where_there_was_one(tmp_path: Path) -> None:
+    history = {
+        "step": [10, 20, 30, 40],
+        "loss": [9.0, 3.0, 1.0, 1.0],
+        "elbo": [-9.0, -8.0, -8.0, -7.0],
+        "val_elbo": [math.nan, -8.5, math.nan, -7.5],
+        "val_variance": [math.nan, 4.0, math.nan, 2.0],
+    }
+    figure = plot_training(history)
+    nats, squares = figure.axes
+    assert (nats.get_ylabel(), squares.get_ylabel()) == ("nats", "loss, variance (nats²)")
+    assert squares.get_yscale() == "log"
+    for ax, values in ((nats, [-8.5, -7.5]), (squares, [4.0, 2.0])):
+        assert len(ax.lines) == 3
+        points = ax.lines[-1]
+        np.testing.assert_array_equal(points.get_xdata(), [20.0, 40.0])
+        np.testing.assert_array_equal(points.get_ydata(), values)
+        assert (points.get_marker(), points.get_linestyle()) == ("o", "-")
+    legend = squares.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "mean log weight (ELBO)",
+        "validation ELBO",
+        "loss",
+        "validation variance",
+    ]
+    save_figure(figure, tmp_path / "v.png")
+    assert (tmp_path / "v.png").read_bytes().startswith(PNG)
+
+
+def test_validation_alone() -> None:
+    (ax,) = plot_training({"val_elbo": [-2.0, -INF, math.nan, -1.0]}).axes
+    (points,) = ax.lines
+    np.testing.assert_array_equal(points.get_xdata(), [0.0, 1.0, 3.0])
+    np.testing.assert_array_equal(points.get_ydata(), [-2.0, math.nan, -1.0])  # a gap
+    (ax,) = plot_training({"val_variance": [math.nan, 0.0]}).axes
+    assert (ax.get_ylabel(), ax.get_yscale()) == ("variance (nats²)", "linear")
+    (ax,) = plot_training({"val_variance": [math.nan, 2.0]}).axes
+    assert ax.get_yscale() == "log"
+    (ax,) = plot_training({"val_elbo": [math.nan]}).axes
+    legend = ax.get_legend()
+    assert legend is not None
+    assert legend.get_texts()[0].get_text() == "validation ELBO: no finite value"
+
+
+def test_a_negative_loss_stays_on_the_axis_beside_a_variance() -> None:
+    (ax,) = plot_training({"loss": [-2.0, -3.0], "val_variance": [math.nan, 1.0]}).axes
+    assert ax.get_yscale() == "linear"
+
+
 def test_drawing_on_given_axes(tmp_path: Path) -> None:
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)

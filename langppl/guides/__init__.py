@@ -3,12 +3,14 @@
 from langppl.guides.base import Guide, PriorGuide
 from langppl.guides.context import ContextInfo, default_context
 from langppl.guides.gflownet import GFlowNetGuide, RewardSchedule
+from langppl.guides.history import History
 from langppl.guides.prompted import PromptedGuide
 
 __all__ = [
     "ContextInfo",
     "GFlowNetGuide",
     "Guide",
+    "History",
     "PriorGuide",
     "PromptedGuide",
     "RewardSchedule",
