@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_log_weights", "plot_posterior", "plot_training", "save_figure"]
+    from langppl.guides.schedules import RewardSchedule
+
+__all__ = ["plot_log_weights", "plot_posterior", "plot_schedule", "plot_training", "save_figure"]
 
 _TOP_VALUES = 10
 _LONGEST_LABEL = 48
@@ -175,6 +177,31 @@ def plot_training(history: Mapping[str, Sequence[float]], ax: Axes | None = None
     ax.set_xlabel("step")
     # On the uppermost axes, or the loss would be drawn across the legend.
     top.legend(handles=handles, loc="best")
+    return figure
+
+
+def plot_schedule(schedule: RewardSchedule, steps: int, ax: Axes | None = None) -> Figure:
+    """Draws how much of the reward counts at each step of a training.
+
+    Args:
+        schedule: what to draw.
+        steps: how many steps the training has, at least 1.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is no step.
+    """
+    powers = schedule.powers(steps)
+    figure, ax = _target(ax, 8.0, 3.0)
+    ax.plot(range(steps), powers, color="tab:blue", lw=1.8, marker=".")
+    ax.set_ylim(0.0, 1.05)
+    ax.set_title("Reward schedule")
+    ax.set_xlabel("step")
+    ax.set_ylabel("power of the reward")
     return figure
 
 

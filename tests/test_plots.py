@@ -12,7 +12,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from langppl.plots import plot_log_weights, plot_posterior, plot_training, save_figure
+from langppl.guides import RewardSchedule
+from langppl.plots import (
+    plot_log_weights,
+    plot_posterior,
+    plot_schedule,
+    plot_training,
+    save_figure,
+)
 from langppl.posterior import Posterior
 
 INF = math.inf
@@ -169,6 +176,14 @@ def test_validation_alone() -> None:
 def test_a_negative_loss_stays_on_the_axis_beside_a_variance() -> None:
     (ax,) = plot_training({"loss": [-2.0, -3.0], "val_variance": [math.nan, 1.0]}).axes
     assert ax.get_yscale() == "linear"
+
+
+def test_a_schedule(tmp_path: Path) -> None:
+    figure = plot_schedule(RewardSchedule(0.5, 0.5), 4)
+    (line,) = figure.axes[0].lines
+    assert list(line.get_ydata()) == [0.5, 0.75, 1.0, 1.0]
+    save_figure(figure, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(PNG)
 
 
 def test_drawing_on_given_axes(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from langppl.guides.base import Guide, PriorGuide
 from langppl.guides.context import ContextInfo, default_context
-from langppl.guides.gflownet import GFlowNetGuide, RewardSchedule
+from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.history import History
 from langppl.guides.prompted import PromptedGuide
+from langppl.guides.schedules import RewardSchedule
 
 __all__ = [
     "ContextInfo",

@@ -1,0 +1,71 @@
+"""How a training's target moves from the prior to the posterior."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RewardSchedule:
+    """How much of the reward counts during training.
+
+    The target is p(latents)·(the rest of the joint)^power: at power 0 the prior, where an untrained
+    policy stands, at 1 the posterior.
+
+    Attributes:
+        start: power at the first step, between 0 and 1.
+        until: share of the steps after which it is 1, between 0 and 1.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    start: float = 0.5
+    until: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("until", self.until)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+    def __str__(self) -> str:
+        """The schedule in words, on one line."""
+        if self.start == 1.0:
+            return "reward power 1 throughout"
+        first = f"reward power {self.start:g} at the first step"
+        if self.until == 0.0:
+            return f"{first}, then 1"
+        return f"{first}, rising to 1 after {100.0 * self.until:g} % of the steps"
+
+    def power(self, step: int, steps: int) -> float:
+        """The power at a step, counted from 0."""
+        done = step / max(self.until * steps, 1.0)
+        return min(1.0, self.start + (1.0 - self.start) * done)
+
+    def powers(self, steps: int) -> list[float]:
+        """The power at each step of a training.
+
+        Args:
+            steps: how many steps it has, at least 1.
+
+        Returns:
+            As many powers.
+
+        Raises:
+            ValueError: if there is no step.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return [self.power(step, steps) for step in range(steps)]
+
+    def plot(self, steps: int, ax: Axes | None = None) -> Figure:
+        """Draws the power at each step: see `langppl.plots.plot_schedule`."""
+        plots = importlib.import_module("langppl.plots")
+        figure: Figure = plots.plot_schedule(self, steps, ax)
+        return figure
