@@ -19,7 +19,7 @@ import torch
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 def write(
@@ -75,7 +75,7 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
     """The newest checkpoint: steps done, record and tensors; None if there is none.
 
     Raises:
-        ValueError: if it is damaged, or of a later version.
+        ValueError: if it is damaged, or of another version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -86,7 +86,7 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
     path = found[-1]
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != _FORMAT or record["version"] > _VERSION:
+        if record["format"] != _FORMAT or record["version"] != _VERSION:
             raise ValueError(f"format {record['format']}, version {record['version']}")
         return int(record["step"]), record, load_file(str(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

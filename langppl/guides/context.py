@@ -2,7 +2,9 @@
 
 The default is made from the program's graph: each observation downstream of the latent, after the
 prompt that it is scored under, with the latent itself left blank; then the site's own prompt.
-Latents that are drawn already show their values, those still to come are blank too.
+Latents that are drawn already show their values, those still to come are blank too. Where a
+program is no template, or a number flows into it, the observation is shown without its prompt, and
+what is drawn already by its name.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from langppl.distributions import StringDistribution
+from langppl.lm import LM
 from langppl.lm.prompts import Prompt, is_chat
 from langppl.program import Program
-from langppl.program.execution import Execution
+from langppl.program.execution import Execution, Site
 from langppl.program.placeholders import MARKER, fill
 
 BLANK = " ___"
@@ -26,11 +31,13 @@ class ContextInfo:
 
     Attributes:
         site: the latent's name.
-        prompt: its own prompt.
+        prompt: its own prompt; of a number, its name.
         observations: for each observation that depends on the latent, the prompt that it is
             scored under (the latent and later ones blank) and the observation as text.
         values: the latents that are drawn already.
         args: the model's arguments.
+        known: of these latents, those that neither the observations nor the prompt show: numbers,
+            and strings of programs that are no templates; as pairs of name and text.
     """
 
     site: str
@@ -38,6 +45,7 @@ class ContextInfo:
     observations: tuple[tuple[str, str], ...]
     values: Mapping[str, Any]
     args: tuple[Any, ...]
+    known: tuple[tuple[str, str], ...] = ()
 
 
 ContextFunction = Callable[[ContextInfo], Prompt]
@@ -45,7 +53,8 @@ ContextFunction = Callable[[ContextInfo], Prompt]
 
 def default_context(info: ContextInfo) -> Prompt:
     """The observations with the latent left blank, then the site's own prompt."""
-    shown = "\n".join(prompt + text for prompt, text in info.observations)
+    lines = [prompt + text for prompt, text in info.observations]
+    shown = "\n".join([*lines, *(f"{name} = {text}" for name, text in info.known)])
     if not shown:
         return info.prompt
     if is_chat(info.prompt):
@@ -53,27 +62,48 @@ def default_context(info: ContextInfo) -> Prompt:
     return f"{shown}\n\n{info.prompt}"
 
 
-def context_info(
-    program: Program, site: str, fn: StringDistribution, execution: Execution
-) -> ContextInfo:
+def context_info(program: Program, site: str, fn: Any, execution: Execution) -> ContextInfo:
     """What the context of a latent can be made of, in one execution."""
     values = {k: v for k, v in execution.latents.items() if k != site}
-    shown = {k: str(v) for k, v in values.items()}
+    graph = program.graph
     by_name = {t.name: t for t in program.templates or ()}
-    below = program.graph.below(site, ("observed",)) if site in program.graph else []
+    if site in graph:
+        below = graph.below(site, ("observed",))
+    else:  # a turn of a loop that no run had met: whatever is observed may depend on it
+        below = [n for n, s in program.sites.items() if s.kind == "observed"]
     observations = []
     for name in below:
-        template = by_name.get(name)
-        if template is None:
-            continue
-        text = template.value
-        if isinstance(template.fn, StringDistribution):
-            prompt = _as_text(fill(template.fn.prompt, shown))
-            observations.append((_blank(prompt), _blank(fill(str(text), shown))))
-        else:
-            number = text.tolist() if hasattr(text, "tolist") else text
-            observations.append(("", f"{name} = {number}"))
-    return ContextInfo(site, fn.prompt, tuple(observations), values, program.args)
+        found = by_name.get(name, program.sites[name])
+        is_template = name in by_name and all(
+            program.sites[a].is_string for a in graph.latents_above(name)
+        )
+        observations.append(_shown(found, values, is_template))
+    prompt = fn.prompt if isinstance(fn, StringDistribution) else f"{site} ="
+    known = []
+    for name, value in values.items():
+        if not isinstance(value, str):
+            known.append((name, _number(value)))
+        elif not by_name and str(value) not in _as_text(prompt):
+            known.append((name, str(value)))
+    return ContextInfo(site, prompt, tuple(observations), values, program.shown_args, tuple(known))
+
+
+def _shown(site: Site, values: Mapping[str, Any], is_template: bool) -> tuple[str, str]:
+    """The prompt and the value of an observation, as text."""
+    if not isinstance(site.fn, StringDistribution):
+        return "", f"{site.name} = {_number(site.value)}"
+    if not is_template:
+        return "", str(site.value)
+    shown = {k: str(v) for k, v in values.items()}
+    prompt = _as_text(fill(site.fn.prompt, shown))
+    return _blank(prompt), _blank(fill(str(site.value), shown))
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    numbers = [f"{float(v):.3g}" for v in value.flatten()]
+    return numbers[0] if value.ndim == 0 else f"[{', '.join(numbers)}]"
 
 
 def _as_text(prompt: Prompt) -> str:
@@ -89,9 +119,10 @@ def _blank(text: str) -> str:
 def context_ids(
     program: Program,
     site: str,
-    fn: StringDistribution,
+    fn: Any,
     execution: Execution,
     context: ContextFunction,
+    lm: LM,
 ) -> tuple[int, ...]:
     """Token ids of a latent's context."""
-    return fn.lm.encode_prompt(context(context_info(program, site, fn, execution)))
+    return lm.encode_prompt(context(context_info(program, site, fn, execution)))

@@ -9,94 +9,77 @@ more or less efficient, never wrong.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 import os
-import warnings
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMChoice, LMString
-from langppl.guides import checkpoints, objectives
 from langppl.guides.base import Guide, Key
-from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.guides.context import ContextFunction, default_context
+from langppl.guides.heads import Heads
+from langppl.guides.history import History
+from langppl.guides.keeping import Keeper
+from langppl.guides.policy import Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
-from langppl.guides.trajectories import (
-    Draw,
-    covered,
-    from_records,
-    log_q,
-    make_draws,
-    policy_scores,
-    to_record,
-    trajectory,
+from langppl.guides.schedules import RewardSchedule
+from langppl.guides.training import (
+    OBJECTIVES,
+    ON_POLICY,
+    REPLAYED,
+    GivenLatents,
+    Observation,
+    Settings,
+    Trainer,
 )
-from langppl.lm.decoding import generator
+from langppl.guides.workers import Workers
 from langppl.lm.model import LM
-from langppl.lm.requests import ScoreReply, perform
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.execution import Choice, Chooser, Execution, draw_prior, mixed
-from langppl.program.execution import given as given_values
-from langppl.progress import bar
+from langppl.program.execution import Chooser
 
-OBJECTIVES = ("auto", "subtb", "db", "vargrad", "reverse_kl", "reward", "rws", "mle")
-WITH_PREFIXES = ("subtb", "db")
-ON_POLICY = ("reverse_kl", "reward", "rws")
 GUIDE_FILE = "guide.json"
-LEAST_NODES = 16
-"""Rows of fewer nodes are no remedy for a lack of memory."""
+_VERSION = 2
 
-T = TypeVar("T")
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class RewardSchedule:
-    """How much of the reward counts during training.
-
-    The target is p(latents)·(the rest of the joint)^power: at power 0 the prior, where an untrained
-    policy stands, at 1 the posterior.
-
-    Attributes:
-        start: power at the first step, between 0 and 1.
-        until: share of the steps after which it is 1.
-    """
-
-    start: float = 0.5
-    until: float = 0.3
-
-    def power(self, step: int, steps: int) -> float:
-        """The power at a step, counted from 0."""
-        done = step / max(self.until * steps, 1.0)
-        return min(1.0, self.start + (1.0 - self.start) * done)
+Model = Callable[..., Any] | Program
 
 
 class GFlowNetGuide(Guide):
     """An amortised posterior: draws from it are (nearly) posterior samples.
 
     Args:
-        lm: the LM; latents under another LM are drawn from the prior.
+        lm: the LM; latent strings under another LM are drawn from the prior.
         context: makes what the policy reads before a latent; the default shows the observations
             that depend on it (see `langppl.guides.context.ContextInfo`).
         rank: of the LoRA adapter.
         alpha: LoRA's scale; the rank if None.
-        objective: `"subtb"` (sub-trajectory balance with the reward at every prefix; programs with
-            one latent string), `"db"` (the same between neighbouring prefixes alone), `"vargrad"`
-            (trajectory balance with the batch's own log Z), or `"auto"`: subtb where it can be,
-            vargrad otherwise. Others to compare with: `"reverse_kl"` (policy gradient on the ELBO),
-            `"reward"` (on the reward alone, which collapses onto a mode), `"rws"` (reweighted
-            wake-sleep) and `"mle"` (maximum likelihood of given latents). See
-            `langppl.guides.objectives`.
+        objective: what it is trained with:
+
+            - `"subtb"`, sub-trajectory balance. For programs with one latent string: over its
+              prefixes, with the reward at each. For others: over their sites, with what is known
+              of the reward by then and a learned flow for the rest.
+            - `"db"`, the same between neighbouring end points alone.
+            - `"vargrad"`, trajectory balance with the batch's own log Z.
+            - `"tb"`, with log Z learned by a head on the LM's state after the context.
+            - `"auto"`: subtb for one latent string, vargrad otherwise.
+            - `"forward_kl"`: maximum likelihood of latents and data drawn from the model itself;
+              needs neither rewards nor posterior samples, but a program that can be simulated.
+            - others to compare with: `"reverse_kl"` (policy gradient on the ELBO), `"reward"` (on
+              the reward alone, which collapses onto a mode), `"rws"` (reweighted wake-sleep) and
+              `"mle"` (maximum likelihood of given latents).
+
+            See `langppl.guides.objectives`. `fit` may take another than this.
+        numeric: what proposes numeric latents: `"head"`, a small network on the LM's state (Beta,
+            Gamma, Normal and Categorical sites; others from the prior), `"prior"`, or a Pyro guide,
+            a function of the model's arguments. A Pyro guide is used as it is, not trained.
         defensive: share of the proposals for each latent that inference draws from the prior
             instead (a defensive mixture, Hesterberg 1995). It bounds the weights by the likelihood
             over this share, once for each latent, so that what the guide has lost cannot spoil the
@@ -105,12 +88,14 @@ class GFlowNetGuide(Guide):
 
     Attributes:
         defensive: as above; may be changed at any time.
-        history: what training reported, one list for each figure; `log_reward`, `elbo` and
-            `impossible` are of the guide's own draws, NaN at steps that have none.
+        history: what training reported, see `History`; `log_reward`, `elbo` and `impossible` are
+            of the guide's own draws, NaN at steps that have none.
+        heads: the small networks (see `langppl.guides.heads`).
+        learned: the latents that it was trained on, by name, with "#" for numbers.
 
     Example:
         >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP
-        >>> guide.fit(story, data=[("The cat was hungry.", " Now it sleeps.")])  # doctest: +SKIP
+        >>> guide.fit(story, data=pairs, observations=4, steps=500)  # doctest: +SKIP
     """
 
     name = "gflownet"
@@ -123,15 +108,15 @@ class GFlowNetGuide(Guide):
         rank: int = 16,
         alpha: int | None = None,
         objective: str = "auto",
+        numeric: Literal["head", "prior"] | Callable[..., Any] = "head",
         defensive: float = 0.0,
         seed: int = 0,
     ) -> None:
         from peft import LoraConfig
 
-        if objective not in OBJECTIVES:
-            raise ValueError(
-                f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
-            )
+        _check_objective(objective)
+        if not callable(numeric) and numeric not in ("head", "prior"):
+            raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         config = LoraConfig(
@@ -142,22 +127,37 @@ class GFlowNetGuide(Guide):
             task_type="CAUSAL_LM",
             base_model_name_or_path=lm.name,
         )
-        self._setup(lm, context, objective, seed)
+        self._setup(lm, context, objective, numeric, seed)
         self.defensive = defensive
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lm.add_adapter(self.adapter, config)
 
-    def _setup(self, lm: LM, context: ContextFunction | None, objective: str, seed: int) -> None:
+    def _setup(
+        self, lm: LM, context: ContextFunction | None, objective: str, numeric: Any, seed: int
+    ) -> None:
         self.lm = lm
         self.context = context or default_context
         self.objective = objective
+        self.numeric = numeric
         self.seed = seed
         self._defensive = 0.0
         self.adapter = f"guide{next(_numbers)}"
-        self.history: dict[str, list[float]] = {}
-        self._latents: tuple[str, ...] | None = None
+        self.heads = Heads(lm.state_width, seed)
+        self.history = History()
+        self.learned: set[str] = set()
         weakref.finalize(self, _remove, lm, self.adapter)
+
+    @property
+    def proposer(self) -> Proposer:
+        """What it proposes with."""
+        return Proposer(
+            self.lm,
+            self.adapter,
+            self.context,
+            None if self.numeric == "prior" else self.heads,
+            self.numeric if callable(self.numeric) else None,
+        )
 
     @property
     def defensive(self) -> float:
@@ -170,401 +170,209 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
         self._defensive = share
 
-    def check(self, program: Program) -> None:
+    def sites_of(self, program: Program) -> set[str]:
+        """The latents of a program that this guide covers, by name, with "#" for numbers."""
+        covers = self.proposer.covers
+        return {_pattern(n) for n in program.latents if covers(program.sites[n].fn)}
+
+    def check_lm(self, program: Program) -> None:
         """Raises ValueError if the guide's LM draws none of the program's latent strings."""
         strings = {n: program.sites[n] for n in program.latents if program.sites[n].is_string}
-        if strings and not any(covered(s.fn, self.lm) for s in strings.values()):
+        if strings and not any(s.fn.lm is self.lm for s in strings.values()):
             name, site = next(iter(strings.items()))
             raise ValueError(
                 f"this guide was made for {self.lm!r}, but latent {name!r} is under "
                 f"{site.fn.lm!r}; make a guide for that LM (or use the same LM object)"
             )
 
+    def check(self, program: Program) -> None:
+        """See `Guide.check`.
+
+        Raises:
+            ValueError: if the guide's LM draws none of the program's latent strings, or the guide
+                was trained on latents of other names.
+        """
+        self.check_lm(program)
+        unknown = sorted(self.sites_of(program) - self.learned)
+        if self.learned and unknown:
+            raise ValueError(
+                f"this guide was trained on the latents {', '.join(sorted(self.learned))} and "
+                f"knows nothing of {', '.join(unknown)}; train it on this program, or name the "
+                "latents as they were"
+            )
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
-        return _Policy(self, program, key, 1.0, defensive=self.defensive)
+        return Policy(self.proposer, program, key, defensive=self.defensive)
 
     # -- training -----------------------------------------------------------------------------
 
     def fit(
         self,
-        model: Callable[..., Any] | Program,
-        data: Sequence[Any] | None = None,
+        model: Model | Sequence[tuple[Model, Any]],
+        data: Any = None,
         *,
         steps: int = 60,
+        observations: int | None = None,
         batch: int = 16,
+        objective: str | None = None,
         learning_rate: float = 1e-3,
+        head_rate: float = 10.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: int = 5,
         clip: float = 1.0,
         lam: float = 1.0,
         schedule: RewardSchedule | None = None,
         tempered_share: float = 0.125,
-        sampling_temperature: float = 1.2,
+        sampling_temperature: float | tuple[float, float] = 1.2,
         replay_share: float = 0.25,
         replay_size: int = 256,
+        replay_distance: float = 0.1,
         draw_ahead: int = 1,
         every: int = 1,
-        given: Posterior | Sequence[Mapping[str, Any]] = (),
+        given: Any = (),
         given_share: float = 1.0,
+        simulated_share: float = 0.0,
+        lengths: Mapping[str, int] | None = None,
+        weights: Sequence[float] | None = None,
+        validation: Any = None,
+        validate_every: int = 50,
+        validation_samples: int = 16,
+        patience: int | None = None,
+        keep_best: bool = True,
+        accumulate: int = 1,
+        accelerator: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 10,
+        tensorboard: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> GFlowNetGuide:
         """Trains the adapter; called again, it goes on from where it was.
 
         Args:
-            model: a model function, or a compiled `Program` (then without data).
-            data: the observations, each a tuple of the model's arguments; steps take them in turn.
+            model: a model function, a compiled `Program` (then without data), or, for a guide that
+                several programs share, a list of (model, data) pairs.
+            data: the observations, each a tuple of the model's arguments: a sequence or a torch
+                `Dataset`. A program is compiled when its observation is first taken.
             steps: gradient steps.
-            batch: trajectories of one observation in a step, at least 2.
+            observations: how many observations a step takes, all in one packed pass; 4, or all if
+                there are fewer, if None. Each is taken as often as the others, in an order of its
+                own for every round.
+            batch: trajectories of each observation in a step, at least 2.
+            objective: another than the guide's own, as for a warm start with `"forward_kl"`.
             learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).
+            head_rate: factor on it for the heads.
             betas: AdamW's; training of few steps gains from a shorter memory, such as (0.8, 0.95),
                 which forgets the large gradients of the beginning.
             warmup: steps over which it rises.
-            clip: largest norm of the gradient.
+            clip: largest norm of the gradient, of the adapter and of the heads each.
             lam: SubTB's λ.
             schedule: how much of the reward counts when.
             tempered_share: share of the batch drawn at `sampling_temperature`. For `reverse_kl`,
                 `reward` and `rws`, which hold for the policy's own draws alone, this and
                 `replay_share` are 0 and `draw_ahead` is 1, whatever is given here.
-            sampling_temperature: divides the policy's logits for those draws.
+            sampling_temperature: divides the policy's logits for those draws; a range (low, high)
+                to draw one for each (log-uniformly).
             replay_share: share of the batch taken from the draws so far, in proportion to their
                 importance weights.
-            replay_size: how many of those are kept for each observation.
+            replay_size: how many of those are kept for each observation; fewer where there are
+                so many observations that all would hold more than 16,384.
+            replay_distance: two of them differ in more than this share of their tokens (edit
+                distance over the longer one's length); 0 to refuse equal ones alone.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
                 their last draws are a few steps off-policy.
             every: for SubTB, take the reward at prefixes of a multiple of so many tokens only,
                 which is cheaper; the whole string always counts.
-            given: latents (site → value) to learn from, in the place of the guide's own draws;
-                with a single observation only. A posterior's log joints are not computed anew
-                where they suffice. With `mle` they are all that is learned from, as often as
-                there are steps.
+            given: latents (site → value) to learn from, in the place of the guide's own draws: a
+                list or a posterior of a single observation; of several, a list of such, one for
+                each. A posterior's log joints are not computed anew where they suffice. With
+                `mle` they are all that is learned from, as often as there are steps.
             given_share: share of a batch's new draws that are given ones, while these last. With
                 1 the guide learns from them first; a small share spreads them over the training.
+            simulated_share: share of the batch that are latents and data drawn from the model,
+                learned by maximum likelihood beside the objective.
+            lengths: tokens of each open string that is simulated; as long as what is observed by
+                default.
+            weights: for several programs, how often each is taken, relative to the others.
+            validation: held-out observations, given as `model` and `data` are: a sequence of
+                arguments, or of (model, data) pairs.
+            validate_every: steps between two validations.
+            validation_samples: draws for each of them.
+            patience: validations without a better ELBO after which training ends; None for never.
+            keep_best: whether the guide ends with the weights of the best validation.
+            accumulate: backward passes over which the observations of a step are spread: less
+                memory, the same gradient.
+            accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`.
             checkpoint: a folder to which the state of the training is written every so many
                 steps. Called again with the same arguments, on a guide made like this one, `fit`
                 goes on from there; on the CPU the result is, bit for bit, that of a run which was
                 never killed.
             checkpoint_every: how many steps.
+            tensorboard: a folder for TensorBoard's scalars.
             progress: whether to show a bar on a terminal.
 
         Returns:
             The guide itself. Interrupted (Ctrl-C), it keeps what it has learned.
 
         Raises:
-            ValueError: for empty data, a program without a latent string of the guide's LM, given
-                latents with several observations, or a given posterior of another program.
+            ValueError: for empty data, a program without a latent of this guide's, given latents
+                that do not belong to the observations, or a given posterior of another program.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
             OSError: if a checkpoint cannot be written, before the first step.
         """
-        settings = {
-            k: v
-            for k, v in locals().items()
-            if k not in ("self", "model", "data", "given", "progress", "checkpoint")
-        }
-        programs = _programs(model, data)
-        for program in programs:
-            self.check(program)
-        if steps < 1 or batch < 2:
-            raise ValueError(f"need steps >= 1 and batch >= 2, got steps={steps}, batch={batch}")
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
-        if not 0.0 < given_share <= 1.0:
-            raise ValueError(f"given_share must be above 0 and at most 1, got {given_share}")
-        if draw_ahead < 1:
-            raise ValueError(f"draw_ahead must be at least 1, got {draw_ahead}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-        if self.objective in ON_POLICY:
+        objective = self.objective if objective is None else objective
+        _check_objective(objective)
+        pairs = _pairs(model, data)
+        rows = [row for _, own in pairs for row in own]
+        if objective in ON_POLICY:
             tempered_share, replay_share, draw_ahead = 0.0, 0.0, 1
-        elif self.objective == "mle":
+        elif objective in ("mle", "forward_kl"):
             replay_share, given_share = 0.0, 1.0
-        schedule = schedule or RewardSchedule()
-        # Adding an adapter injects new tensors; those of this guide are found by its name.
-        named = [(n, p) for n, p in self.lm.model.named_parameters() if f".{self.adapter}." in n]
-        parameters = [p for _, p in named]
-        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
-        feeds = [_Feed(p, ReplayBuffer(replay_size)) for p in programs]
-        rows = given.samples if isinstance(given, Posterior) else given
-        run: _Run | None = None
-        first = 0
-        if checkpoint is not None:
-            latents = [sorted((k, str(v)) for k, v in row.items()) for row in rows]
-            digest = hashlib.sha256(repr(latents).encode()).hexdigest()[:16]
-            settings = {**settings, "schedule": repr(schedule), "given": digest}
-            run = _Run(self, Path(checkpoint), settings, named, optimiser, feeds)
-            first = run.resume()
-        if len(rows) and not first:
-            if len(programs) > 1:
-                raise ValueError(
-                    f"given latents belong to one observation, and data has {len(programs)}; "
-                    "fit them one after the other"
-                )
-            if self.objective in ON_POLICY:
-                raise ValueError(
-                    f"objective={self.objective!r} learns from the guide's own draws, and given "
-                    'latents are none; use a balance loss, or "mle"'
-                )
-            feeds[0].given = self._given(programs[0], given, schedule.start == 1.0, every)
-            feeds[0].again = list(feeds[0].given) if self.objective == "mle" else []
-        elif self.objective == "mle" and not first:
-            raise ValueError('objective="mle" learns from given latents: fit(..., given=...)')
-        done = len(self.history.get("step", [])) - first
-        if run is not None and not first:
-            run.write(0)  # a folder that cannot be written to is found out now
-        try:
-            with bar("training", steps, progress) as advance:
-                advance(first)
-                for step in range(first, steps):
-                    for group in optimiser.param_groups:
-                        group["lr"] = learning_rate * _rate(step, steps, warmup)
-                    optimiser.zero_grad(set_to_none=True)
-                    figures = self._step(
-                        feeds[step % len(feeds)],
-                        done + step,
-                        batch,
-                        schedule.power(step, steps),
-                        lam,
-                        (tempered_share, sampling_temperature, replay_share, given_share),
-                        draw_ahead,
-                        every,
-                    )
-                    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-                    if not math.isfinite(norm):
-                        raise FloatingPointError(
-                            f"the gradient is {norm} at step {done + step}; nothing was changed "
-                            "by this step; lower the learning rate"
-                        )
-                    optimiser.step()
-                    for k, v in {"step": float(done + step), **figures, "grad": norm}.items():
-                        self.history.setdefault(k, []).append(v)
-                    shown = {k: v for k, v in figures.items() if not math.isnan(v)}
-                    text = " ".join(f"{k} {v:.2f}" for k, v in shown.items())
-                    advance(1, text=f"training {text}")
-                    if run is not None and (
-                        (step + 1) % checkpoint_every == 0 or step + 1 == steps
-                    ):
-                        run.write(step + 1)
-        except KeyboardInterrupt:
-            warnings.warn(
-                f"training was interrupted after {len(self.history.get('step', [])) - done} of "
-                f"{steps} steps; the guide keeps what it has learned",
-                UserWarning,
-                stacklevel=2,
-            )
-        return self
-
-    def _given(
-        self,
-        program: Program,
-        given: Posterior | Sequence[Mapping[str, Any]],
-        untempered: bool,
-        every: int,
-    ) -> list[Draw]:
-        """Latents from elsewhere as draws, scored unless the posterior knows enough."""
-        rows = given.samples if isinstance(given, Posterior) else list(given)
-        policies = [
-            _Policy(self, program, (self.seed, "given", i), 1.0, row) for i, row in enumerate(rows)
-        ]
-        executions = program.run(policies)
-        contexts = [p.contexts for p in policies]
-        _check_contexts(contexts)
-        prefixes = self._takes_prefixes(program, contexts)
-        known: list[float] | None = None
-        alone = all(set(c) == set(e.latents) for c, e in zip(contexts, executions, strict=True))
-        if isinstance(given, Posterior) and untempered and alone and not prefixes:
-            known = None if given.log_joint is None else [float(v) for v in given.log_joint]
-            _check_same_program(program, rows, known)
-        draws = make_draws(program, executions, contexts, prefixes, known, every)
-        for d in draws:
-            d.is_given = True
-        return draws
-
-    def _fresh(
-        self,
-        program: Program,
-        count: int,
-        step: int,
-        tempered_share: float,
-        temperature: float,
-        every: int,
-    ) -> list[Draw]:
-        """The guide's own draws, some of them from the tempered policy, spread evenly."""
-        tempered = [
-            math.floor((i + 1) * tempered_share) > math.floor(i * tempered_share)
-            for i in range(count)
-        ]
-        policies = [
-            _Policy(self, program, (self.seed, "train", step, i), temperature if hot else 1.0)
-            for i, hot in enumerate(tempered)
-        ]
-        try:
-            executions = program.run(policies)
-            contexts = [p.contexts for p in policies]
-            _check_contexts(contexts)
-            prefixes = self._takes_prefixes(program, contexts)
-            draws = make_draws(program, executions, contexts, prefixes, every=every)
-        except ValueError as error:
-            if " is nan" in str(error):
-                raise FloatingPointError(f"at training step {step}, {error}") from error
-            raise
-        for d, hot in zip(draws, tempered, strict=True):
-            d.is_tempered = hot
-        return draws
-
-    def _step(
-        self,
-        feed: _Feed,
-        step: int,
-        batch: int,
-        power: float,
-        lam: float,
-        shares: tuple[float, float, float, float],
-        draw_ahead: int,
-        every: int,
-    ) -> dict[str, float]:
-        """One loss and its backward pass; returns the figures to report."""
-        tempered_share, temperature, replay_share, given_share = shares
-        count = batch - min(int(batch * replay_share), len(feed.buffer))
-        while feed.again and len(feed.given) < count:
-            rng = generator((self.seed, "again", step, len(feed.given)))
-            feed.given += [feed.again[k] for k in rng.permutation(len(feed.again))]
-        taken = min(len(feed.given), math.ceil(count * given_share))
-        given, feed.given = feed.given[:taken], feed.given[taken:]
-        own = count - taken
-        if len(feed.ready) < own:
-            feed.ready += self._fresh(
-                feed.program, own * draw_ahead, step, tempered_share, temperature, every
-            )
-        fresh, feed.ready = feed.ready[:own], feed.ready[own:]
-        replayed = feed.buffer.sample(
-            batch - count, generator((self.seed, "replay", step)), {d.key for d in (*fresh, *given)}
+        workers = Workers(accelerator)
+        settings = Settings(
+            steps=steps,
+            batch=batch,
+            observations=min(4, len(rows)) if observations is None else observations,
+            objective=objective,
+            learning_rate=learning_rate,
+            head_rate=head_rate,
+            betas=betas,
+            warmup=warmup,
+            clip=clip,
+            lam=lam,
+            schedule=schedule or RewardSchedule(),
+            tempered_share=tempered_share,
+            sampling_temperature=sampling_temperature,
+            replay_share=replay_share,
+            replay_size=replay_size,
+            replay_distance=replay_distance,
+            draw_ahead=draw_ahead,
+            every=every,
+            given_share=given_share,
+            simulated_share=simulated_share,
+            lengths=lengths,
+            validate_every=validate_every,
+            validation_samples=validation_samples,
+            patience=patience,
+            keep_best=keep_best,
+            accumulate=accumulate,
+            checkpoint_every=checkpoint_every,
         )
-        # Those that log Z is estimated from come first.
-        if not fresh:
-            fresh, given = given, []
-        fresh, given = (
-            [d for d in draws if all(p.requests(None) for p in d.parts)] for draws in (fresh, given)
-        )
-        everything = [*fresh, *given, *replayed]
-        if len(everything) < 2:
-            raise ValueError(f"at training step {step}, no draw follows the latents' own rules")
-        loss, log_qs = self._within_memory(
-            lambda: self._descend(feed, everything, len(fresh), step, power, lam)
-        )
-        for d, q in zip(everything, log_qs, strict=True):
-            feed.buffer.add(d.key, d.log_reward - q, d)
-        untempered = [
-            (d.log_reward, q)
-            for d, q in zip(fresh, log_qs[: len(fresh)], strict=True)
-            if not (d.is_tempered or d.is_given)
-        ]
-        possible = [(r, q) for r, q in untempered if r > -math.inf]
-        return {
-            "loss": loss,
-            "log_reward": float(np.mean([r for r, _ in possible])) if possible else math.nan,
-            "elbo": float(np.mean([r - q for r, q in possible])) if possible else math.nan,
-            "impossible": 1.0 - len(possible) / len(untempered) if untempered else math.nan,
-        }
-
-    def _within_memory(self, descend: Callable[[], T]) -> T:
-        """Runs a forward and backward pass, in smaller rows if the memory does not suffice."""
-        while True:
-            try:
-                return descend()
-            except RuntimeError as error:
-                budget = self.lm.node_budget // 2
-                if not _is_out_of_memory(error) or budget < LEAST_NODES:
-                    raise
-            self.lm.node_budget = budget
-            for name, parameter in self.lm.model.named_parameters():
-                if f".{self.adapter}." in name:
-                    parameter.grad = None
-            warnings.warn(
-                f"out of memory: training goes on with lm.node_budget = {budget}, half of what it "
-                "was",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    def _descend(
-        self,
-        feed: _Feed,
-        everything: Sequence[Draw],
-        fresh: int,
-        step: int,
-        power: float,
-        lam: float,
-    ) -> tuple[float, list[float]]:
-        """The loss, whose gradients are left with the adapter, and log q of each draw.
-
-        Args:
-            feed: where the draws come from.
-            everything: the draws.
-            fresh: how many of the first of them log Z is estimated from.
-            step: the training's step.
-            power: of the reward.
-            lam: SubTB's λ.
-        """
-        found = policy_scores(everything, self.adapter)
-        total = torch.stack([log_q(d, f) for d, f in zip(everything, found, strict=True)])
-        reward = total.new_tensor(
-            [
-                d.log_prior + power * d.log_rest if d.log_reward > -math.inf else -math.inf
-                for d in everything
-            ]
-        )
-        is_given = any(d.is_given for d in everything[:fresh])
-        if self.objective == "mle":
-            loss = objectives.likelihood(total)
-        elif self.objective in ON_POLICY:
-            ways = {
-                "reverse_kl": objectives.reverse_kl,
-                "reward": objectives.reward,
-                "rws": objectives.wake,
-            }
-            loss = ways[self.objective](reward, total)
-        elif everything[0].ends:
-            paths = [trajectory(d, f[0][0], power) for d, f in zip(everything, found, strict=True)]
-            log_z = feed.estimate(
-                objectives.root_gaps(paths[:fresh] or paths),
-                objectives.root_gaps(paths),
-                power,
-                is_given,
-            )
-            if self.objective == "db":
-                loss = objectives.detailed_balance(paths, log_z)
-            else:
-                loss = objectives.subtb(paths, lam, log_z)
-        else:
-            gap = reward - total
-            log_z = feed.estimate(gap[:fresh], gap, power, is_given)
-            loss = objectives.trajectory_balance(reward, total, log_z)
-        if not bool(torch.isfinite(loss)):
-            sites = ", ".join(sorted(p.site.name for p in everything[0].parts))
-            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, sites {sites}")
-        loss.backward()
-        return float(loss.detach()), total.detach().tolist()
-
-    def _takes_prefixes(
-        self, program: Program, contexts: Sequence[dict[str, tuple[int, ...]]]
-    ) -> bool:
-        """Whether the objective is SubTB: one latent, and it is a string of this guide's LM."""
-        names = {n for c in contexts for n in c}
-        single = (
-            len(names) == 1
-            and set(program.latents) == names
-            and all(isinstance(program.sites[n].fn, LMString) for n in names)
-        )
-        if self.objective in WITH_PREFIXES and not single:
+        if min(settings.observations, len(rows)) < workers.count:
             raise ValueError(
-                f'objective="{self.objective}" needs a program with one latent, an LMString; '
-                f'this one has {", ".join(program.latents)}; use "vargrad" or "auto"'
+                f"each of the {workers.count} processes needs an observation in every step, got "
+                f"observations={settings.observations} of {len(rows)}"
             )
-        return single and self.objective in ("auto", *WITH_PREFIXES)
+        latents = _given(given, objective, len(rows))
+        capacity = max(batch, min(replay_size, REPLAYED // len(rows)))
+        prepared = [
+            Observation(m, row, ReplayBuffer(capacity, replay_distance), own)
+            for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
+        ]
+        held_out = _held_out(pairs, validation)
+        trainer = Trainer(self, prepared, _shares(pairs, weights), settings, workers, held_out)
+        trainer.run(Keeper(checkpoint, tensorboard, rows), progress)
+        return self
 
     # -- using --------------------------------------------------------------------------------
 
@@ -586,23 +394,28 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"n must be at least 1, got {n}")
         program = model if isinstance(model, Program) else compile(model, *args)
         self.check(program)
-        choosers = [_Policy(self, program, (seed, "guide", i), 1.0) for i in range(n)]
+        choosers = [Policy(self.proposer, program, (seed, "guide", i)) for i in range(n)]
         return [e.latents for e in program.run(choosers)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a standard PEFT adapter folder, and `guide.json` beside it.
+        """Writes a standard PEFT adapter folder, and beside it `guide.json` and the heads.
 
-        A context function is code and is not saved: give it again to `load`.
+        A context function or a Pyro guide is code and is not saved: give it again to `load`.
         """
         self.lm.save_adapter(self.adapter, folder)
+        self.heads.save(folder)
         packages = ("langppl", "torch", "transformers", "peft")
         record = {
             "format": "langppl-guide",
-            "version": 1,
+            "version": _VERSION,
             "base_model": self.lm.name,
             "base_fingerprint": self.lm.weights_fingerprint,
             "objective": self.objective,
+            "context": _name_of(self.context),
             "default_context": self.context is default_context,
+            "numeric": self.numeric if isinstance(self.numeric, str) else "pyro",
+            "sites": sorted(self.learned),
+            "heads": self.heads.specification,
             "defensive": self.defensive,
             "seed": self.seed,
             "steps": len(self.history.get("step", [])),
@@ -620,6 +433,7 @@ class GFlowNetGuide(Guide):
         lm: LM,
         *,
         context: ContextFunction | None = None,
+        numeric: Callable[..., Any] | None = None,
     ) -> GFlowNetGuide:
         """Reads a guide that `save` wrote.
 
@@ -627,22 +441,28 @@ class GFlowNetGuide(Guide):
             folder: where it was saved.
             lm: the LM that it was trained on.
             context: the context function, if the guide was made with one.
+            numeric: the Pyro guide of numeric latents, if it was made with one.
 
         Raises:
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
-                its context function is missing.
+                its context function or Pyro guide is missing.
         """
         path = Path(folder) / GUIDE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] != "langppl-guide":
-                raise KeyError("format")
+            if record["format"] != "langppl-guide" or record["version"] > _VERSION:
+                raise ValueError(f"format {record['format']}, version {record['version']}")
             base, fingerprint = record["base_model"], record["base_fingerprint"]
             objective, seed = record["objective"], record["seed"]
             plain = record["default_context"]
             defensive = float(record.get("defensive", 0.0))
+            learned = {str(name) for name in record.get("sites", ())}
+            heads = {str(k): int(v) for k, v in record.get("heads", {}).items()}
+            # The first version drew numbers from the prior.
+            how = record.get("numeric", "prior")
+            _check_objective(objective)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
         if fingerprint != lm.weights_fingerprint:
@@ -654,245 +474,64 @@ class GFlowNetGuide(Guide):
             raise ValueError(
                 f"the guide in {folder} was trained with its own context function; give it to load"
             )
+        if how == "pyro" and numeric is None:
+            raise ValueError(
+                f"the guide in {folder} was made with a Pyro guide for numbers; give it to load"
+            )
         self = cls.__new__(cls)
-        self._setup(lm, context, objective, seed)
+        self._setup(lm, context, objective, how if numeric is None else numeric, seed)
         self.defensive = defensive
+        self.learned = learned
+        self.heads.load(folder, heads)
+        self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self
 
 
-@dataclass
-class _Feed:
-    """Where the trajectories of one program come from.
-
-    Attributes:
-        program: the program.
-        buffer: what may be replayed.
-        ready: the guide's own draws that wait for their step.
-        given: draws from elsewhere that do.
-        again: draws that are given once more when these are used up.
-        anchor: power of the reward and the estimate of log Z (nats) that given draws are held to.
-    """
-
-    program: Program
-    buffer: ReplayBuffer[Draw]
-    ready: list[Draw] = field(default_factory=list)
-    given: list[Draw] = field(default_factory=list)
-    again: list[Draw] = field(default_factory=list)
-    anchor: tuple[float, torch.Tensor] | None = None
-
-    def estimate(
-        self, fresh: torch.Tensor, everything: torch.Tensor, power: float, is_given: bool
-    ) -> torch.Tensor:
-        """Log Z of a batch, detached.
-
-        Args:
-            fresh: log R − log q of the guide's own draws, or of given ones where there are none;
-                replayed ones are replayed because theirs is high.
-            everything: of all draws, for a batch in which no fresh one is possible.
-            power: of the reward.
-            is_given: whether these are given draws. The guide leaves them behind as it
-                learns from them, and log Z must not follow: it stays what the first batch said.
-        """
-        if is_given and self.anchor is not None and self.anchor[0] == power:
-            return self.anchor[1]
-        has_possible = bool(torch.isfinite(fresh).any())
-        log_z = objectives.log_evidence(fresh if has_possible else everything)
-        if is_given and has_possible:
-            self.anchor = (power, log_z)
-        return log_z
+def _check_objective(objective: str) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
+        )
 
 
-class _Run:
-    """The state of one call of `fit`, written to and read from a folder of checkpoints.
-
-    What it does not hold depends on the seed and the step alone: random numbers are counter-based.
-    """
-
-    def __init__(
-        self,
-        guide: GFlowNetGuide,
-        folder: Path,
-        settings: Mapping[str, Any],
-        named: Sequence[tuple[str, torch.nn.Parameter]],
-        optimiser: torch.optim.Optimizer,
-        feeds: Sequence[_Feed],
-    ) -> None:
-        self.guide, self.folder, self.optimiser, self.feeds = guide, folder, optimiser, feeds
-        self.parameters = {n.replace(f".{guide.adapter}.", "."): p for n, p in named}
-        observations = [
-            [(n, str(s.value)) for n, s in f.program.sites.items() if s.kind == "observed"]
-            for f in feeds
-        ]
-        described = {
-            **settings,
-            "objective": guide.objective,
-            "seed": guide.seed,
-            "base": guide.lm.weights_fingerprint,
-            "observations": observations,
-            "sites": [list(f.program.sites) for f in feeds],
-            "tensors": {n: list(p.shape) for n, p in self.parameters.items()},
-        }
-        self.settings = json.loads(json.dumps(described))
-
-    def write(self, step: int) -> None:
-        """Writes the state after so many steps."""
-        # A resumed run remembers no scores, and a batch's others move a score's last bits.
-        self.guide.lm.memo.clear()
-        tensors = {f"weight {n}": p.detach() for n, p in self.parameters.items()}
-        for n, p in self.parameters.items():
-            for key, value in self.optimiser.state.get(p, {}).items():
-                tensors[f"{key} {n}"] = value
-        record = {
-            "settings": self.settings,
-            "history": self.guide.history,
-            "feeds": [
-                {
-                    "buffer": [[w, to_record(d)] for w, d in feed.buffer.items()],
-                    "ready": [to_record(d) for d in feed.ready],
-                    "given": [to_record(d) for d in feed.given],
-                    "again": [to_record(d) for d in feed.again],
-                    "anchor": None
-                    if feed.anchor is None
-                    else [feed.anchor[0], float(feed.anchor[1])],
-                }
-                for feed in self.feeds
-            ],
-        }
-        checkpoints.write(self.folder, step, record, tensors)
-
-    def resume(self) -> int:
-        """Reads the newest checkpoint, if there is one; returns the steps done."""
-        found = checkpoints.read(self.folder)
-        self.guide.lm.memo.clear()
-        if found is None:
-            return 0
-        step, record, tensors = found
-        other = [
-            k
-            for k in {**self.settings, **record["settings"]}
-            if self.settings.get(k) != record["settings"].get(k)
-        ]
-        if other:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint of a training with other {', '.join(other)}; "
-                "give the same arguments to go on with it, or another folder"
-            )
-        with torch.no_grad():
-            for n, p in self.parameters.items():
-                p.copy_(tensors[f"weight {n}"])
-                kept = {
-                    key: tensors[f"{key} {n}"]
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key} {n}" in tensors
-                }
-                if kept:
-                    self.optimiser.state[p] = {
-                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
-                    }
-        self.guide.history = record["history"]
-        for feed, known in zip(self.feeds, record["feeds"], strict=True):
-            for (weight, _), draw in zip(
-                known["buffer"],
-                from_records(feed.program, [d for _, d in known["buffer"]]),
-                strict=True,
-            ):
-                feed.buffer.add(draw.key, weight, draw)
-            feed.ready = from_records(feed.program, known["ready"])
-            feed.given = from_records(feed.program, known["given"])
-            feed.again = from_records(feed.program, known["again"])
-            if known["anchor"] is not None:
-                power, log_z = known["anchor"]
-                feed.anchor = (power, torch.tensor(log_z, device=self.guide.lm.device))
-        return step
+def _pattern(name: str) -> str:
+    """A site's name with its numbers left open: the turns of a loop are one site to a guide."""
+    return re.sub(r"\d+", "#", name)
 
 
-def _check_contexts(contexts: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
-    if not all(contexts):
-        raise ValueError("some executions meet no latent string of this guide's LM")
+def _name_of(function: Any) -> str:
+    module = getattr(function, "__module__", "?")
+    return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
-def _check_same_program(
-    program: Program, rows: Sequence[Mapping[str, Any]], log_joints: Sequence[float] | None
-) -> None:
-    """Raises ValueError if the first possible row has another log joint under the program."""
-    for row, known in zip(rows, log_joints or (), strict=bool(log_joints)):
-        if known > -math.inf:
-            found = float(program.log_joint(row))
-            # Wide enough for half precision in batches of another shape.
-            if not abs(found - known) <= 0.5 + 0.01 * abs(known):
-                raise ValueError(
-                    f"the given posterior is of another program or other observations: its sample "
-                    f"{ {k: str(v) for k, v in row.items()} } has log joint {known:.3f} there and "
-                    f"{found:.3f} here; give its samples instead, to have them scored"
-                )
-            return
-
-
-class _Policy:
-    """Decides the latents of one execution with the guide's adapter, and keeps their contexts."""
-
-    def __init__(
-        self,
-        guide: GFlowNetGuide,
-        program: Program,
-        key: Key,
-        temperature: float,
-        values: Mapping[str, Any] | None = None,
-        defensive: float = 0.0,
-    ) -> None:
-        self.guide, self.program, self.key = guide, program, key
-        self.temperature, self.defensive = temperature, defensive
-        self.values = values
-        self.contexts: dict[str, tuple[int, ...]] = {}
-
-    def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
-        guide, key = self.guide, (*self.key, name)
-        is_covered = covered(fn, guide.lm)
-        if is_covered:
-            prompt = context_ids(self.program, name, fn, execution, guide.context)
-            self.contexts[name] = prompt
-        if self.values is not None:
-            return given_values(self.values)(name, fn, execution)
-        if not is_covered:
-            return draw_prior(fn, key)
-        if not self.defensive:
-            value, log_q = fn.draw(
-                key, prompt=prompt, adapter=guide.adapter, temperature=self.temperature
-            )
-            return Choice(value, log_q)
-        if generator((*key, "defence")).random() < self.defensive:
-            prior = draw_prior(fn, (*key, "prior"))
-            log_q = _raw_log_prob(fn, prior.value, prompt, guide.adapter)
-            assert prior.log_q is not None
-            return replace(prior, log_q=mixed(log_q, prior.log_q, self.defensive))
-        value, log_q = fn.draw(key, prompt=prompt, adapter=guide.adapter)
-        if fn.why_impossible(value) is None:
-            return Choice(value, log_q, defence=self.defensive)
-        # A string that is rejected has no log_prob, but the prior does propose it.
-        return Choice(value, mixed(log_q, _raw_log_prob(fn, value), self.defensive))
-
-
-def _raw_log_prob(
-    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
-) -> float:
-    """Log-probability (nats) with which a latent is drawn, rejected strings included."""
-    if isinstance(fn, LMChoice):
-        return float(fn.log_probs(prompt=prompt, adapter=adapter)[fn.options.index(value)])
-    request = fn.request(value, prompt=prompt, adapter=adapter)
-    (reply,) = perform([request])
-    assert isinstance(reply, ScoreReply)
-    return reply.log_prob
-
-
-def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -> list[Program]:
+def _pairs(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]:
+    """Each model with its rows."""
+    if isinstance(model, list | tuple):
+        if data is not None:
+            raise TypeError("a list of (model, data) pairs has its data already; give none")
+        if not model:
+            raise ValueError("give at least one (model, data) pair")
+        for pair in model:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise TypeError(f"each program must be a (model, data) pair, got {pair!r}")
+        return [found for m, d in model for found in _pairs(m, d)]
     if isinstance(model, Program):
         if data is not None:
             raise TypeError("a compiled Program has its arguments already; give no data")
-        return [model]
-    if data is None:
-        data = [()]
-    rows = list(data)
+        return [(model, [()])]
+    return [(model, [()] if data is None else _rows(data))]
+
+
+def _rows(data: Any) -> list[tuple[Any, ...]]:
+    """The observations of a sequence, or of a torch `Dataset`, which need not be iterable."""
+    try:
+        rows = [data[i] for i in range(len(data))]
+    except TypeError as error:
+        raise TypeError(
+            f"data must be a sequence (or torch Dataset) of tuples of the model's arguments, got "
+            f"a {type(data).__name__}"
+        ) from error
     if not rows:
         raise ValueError("data is empty: give at least one tuple of the model's arguments")
     for row in rows:
@@ -900,20 +539,60 @@ def _programs(model: Callable[..., Any] | Program, data: Sequence[Any] | None) -
             raise TypeError(
                 f"each observation must be a tuple of the model's arguments, got {row!r}"
             )
-    return [compile(model, *row) for row in rows]
+    return [tuple(row) for row in rows]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no error type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
+    """The given latents of each observation."""
+    if isinstance(given, Posterior):
+        found: list[GivenLatents] = [given]
+    elif len(given) and all(isinstance(g, Mapping) for g in given) and count == 1:
+        found = [list(given)]
+    else:
+        found = [[g] if isinstance(g, Mapping) else g for g in given]
+    if not found:
+        if objective == "mle":
+            raise ValueError('objective="mle" learns from given latents: fit(..., given=...)')
+        return [()] * count
+    if len(found) != count:
+        raise ValueError(
+            f"given latents belong to one observation each: data has {count}, and given has "
+            f"{len(found)}"
+        )
+    if objective in ON_POLICY or objective == "forward_kl":
+        raise ValueError(
+            f"objective={objective!r} learns from the guide's own draws, and given latents are "
+            'none; use a balance loss, or "mle"'
+            if objective in ON_POLICY
+            else 'objective="forward_kl" learns from simulated latents; give none, or use "mle"'
+        )
+    return found
 
 
-def _rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
+def _held_out(
+    pairs: Sequence[tuple[Model, list[tuple[Any, ...]]]], validation: Any
+) -> list[Observation]:
+    if validation is None:
+        return []
+    models = [m for m, _ in pairs]
+    if len(models) == 1 and not isinstance(models[0], Program):
+        validation = [(models[0], validation)]
+    found = _pairs(list(validation), None)
+    return [Observation(m, row, ReplayBuffer(0)) for m, rows in found for row in rows]
+
+
+def _shares(
+    pairs: Sequence[tuple[Model, list[tuple[Any, ...]]]], weights: Sequence[float] | None
+) -> np.ndarray | None:
+    """How often each observation is to be taken; None for equally often."""
+    if weights is None:
+        return None
+    if len(weights) != len(pairs):
+        raise ValueError(f"there are {len(pairs)} programs, and {len(weights)} weights")
+    if not all(0.0 < w < float("inf") for w in weights):
+        raise ValueError(f"weights must be above 0, got {list(weights)}")
+    each = [[w / len(rows)] * len(rows) for w, (_, rows) in zip(weights, pairs, strict=True)]
+    return np.array([w for own in each for w in own])
 
 
 def _remove(lm: LM, adapter: str) -> None:

@@ -72,7 +72,7 @@ def trajectory_balance(log_reward: Tensor, log_q: Tensor, log_z: Tensor) -> Tens
     Args:
         log_reward: shape [n]; −inf marks an impossible trajectory.
         log_q: shape [n], with gradients.
-        log_z: scalar.
+        log_z: scalar, or shape [n].
     """
     return (_residuals(log_reward - log_q, log_q, log_z) ** 2).mean()
 
@@ -120,7 +120,7 @@ def subtb(
     Args:
         trajectories: of one observation.
         lam: λ, above 0.
-        log_z: scalar; the batch's own estimate by default.
+        log_z: scalar, or shape [trajectories]; the batch's own estimate by default.
 
     Returns:
         The weighted mean squared residual, a scalar.
@@ -128,8 +128,8 @@ def subtb(
     if log_z is None:
         log_z = log_evidence(root_gaps(trajectories))
     losses = []
-    for t in trajectories:
-        u, reached, at = _end_points(t, log_z)
+    for t, root in zip(trajectories, log_z.expand(len(trajectories)), strict=True):
+        u, reached, at = _end_points(t, root)
         i, j = torch.triu_indices(len(u), len(u), 1, device=u.device)
         residual = u[i] + reached[j] - reached[i] - u[j]
         losses.append(_weighted(t, residual, lam ** (at[j] - at[i]).to(u.dtype)))

@@ -29,7 +29,7 @@ class PromptedGuide(Guide):
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             if not isinstance(fn, StringDistribution):
                 return draw_prior(fn, (*key, name))
-            prompt = context_ids(program, name, fn, execution, self.context)
+            prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
             value, log_q = fn.draw((*key, name), prompt=prompt)
             return Choice(value, log_q)
 

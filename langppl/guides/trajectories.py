@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMChoice, LMString, StringDistribution, Text
+from langppl.distributions import LMChoice, LMString, Text
+from langppl.guides.heads import Heads
 from langppl.guides.objectives import Trajectory
-from langppl.lm.requests import ScoreReply, ScoreRequest, perform
+from langppl.lm.model import LM
+from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.posterior import decode, encode
@@ -33,21 +35,43 @@ class Part:
     site: Site
     context: tuple[int, ...]
 
-    def requests(self, adapter: str | None) -> list[ScoreRequest]:
+    def requests(self, lm: LM, adapter: str | None) -> list[ScoreRequest | StateRequest]:
         """What to ask the policy for; empty if the value is not the policy's to make."""
         fn, value = self.site.fn, self.site.value
         if isinstance(fn, LMString):
             request = fn.request(value, prompt=self.context, adapter=adapter)
             return [] if request is None else [request]
-        assert isinstance(fn, LMChoice)
-        return fn.requests(prompt=self.context, adapter=adapter)
+        if isinstance(fn, LMChoice):
+            return list(fn.requests(prompt=self.context, adapter=adapter))
+        return [StateRequest(lm, self.context, adapter)]
 
-    def log_q(self, found: Sequence[PathLogProbs]) -> torch.Tensor:
+    def log_q(self, found: Sequence[PathLogProbs], heads: Heads | None) -> torch.Tensor:
         """The policy's log-probability of the value, a scalar with gradients."""
-        if isinstance(self.site.fn, LMString):
+        fn = self.site.fn
+        if isinstance(fn, LMString):
             return found[0].total
-        at = self.site.fn.options.index(self.site.value)
-        return torch.stack([f.total for f in found]).log_softmax(0)[at]
+        if isinstance(fn, LMChoice):
+            at = fn.options.index(self.site.value)
+            return torch.stack([f.total for f in found]).log_softmax(0)[at]
+        assert heads is not None and found[0].state is not None
+        log_prob: torch.Tensor = heads.proposal(fn, found[0].state).log_prob(self.site.value)
+        return log_prob.sum()
+
+
+@dataclass
+class Piece:
+    """Latents that are independent of all others given the observations.
+
+    Attributes:
+        parts: which of a draw's parts they are.
+        log_prior: nats; of those latents under the model.
+        log_rest: nats; of all other factors that depend on them, what the guide does not cover
+            cancelled.
+    """
+
+    parts: list[int]
+    log_prior: float
+    log_rest: float
 
 
 @dataclass
@@ -59,7 +83,11 @@ class Draw:
         parts: the latents that the guide covers.
         log_prior: nats; of those latents under the model.
         log_rest: nats; of all other factors, what the guide does not cover cancelled.
-        ends: for SubTB, the end points (position, log prior, log rest), the real one last.
+        ends: for SubTB over prefixes, the end points (position, log prior, log rest), the real
+            one last.
+        stages: after each part, log prior and log rest so far: of the factors that are known by
+            then.
+        pieces: the independent pieces of a draw that has several.
         is_tempered: whether it was drawn from a tempered policy.
         is_given: whether it was not drawn by the guide at all.
         latents: values of all latents, those that the guide does not cover included.
@@ -70,6 +98,8 @@ class Draw:
     log_prior: float
     log_rest: float
     ends: list[tuple[int, float, float]] = field(default_factory=list)
+    stages: list[tuple[float, float]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     is_tempered: bool = False
     is_given: bool = False
     latents: Mapping[str, Any] = field(default_factory=dict)
@@ -77,42 +107,46 @@ class Draw:
     @property
     def log_reward(self) -> float:
         """Log R of the whole draw, nats, untempered."""
-        return _plus(self.log_prior, self.log_rest)
+        return plus(self.log_prior, self.log_rest)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Token ids of its strings, −1 between them; none if it has other latents as well."""
+        if len(self.latents) > sum(isinstance(p.site.value, str) for p in self.parts):
+            return ()
+        return tuple(t for p in self.parts for t in (*_tokens(p), -1))
 
 
-def _plus(log_prior: float, log_rest: float, power: float = 1.0) -> float:
+def plus(log_prior: float, log_rest: float, power: float = 1.0) -> float:
+    """Log R (nats) at a power of the reward; −inf if either is."""
     if -math.inf in (log_prior, log_rest):
         return -math.inf
     return log_prior + power * log_rest
 
 
+def _tokens(part: Part) -> tuple[int, ...]:
+    value = part.site.value
+    if not isinstance(value, str):
+        return ()
+    ids = getattr(value, "ids", None)
+    return part.site.fn.lm.encode_text(value) if ids is None else ids  # type: ignore[no-any-return]
+
+
 def key_of(parts: Sequence[Part], execution: Execution) -> object:
     """What tells one draw from another: tokens of strings, numbers of the rest."""
-    covered = {p.site.name for p in parts}
-    texts = tuple(
-        (
-            p.site.name,
-            p.site.fn.lm.encode_text(p.site.value)
-            if getattr(p.site.value, "ids", None) is None
-            else p.site.value.ids,
-        )
-        for p in parts
-    )
-    rest = tuple((k, str(v)) for k, v in execution.latents.items() if k not in covered)
-    return (texts, rest)
+    strings = {p.site.name: _tokens(p) for p in parts if isinstance(p.site.value, str)}
+    rest = tuple((k, str(v)) for k, v in execution.latents.items() if k not in strings)
+    return (tuple(strings.items()), rest)
 
 
-def make_draws(
-    program: Program,
-    executions: Sequence[Execution],
-    contexts: Sequence[Mapping[str, tuple[int, ...]]],
-    prefixes: bool,
-    log_joints: Sequence[float] | None = None,
-    every: int = 1,
-) -> list[Draw]:
-    """Rewards of executions that a policy proposed.
+Contexts = Mapping[str, tuple[int, ...]]
 
-    Args:
+
+@dataclass
+class Batch:
+    """Executions of one program that await their rewards.
+
+    Attributes:
         program: the program.
         executions: unscored runs.
         contexts: for each, the ids that the policy read before each latent it covers.
@@ -121,41 +155,118 @@ def make_draws(
             all latents, and the rewards are not tempered), nats.
         every: which prefixes are scored: those of a multiple of so many tokens.
     """
-    if prefixes:
-        draws = _draws_with_prefixes(program, executions, contexts, every)
-    else:
-        draws = _whole_draws(executions, contexts, log_joints)
-    for draw, execution in zip(draws, executions, strict=True):
-        draw.latents = execution.latents
-    return draws
+
+    program: Program
+    executions: Sequence[Execution]
+    contexts: Sequence[Contexts]
+    prefixes: bool = False
+    log_joints: Sequence[float] | None = None
+    every: int = 1
 
 
-def _whole_draws(
-    executions: Sequence[Execution],
-    contexts: Sequence[Mapping[str, tuple[int, ...]]],
-    log_joints: Sequence[float] | None,
-) -> list[Draw]:
-    if log_joints is None:
-        score_all(executions)
+def make_draws(batches: Sequence[Batch]) -> list[list[Draw]]:
+    """Rewards of what a policy proposed, of all programs in one go.
+
+    Args:
+        batches: executions of one program each.
+
+    Returns:
+        The draws of each batch.
+    """
+    plain = [b for b in batches if not b.prefixes and b.log_joints is None]
+    score_all([e for b in plain for e in b.executions])
+    plans = [_Prefixes(b) if b.prefixes else None for b in batches]
+    # Tasks of one scheduler: all ask the LM about the same prefixes, in one pass.
+    answers = iter(run([task for p in plans if p is not None for task in (p.prior, p.rest)]))
+    found = []
+    for batch, plan in zip(batches, plans, strict=True):
+        if plan is None:
+            draws = _whole_draws(batch)
+        else:
+            replies, scored = next(answers), next(answers)
+            draws = plan.draws(replies, scored)
+        for draw, execution in zip(draws, batch.executions, strict=True):
+            draw.latents = execution.latents
+        found.append(draws)
+    return found
+
+
+def _whole_draws(batch: Batch) -> list[Draw]:
     draws = []
-    for at, (execution, context) in enumerate(zip(executions, contexts, strict=True)):
+    graph = batch.program.graph
+    above = {name: graph.latents_above(name) for name in graph}
+    independent = graph.independent()
+    for at, (execution, context) in enumerate(zip(batch.executions, batch.contexts, strict=True)):
         parts = [Part(execution.sites[name], ids) for name, ids in context.items()]
-        if log_joints is not None:
-            known = float(log_joints[at])
+        if batch.log_joints is not None:
+            known = float(batch.log_joints[at])
             draws.append(Draw(key_of(parts, execution), parts, 0.0, known))
             continue
-        log_prior = sum(p.site.log_prob or 0.0 for p in parts)
-        rest = 0.0
-        for site in execution.sites.values():
-            if site.name not in context:
-                own = site.log_prob or 0.0
-                # A latent that the guide does not cover counts as drawn from the prior.
-                proposed = own if site.kind == "latent" and site.log_q is None else site.log_q
-                rest = -math.inf if own == -math.inf else rest + own - (proposed or 0.0)
-        if any(s.log_prob == -math.inf for s in execution.sites.values()):
-            log_prior = rest = -math.inf
-        draws.append(Draw(key_of(parts, execution), parts, log_prior, rest))
+        terms = _terms(above, execution, parts)
+        total = _sums(terms.values())
+        draw = Draw(key_of(parts, execution), parts, *total)
+        draw.stages = [_sums(t for t in terms.values() if t.stage <= k) for k in range(len(parts))]
+        groups = [g for g in independent if any(p.site.name in g for p in parts)]
+        # Latents that the graph misses, as in a loop longer than any before, may depend on all.
+        if len(groups) > 1 and all(p.site.name in above for p in parts):
+            for k, group in enumerate(groups):
+                own = (t for t in terms.values() if t.of & group or (k == 0 and not t.of))
+                members = [n for n, p in enumerate(parts) if p.site.name in group]
+                draw.pieces.append(Piece(members, *_sums(own)))
+        draws.append(draw)
     return draws
+
+
+@dataclass
+class _Term:
+    """One factor of a joint density.
+
+    Attributes:
+        log_prior: nats, if it is a latent that the guide covers.
+        log_rest: nats, if it is not.
+        stage: number of the part with which it is known.
+        of: the latents that it depends on, itself included.
+    """
+
+    log_prior: float
+    log_rest: float
+    stage: int
+    of: set[str]
+
+
+def _terms(
+    above: Mapping[str, set[str]], execution: Execution, parts: Sequence[Part]
+) -> dict[str, _Term]:
+    """The factors of an execution, by site; `above`: the latents that each site depends on."""
+    number = {p.site.name: k for k, p in enumerate(parts)}
+    terms = {}
+    latest = 0
+    for name, site in execution.sites.items():
+        own = site.log_prob or 0.0
+        latest = number.get(name, latest)
+        if name in above:
+            of = above[name] | ({name} if site.kind == "latent" else set())
+            stage = max((number[n] for n in of if n in number), default=0)
+        else:  # a site that no earlier run had met is known when it is met
+            of, stage = set(execution.latents), latest
+        if name in number:
+            terms[name] = _Term(own, 0.0, number[name], of)
+            continue
+        # A latent that the guide does not cover counts as drawn from the prior.
+        proposed = own if site.kind == "latent" and site.log_q is None else site.log_q
+        rest = -math.inf if own == -math.inf else own - (proposed or 0.0)
+        terms[name] = _Term(0.0, rest, stage, of)
+    return terms
+
+
+def _sums(terms: Iterable[_Term]) -> tuple[float, float]:
+    """Log prior and log rest of some factors together; both −inf if one is impossible."""
+    log_prior = log_rest = 0.0
+    for term in terms:
+        log_prior, log_rest = log_prior + term.log_prior, log_rest + term.log_rest
+    if -math.inf in (log_prior, log_rest):
+        return -math.inf, -math.inf
+    return log_prior, log_rest
 
 
 def to_record(draw: Draw) -> dict[str, Any]:
@@ -166,6 +277,8 @@ def to_record(draw: Draw) -> dict[str, Any]:
         "log_prior": draw.log_prior,
         "log_rest": draw.log_rest,
         "ends": [list(end) for end in draw.ends],
+        "stages": [list(stage) for stage in draw.stages],
+        "pieces": [[p.parts, p.log_prior, p.log_rest] for p in draw.pieces],
         "is_tempered": draw.is_tempered,
         "is_given": draw.is_given,
     }
@@ -187,6 +300,8 @@ def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list
                 log_prior=record["log_prior"],
                 log_rest=record["log_rest"],
                 ends=[(int(t), float(p), float(r)) for t, p, r in record["ends"]],
+                stages=[(float(p), float(r)) for p, r in record["stages"]],
+                pieces=[Piece(list(k), float(p), float(r)) for k, p, r in record["pieces"]],
                 is_tempered=record["is_tempered"],
                 is_given=record["is_given"],
                 latents=execution.latents,
@@ -195,62 +310,65 @@ def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list
     return draws
 
 
-def _draws_with_prefixes(
-    program: Program,
-    executions: Sequence[Execution],
-    contexts: Sequence[Mapping[str, tuple[int, ...]]],
-    every: int,
-) -> list[Draw]:
-    (name,) = contexts[0]
-    parts = [Part(e.sites[name], c[name]) for e, c in zip(executions, contexts, strict=True)]
-    requests = [p.site.fn.request(p.site.value) for p in parts]
-    # Each distinct prefix is scored once, whatever number of draws begins with it.
-    values: dict[object, Text] = {}
-    plans: list[list[tuple[int, object]]] = []
-    for part, request in zip(parts, requests, strict=True):
-        plan: list[tuple[int, object]] = []
-        if request is not None:
-            path = request.path
-            for t in range(0, len(path.tokens), every):
-                if len(path.steps[t].canonical):
-                    value = prefix_value(part.site.fn, path, t)
-                    values.setdefault(value.ids, value)
-                    plan.append((t, value.ids))
-            key: object = (part.site.fn.tokens_of(part.site.value), "whole")
-            if not path.rejected:
-                values.setdefault(key, part.site.value)
-            plan.append((len(path.tokens), key))
-        plans.append(plan)
+class _Prefixes:
+    """What is to be scored for the rewards at every prefix of one latent string."""
 
-    def prior() -> Sequence[Any]:
-        return perform([r for r in requests if r is not None])
+    def __init__(self, batch: Batch) -> None:
+        (self.name,) = batch.contexts[0]
+        self.batch = batch
+        self.parts = [
+            Part(e.sites[self.name], c[self.name])
+            for e, c in zip(batch.executions, batch.contexts, strict=True)
+        ]
+        self.requests = [p.site.fn.request(p.site.value) for p in self.parts]
+        # Each distinct prefix is scored once, whatever number of draws begins with it.
+        self.values: dict[object, Text] = {}
+        self.plans: list[list[tuple[int, object]]] = []
+        for part, request in zip(self.parts, self.requests, strict=True):
+            plan: list[tuple[int, object]] = []
+            if request is not None:
+                path = request.path
+                for t in range(0, len(path.tokens), batch.every):
+                    if len(path.steps[t].canonical):
+                        value = prefix_value(part.site.fn, path, t)
+                        self.values.setdefault(value.ids, value)
+                        plan.append((t, value.ids))
+                key: object = (part.site.fn.tokens_of(part.site.value), "whole")
+                if not path.rejected:
+                    self.values.setdefault(key, part.site.value)
+                plan.append((len(path.tokens), key))
+            self.plans.append(plan)
 
-    def rest() -> Sequence[Any]:
-        assignments = [{name: v} for v in values.values()]
-        return program.executions(assignments, lambda s: s.name != name)
+    def prior(self) -> Sequence[Any]:
+        return perform([r for r in self.requests if r is not None])
 
-    # Tasks of one scheduler: both ask the LM about the same prefixes, in one pass.
-    replies, scored = run([prior, rest])
-    log_rest: dict[object, float] = {}
-    for key, execution in zip(values, scored, strict=True):
-        terms = [s.log_prob for s in execution.sites.values() if s.name != name]
-        log_rest[key] = float(sum(t for t in terms if t is not None))
-    found = iter(replies)
-    draws = []
-    for execution, part, request, plan in zip(executions, parts, requests, plans, strict=True):
-        ends: list[tuple[int, float, float]] = []
-        if request is not None:
-            reply: ScoreReply = next(found)
-            before = np.concatenate([[0.0], reply.tokens.cumsum()])
-            log_priors = [float(before[t] + reply.canonical[t]) for t, _ in plan]
-            log_priors[-1] = -math.inf if request.path.rejected else reply.log_prob
-            ends = [
-                (t, log_prior, log_rest.get(key, -math.inf))
-                for (t, key), log_prior in zip(plan, log_priors, strict=True)
-            ]
-        _, log_prior, last = ends[-1] if ends else (0, -math.inf, -math.inf)
-        draws.append(Draw(key_of([part], execution), [part], log_prior, last, ends))
-    return draws
+    def rest(self) -> Sequence[Any]:
+        assignments = [{self.name: v} for v in self.values.values()]
+        return self.batch.program.executions(assignments, lambda s: s.name != self.name)
+
+    def draws(self, replies: Sequence[Any], scored: Sequence[Any]) -> list[Draw]:
+        log_rest: dict[object, float] = {}
+        for key, execution in zip(self.values, scored, strict=True):
+            terms = [s.log_prob for s in execution.sites.values() if s.name != self.name]
+            log_rest[key] = float(sum(t for t in terms if t is not None))
+        found = iter(replies)
+        draws = []
+        for execution, part, request, plan in zip(
+            self.batch.executions, self.parts, self.requests, self.plans, strict=True
+        ):
+            ends: list[tuple[int, float, float]] = []
+            if request is not None:
+                reply: ScoreReply = next(found)
+                before = np.concatenate([[0.0], reply.tokens.cumsum()])
+                log_priors = [float(before[t] + reply.canonical[t]) for t, _ in plan]
+                log_priors[-1] = -math.inf if request.path.rejected else reply.log_prob
+                ends = [
+                    (t, log_prior, log_rest.get(key, -math.inf))
+                    for (t, key), log_prior in zip(plan, log_priors, strict=True)
+                ]
+            _, log_prior, last = ends[-1] if ends else (0, -math.inf, -math.inf)
+            draws.append(Draw(key_of([part], execution), [part], log_prior, last, ends))
+        return draws
 
 
 def prefix_value(fn: LMString, path: Path, length: int) -> Text:
@@ -263,25 +381,28 @@ def prefix_value(fn: LMString, path: Path, length: int) -> Text:
     return Text(data.decode("utf-8"), ids, fn.lm.fingerprint)
 
 
-def policy_scores(draws: Sequence[Draw], adapter: str | None) -> list[list[list[PathLogProbs]]]:
-    """The policy's log-probabilities: for each draw, for each part, for each of its requests."""
-    requests = [[p.requests(adapter) for p in d.parts] for d in draws]
+Found = list[list[PathLogProbs]]
+"""For each part of a draw, for each of its requests, what the policy said."""
+
+
+def policy_scores(draws: Sequence[Draw], lm: LM, adapter: str | None) -> list[Found]:
+    """The policy's log-probabilities and states of some draws, from one packed pass."""
+    requests = [[p.requests(lm, adapter) for p in d.parts] for d in draws]
     flat = iter(score_with_gradients([r for d in requests for p in d for r in p]))
     return [[[next(flat) for _ in p] for p in d] for d in requests]
 
 
-def log_q(draw: Draw, found: Sequence[Sequence[PathLogProbs]]) -> torch.Tensor:
-    """The policy's log-probability of a whole draw, a scalar with gradients."""
-    terms = [part.log_q(f) for part, f in zip(draw.parts, found, strict=True)]
-    return torch.stack(terms).sum()
+def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:
+    """The policy's log-probability of each part of a draw, shape [parts], with gradients."""
+    return torch.stack([p.log_q(f, heads) for p, f in zip(draw.parts, found, strict=True)])
 
 
 def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
-    """A draw of one string as SubTB sees it, its reward tempered."""
+    """A draw of one string as SubTB over prefixes sees it, its reward tempered."""
     device = found.tokens.device
     positions = [t for t, _, _ in draw.ends]
     inner = found.canonical[torch.tensor(positions[:-1], dtype=torch.long, device=device)]
-    rewards = [_plus(prior, rest, power) for _, prior, rest in draw.ends]
+    rewards = [plus(prior, rest, power) for _, prior, rest in draw.ends]
     return Trajectory(
         log_q=found.tokens,
         ends=torch.tensor(positions, dtype=torch.long, device=device),
@@ -290,6 +411,25 @@ def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
     )
 
 
-def covered(fn: Any, lm: Any) -> bool:
-    """Whether a guide on an LM proposes a latent of this distribution."""
-    return isinstance(fn, StringDistribution) and fn.lm is lm
+def site_trajectory(
+    draw: Draw, log_q: torch.Tensor, flows: torch.Tensor, power: float
+) -> Trajectory:
+    """A draw of several latents as SubTB over sites sees it: what is known counts, the rest flows.
+
+    The flow after some latents is exp(learned flow) times the factors that are known by then
+    (forward-looking: Pan et al. 2023, arXiv 2302.01687).
+
+    Args:
+        draw: the draw.
+        log_q: of each of its parts, shape [parts].
+        flows: learned, nats, of the state before each part but the first, shape [parts − 1].
+        power: of the reward.
+    """
+    known = log_q.new_tensor([plus(prior, rest, power) for prior, rest in draw.stages[:-1]])
+    last = log_q.new_tensor([plus(draw.log_prior, draw.log_rest, power)])
+    return Trajectory(
+        log_q=log_q,
+        ends=torch.arange(1, len(draw.parts) + 1, device=log_q.device),
+        log_q_end=torch.zeros_like(log_q),
+        log_reward=torch.cat([known + flows, last]),
+    )

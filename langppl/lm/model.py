@@ -224,6 +224,12 @@ class LM:
         out = self.model(input_ids=ids, **options)
         return out.logits if self.takes_keep else out.logits[:, keep], out.past_key_values
 
+    @property
+    def state_width(self) -> int:
+        """How many numbers a state has, see `states`."""
+        rows, columns = self.model.get_output_embeddings().weight.shape
+        return int(columns if self.splits_head else rows)
+
     def logits_of(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of states [..., width]."""
         if not self.splits_head:

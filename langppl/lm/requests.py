@@ -113,8 +113,34 @@ class DrawReply:
     is_dead: bool = False
 
 
-Request = ScoreRequest | DrawRequest
-Reply = ScoreReply | DrawReply
+@dataclass(frozen=True, eq=False)
+class StateRequest:
+    """Ask for what an LM makes of a text: its state after the last token.
+
+    Attributes:
+        lm: the LM.
+        prompt: the ids.
+        adapter: name of the adapter on the LM, None for the LM itself.
+    """
+
+    lm: LM
+    prompt: tuple[int, ...]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class StateReply:
+    """A state.
+
+    Attributes:
+        state: shape [width], float32 (see `LM.states`).
+    """
+
+    state: np.ndarray
+
+
+Request = ScoreRequest | DrawRequest | StateRequest
+Reply = ScoreReply | DrawReply | StateReply
 
 
 def perform(requests: Sequence[Request]) -> list[Reply]:
@@ -135,7 +161,7 @@ def perform(requests: Sequence[Request]) -> list[Reply]:
 def serve(requests: Sequence[Request]) -> list[Reply]:
     """Answers requests in batches, grouped by kind, LM and adapter; scores may be remembered."""
     from langppl.lm.decoding import draw
-    from langppl.lm.scoring import score
+    from langppl.lm.scoring import score, states
 
     groups: dict[tuple[type, int, str | None], list[int]] = {}
     for at, request in enumerate(requests):
@@ -143,11 +169,13 @@ def serve(requests: Sequence[Request]) -> list[Reply]:
     replies: dict[int, Reply] = {}
     for indices in groups.values():
         batch = [requests[at] for at in indices]
-        scores = [r for r in batch if isinstance(r, ScoreRequest)]
-        draws = [r for r in batch if isinstance(r, DrawRequest)]
-        answers: Sequence[Reply] = (
-            scores[0].lm.memo.answer(scores, score) if scores else draw(draws)
-        )
+        answers: Sequence[Reply]
+        if scores := [r for r in batch if isinstance(r, ScoreRequest)]:
+            answers = scores[0].lm.memo.answer(scores, score)
+        elif draws := [r for r in batch if isinstance(r, DrawRequest)]:
+            answers = draw(draws)
+        else:
+            answers = states([r for r in batch if isinstance(r, StateRequest)])
         replies.update(zip(indices, answers, strict=True))
     return [replies[at] for at in range(len(requests))]
 

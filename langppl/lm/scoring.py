@@ -18,7 +18,7 @@ import torch
 
 from langppl.lm import packed, padded
 from langppl.lm.reading import Wanted, log_probs
-from langppl.lm.requests import ScoreReply, ScoreRequest
+from langppl.lm.requests import ScoreReply, ScoreRequest, StateReply, StateRequest
 from langppl.lm.rules import Step
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ class PathLogProbs:
         ending: scalar, nats; of the ending action, 0 where it is forced or open.
         canonical: shape [T + 1], nats; of the canonical ending action before each token and at
             the end, −inf where no string may end.
+        state: shape [width] (see `LM.states`); after the prompt, None if nothing was read there.
     """
 
     tokens: torch.Tensor
     ending: torch.Tensor
     canonical: torch.Tensor
+    state: torch.Tensor | None = None
 
     @property
     def total(self) -> torch.Tensor:
@@ -57,7 +59,7 @@ def score(requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
     """
     replies: dict[int, ScoreReply] = {}
     with torch.no_grad():
-        for members, tokens, ends in _score(requests):
+        for members, tokens, ends, _ in _score(requests):
             numbers, sums = tokens.double().cpu().numpy(), ends.double().cpu().numpy()
             for m in members:
                 ending = float(sums[m.ending]) if m.ending is not None else 0.0
@@ -66,24 +68,41 @@ def score(requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
     return [replies[at] for at in range(len(requests))]
 
 
-def score_with_gradients(requests: Sequence[ScoreRequest]) -> list[PathLogProbs]:
+def states(requests: Sequence[StateRequest]) -> list[StateReply]:
+    """States after some texts, without gradients.
+
+    Args:
+        requests: texts of one LM under one adapter.
+
+    Returns:
+        One reply for each request, in their order.
+    """
+    with torch.no_grad():
+        found = [r.state for r in score_with_gradients(requests)]
+    return [StateReply(s.float().cpu().numpy()) for s in found if s is not None]
+
+
+def score_with_gradients(
+    requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
+) -> list[PathLogProbs]:
     """Scores strings, with gradients to the adapter's weights where torch records them.
 
     Args:
-        requests: strings of one LM under one adapter.
+        requests: strings of one LM under one adapter; of a text alone the state is given.
 
     Returns:
         One result for each request, in their order; float32.
     """
     results: dict[int, PathLogProbs] = {}
-    for members, tokens, ends in _score(requests):
+    for members, tokens, ends, found in _score(requests):
         device = tokens.device
         pieces = tokens.split([m.count for m in members])
         forced = tokens.new_zeros(())
         for m, own in zip(members, pieces, strict=True):
             ending = forced if m.ending is None else ends[m.ending]
             canonical = ends[torch.tensor(m.canonical, device=device)]
-            results[m.request] = PathLogProbs(own, ending, canonical)
+            state = None if m.state is None else found[m.state]
+            results[m.request] = PathLogProbs(own, ending, canonical, state)
     return [results[at] for at in range(len(requests))]
 
 
@@ -97,6 +116,7 @@ class _Member:
         count: how many tokens it has.
         ending: place of its ending among the ends, None where that is forced or open.
         canonical: places of the canonical ending actions; the last end is −inf.
+        state: row of the state after the prompt, None if it was not asked for.
     """
 
     request: int
@@ -104,31 +124,36 @@ class _Member:
     count: int
     ending: int | None
     canonical: list[int]
+    state: int | None
 
 
 def _score(
-    requests: Sequence[ScoreRequest],
-) -> Iterator[tuple[list[_Member], torch.Tensor, torch.Tensor]]:
-    """For some strings at a time, log-probabilities of their tokens and of sets of tokens."""
+    requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
+) -> Iterator[tuple[list[_Member], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For some strings at a time, log-probabilities of tokens and of sets of them, and states."""
     if not requests:
         return
     lm, adapter = requests[0].lm, requests[0].adapter
     first = [len(r.prompt) - 1 for r in requests]
-    count = [len(r.path.steps) for r in requests]
+    paths = [r.path if isinstance(r, ScoreRequest) else None for r in requests]
+    count = [1 if p is None else len(p.steps) for p in paths]
     # Where a string does not end, nothing is read after its last token.
     sequences = [
-        (r.prompt + r.path.tokens)[: max(f + c, 1)]
+        (r.prompt if isinstance(r, StateRequest) else r.prompt + r.path.tokens)[: max(f + c, 1)]
         for r, f, c in zip(requests, first, count, strict=True)
     ]
     fits = lm.packs is not None and max(map(len, sequences)) <= lm.packs.window
     route = packed.states if fits else padded.states
     with lm.adapter(adapter):
-        for states, rows in route(lm, sequences, first, count):
-            yield _read(lm, requests, rows, states)
+        for found, rows in route(lm, sequences, first, count):
+            yield (*_read(lm, requests, rows, found), found)
 
 
 def _read(
-    lm: LM, requests: Sequence[ScoreRequest], rows: dict[int, np.ndarray], states: torch.Tensor
+    lm: LM,
+    requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
+    rows: dict[int, np.ndarray],
+    states: torch.Tensor,
 ) -> tuple[list[_Member], torch.Tensor, torch.Tensor]:
     """Reads the actions of some strings from the states before them."""
     device = states.device
@@ -147,6 +172,10 @@ def _read(
 
     for at, own in rows.items():
         request = requests[at]
+        after_prompt = int(own[0]) if len(own) else None
+        if isinstance(request, StateRequest):
+            members.append(_Member(at, len(tokens), 0, None, [-1], after_prompt))
+            continue
         path = request.path
         mine = []
         for row, step in zip(own.tolist(), path.steps, strict=True):
@@ -158,7 +187,7 @@ def _read(
         ]
         canonical += [-1] * (len(path.tokens) + 1 - len(canonical))
         ending = end(mine[-1], path.ending_ids) if path.ending in ("end", "stop") else None
-        members.append(_Member(at, len(tokens), len(path.tokens), ending, canonical))
+        members.append(_Member(at, len(tokens), len(path.tokens), ending, canonical, after_prompt))
         token_slots += mine[: len(path.tokens)]
         tokens += path.tokens
     never = torch.full((1,), -torch.inf, device=device)

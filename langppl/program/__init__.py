@@ -1,6 +1,6 @@
 """A model as a mathematical object: statements, executions, graph, log joint."""
 
-from langppl.program.program import Program, StaticMismatchWarning, compile
+from langppl.program.program import Program, StaticMismatchWarning, compile, run_together
 from langppl.program.statements import call, condition, deterministic, do, factor, sample
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "deterministic",
     "do",
     "factor",
+    "run_together",
     "sample",
 ]

@@ -136,7 +136,7 @@ class _Handler(Messenger):
         execution: Execution,
         choose: Chooser,
         know: Callable[[str, Known], Any] | None,
-        observe: Callable[[str, Any], Any] | None,
+        observe: Callable[[str, Any, Any], Any] | None,
     ) -> None:
         super().__init__()
         self.execution = execution
@@ -165,7 +165,7 @@ class _Handler(Messenger):
         if msg["is_observed"]:
             if self.observe is not None and kind_of(fn, is_observed=True) == "observed":
                 with naming(name):
-                    msg["value"] = self.observe(name, fn)
+                    msg["value"] = self.observe(name, fn, msg["value"])
             return
         if msg["done"] or msg["value"] is not None:
             return
@@ -201,7 +201,7 @@ def run_once(
     choose: Chooser,
     *,
     know: Callable[[str, Known], Any] | None = None,
-    observe: Callable[[str, Any], Any] | None = None,
+    observe: Callable[[str, Any, Any], Any] | None = None,
 ) -> Execution:
     """Runs a model once; to be called within a scheduler's task.
 
@@ -210,7 +210,7 @@ def run_once(
         args: its arguments.
         choose: decides the latents.
         know: answers tool calls and deterministic sites in place of evaluating them.
-        observe: replaces the values of observed sites.
+        observe: replaces the values of observed sites: name, distribution, value → value.
     """
     execution = Execution()
     with _Handler(execution, choose, know, observe):

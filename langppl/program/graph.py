@@ -48,6 +48,31 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
         wanted, reached = set(kinds), nx.descendants(self, site)
         return [n for n in self.nodes if n in reached and self.nodes[n]["kind"] in wanted]
 
+    def latents_above(self, site: str) -> set[str]:
+        """The latents that a site depends on, also through others."""
+        return {n for n in nx.ancestors(self, site) if self.nodes[n]["kind"] == "latent"}
+
+    def independent(self) -> list[set[str]]:
+        """Latents in groups that are independent of one another given the observations.
+
+        An observed value is fixed, so nothing flows out of it, and it joins all that flow into
+        it: the groups are the connected parts of the graph. What is computed couples latents
+        only if it is made of some and something random depends on it. In program order.
+        """
+        computed = [n for n, d in self.nodes(data=True) if d["kind"] == "deterministic"]
+        idle = [
+            n
+            for n in computed
+            if not self.latents_above(n) or not self.below(n, ("latent", "observed", "factor"))
+        ]
+        coupled = self.subgraph(set(self.nodes) - set(idle))
+        groups = [
+            {n for n in part if self.nodes[n]["kind"] == "latent"}
+            for part in nx.weakly_connected_components(coupled)
+        ]
+        order = {n: k for k, n in enumerate(self.nodes)}
+        return sorted((g for g in groups if g), key=lambda g: min(order[n] for n in g))
+
 
 def _esc(text: Any) -> str:
     return str(text).replace('"', '\\"')

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +22,11 @@ from langppl.program.execution import (
     given,
     run_many,
     run_once,
-    score,
     score_all,
 )
 from langppl.program.graph import ProgramGraph
-from langppl.program.statements import Memo, Model
+from langppl.program.scheduler import run
+from langppl.program.statements import Memo, Model, as_value, memo_of_calls
 from langppl.program.templates import fill_all, signatures
 
 _MOST_ATTEMPTS = 200
@@ -45,6 +47,8 @@ class Program:
         graph: the sites and what flows into what (see `ProgramGraph`).
         sites: each site as a first run met it.
         memo: results of tool calls, one for each name and arguments.
+        shown_args: the arguments as a guide's context shows them: where `observing` put an
+            observation in the place of one that was an argument, it stands here too.
     """
 
     def __init__(self, model: Model, args: Sequence[Any], seed: int = 0) -> None:
@@ -59,6 +63,8 @@ class Program:
         self.templates: tuple[Site, ...] | None = structure.templates
         self._is_static = structure.is_static
         self._checks = 0
+        self._observations: dict[str, Any] = {}
+        self.shown_args = self.args
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
         return tuple(n for n, d in self.graph.nodes(data=True) if d["kind"] == kind)
@@ -97,11 +103,46 @@ class Program:
             choosers: decide the latents of one execution each.
             after: what to do at the end of each execution, such as scoring it.
         """
+        return run_together([(self, c) for c in choosers], after)
 
-        def task(choose: Chooser) -> Execution:
-            return after(run_once(self.model, self.args, choose))
+    def _run_once(self, choose: Chooser) -> Execution:
+        memo_of_calls.set(self.memo)
+        observe = None
+        if self._observations:
+            known = self._observations
 
-        return run_many([partial(task, c) for c in choosers], self.memo)
+            def observe(name: str, fn: Any, value: Any) -> Any:
+                return known.get(name, value)
+
+        return run_once(self.model, self.args, choose, observe=observe)
+
+    def observing(self, values: Mapping[str, Any]) -> Program:
+        """The same program with other observations; its structure is not searched again.
+
+        Args:
+            values: observed site → value.
+
+        Raises:
+            ValueError: if a site is known and not observed.
+        """
+        for name in values:
+            if name in self.sites and self.sites[name].kind != "observed":
+                raise ValueError(f"site {name!r} is {self.sites[name].kind}, not observed")
+        new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
+
+        def renewed(site: Site) -> Site:
+            return replace(site, value=new[site.name]) if site.name in new else site
+
+        other = copy.copy(self)
+        other._observations = {**self._observations, **new}
+        other.sites = {n: renewed(s) for n, s in self.sites.items()}
+        if self.templates is not None:
+            other.templates = tuple(renewed(s) for s in self.templates)
+        other.shown_args = tuple(
+            next((v for n, v in new.items() if _is_value_of(a, self.sites.get(n))), a)
+            for a in self.shown_args
+        )
+        return other
 
     def executions(
         self,
@@ -127,7 +168,9 @@ class Program:
             filled = [fill_all(self.templates, values) for values in assignments]
             score_all(filled, only)
             return filled
-        return self.run([given(v) for v in assignments], lambda e: score(e, only))
+        found = self.run([given(v) for v in assignments])
+        score_all(found, only)
+        return found
 
     def _row_agrees(self, assignments: Sequence[Mapping[str, Any]]) -> bool:
         assert self.templates is not None
@@ -215,10 +258,50 @@ class Program:
             f"{dict(lengths)}; ask for shorter ones"
         )
 
-    def _attempt(self, key: tuple[int | str, ...], lengths: Mapping[str, int]) -> Execution:
-        def draw(name: str, fn: Any) -> Any:
+    def simulated(
+        self, key: tuple[int | str, ...], lengths: Mapping[str, int] | None = None
+    ) -> tuple[dict[str, Any], Program]:
+        """One draw of the latents, and the program that observes what was drawn with them.
+
+        Unlike `simulate`, a draw with an unfinished string that is rejected is drawn anew, as a
+        whole: the latents then follow the posterior given the observations, rejection included.
+        To be called within a scheduler's task.
+
+        Args:
+            key: what the random numbers depend on.
+            lengths: tokens of each open string; those that are not named are as long as what is
+                observed.
+
+        Returns:
+            Latent → value, and the program.
+
+        Raises:
+            ValueError: for programs with `factor` or `Tempered`, or if no attempt succeeds.
+        """
+        memo_of_calls.set(self.memo)
+        known = dict(lengths or {})
+        for name, site in self.sites.items():
+            if site.kind == "observed" and isinstance(site.fn, LMString) and site.fn.is_open:
+                known.setdefault(name, max(len(site.fn.tokens_of(site.value)), 1))
+        for attempt in range(_MOST_ATTEMPTS):
+            try:
+                execution = self._attempt((*key, attempt), known, redraw=True)
+            except _EndedEarly:
+                continue
+            sites = execution.sites.values()
+            observed = {s.name: s.value for s in sites if s.kind == "observed"}
+            return execution.latents, self.observing(observed)
+        raise ValueError(
+            f"{_MOST_ATTEMPTS} draws from the model all ended an open string before its length "
+            f"{known}, or were rejected; ask for shorter ones"
+        )
+
+    def _attempt(
+        self, key: tuple[int | str, ...], lengths: Mapping[str, int], redraw: bool = False
+    ) -> Execution:
+        def draw(name: str, fn: Any, value: Any = None) -> Any:
             if isinstance(fn, LMString):
-                if fn.rules.truncate == "reject":
+                if fn.rules.truncate == "reject" and not redraw:
                     raise ValueError(
                         f"site {name!r} rejects unfinished strings, so the program cannot be "
                         'simulated as data; use truncate="keep"'
@@ -233,7 +316,10 @@ class Program:
                     if drawn is None:
                         raise _EndedEarly
                     return drawn[0]
-            return draw_prior(fn, (*key, name)).value
+            choice = draw_prior(fn, (*key, name))
+            if choice.log_prob == -torch.inf:
+                raise _EndedEarly
+            return choice.value
 
         def choose(name: str, fn: Any, execution: Execution) -> Any:
             return given({name: draw(name, fn)})(name, fn, execution)
@@ -260,7 +346,34 @@ class Program:
 
 
 class _EndedEarly(Exception):
-    """The LM ended an open string before the length asked for."""
+    """The LM ended an open string before the length asked for, or the string was rejected."""
+
+
+def _is_value_of(argument: Any, site: Site | None) -> bool:
+    """Whether an argument is what a site observes."""
+    if site is None:
+        return False
+    if isinstance(argument, str) or isinstance(site.value, str):
+        return isinstance(argument, str) and str(argument) == str(site.value)
+    tensor = as_value(argument)
+    return isinstance(tensor, torch.Tensor) and torch.equal(tensor, as_value(site.value))
+
+
+def run_together(
+    pairs: Sequence[tuple[Program, Chooser]],
+    after: Callable[[Execution], Execution] = lambda execution: execution,
+) -> list[Execution]:
+    """Runs programs once for each chooser, all at once, whatever programs they are.
+
+    Args:
+        pairs: a program, and what decides its latents.
+        after: what to do at the end of each execution, such as scoring it.
+    """
+
+    def task(program: Program, choose: Chooser) -> Execution:
+        return after(program._run_once(choose))
+
+    return run([partial(task, program, choose) for program, choose in pairs])
 
 
 def compile(model: Model, *args: Any, seed: int = 0) -> Program:

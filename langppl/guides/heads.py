@@ -1,0 +1,179 @@
+"""Small networks on the policy's hidden state: proposals for numbers, and learned flows.
+
+A head reads the LM's state after a latent's context. For a numeric latent it gives the parameters
+of a distribution of the site's own family, relative to the prior's: untrained, it proposes the
+prior itself. The flow head gives log F of a state of the program, nats; at the root that is log Z,
+which trajectory balance learns (Malkin et al. 2022, arXiv 2201.13259).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+FLOW = "flow"
+HEADS_FILE = "heads.safetensors"
+HIDDEN = 64
+"""Width of a head's one hidden layer."""
+_FAMILIES: dict[type, tuple[str, int]] = {
+    dist.Beta: ("beta", 2),
+    dist.Gamma: ("gamma", 2),
+    dist.Normal: ("normal", 2),
+}
+_WIDEST = 6.0
+"""Most nats by which a head multiplies or divides a prior's shape, rate or scale."""
+
+
+def head_of(fn: Any) -> tuple[str, int] | None:
+    """The head that proposes for a distribution: its name and how many numbers it gives.
+
+    Heads are shared by the sites of one family and size; the context tells them apart.
+
+    Returns:
+        None if there is no head for it: it is then drawn from the prior.
+    """
+    base = _base(fn)
+    if type(base) is dist.Categorical:
+        size, options = base.batch_shape.numel(), int(base.logits.shape[-1])
+        return f"categorical-{size}x{options}", size * options
+    if type(base) in _FAMILIES:
+        family, count = _FAMILIES[type(base)]
+        size = base.batch_shape.numel()
+        return f"{family}-{size}", count * size
+    return None
+
+
+def _base(fn: Any) -> Any:
+    return fn.base_dist if isinstance(fn, dist.Independent) else fn
+
+
+class Heads(nn.Module):
+    """The heads of one guide.
+
+    Args:
+        width: numbers in the LM's state.
+        seed: of their first weights.
+    """
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        self.width, self.seed = width, seed
+        self.made = nn.ModuleDict()
+
+    def ensure(self, name: str, count: int) -> bool:
+        """Makes a head if there is none of this name; whether it did."""
+        if name in self.made:
+            return False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            inner = nn.Linear(self.width, HIDDEN)
+            outer = nn.Linear(HIDDEN, count)
+        nn.init.zeros_(outer.weight)
+        nn.init.zeros_(outer.bias)
+        # A state's size varies by orders of magnitude between LMs.
+        norm = nn.LayerNorm(self.width, elementwise_affine=False)
+        self.made[name] = nn.Sequential(norm, inner, nn.GELU(), outer)
+        return True
+
+    def numbers(self, name: str, states: Tensor) -> Tensor:
+        """What a head makes of states [..., width]: shape [..., count], float32."""
+        module = self.made[name]
+        weight = next(module.parameters())
+        found: Tensor = module(states.to(weight.device, torch.float32))
+        return found
+
+    def flow(self, state: Tensor) -> Tensor:
+        """Log F of a program's state, nats, a scalar."""
+        return self.numbers(FLOW, state)[..., 0]
+
+    def start_flow(self, log_z: float) -> None:
+        """Lets an untrained flow begin at a first estimate of log Z, nats."""
+        layer: Any = self.made[FLOW][-1]  # type: ignore[index]
+        with torch.no_grad():
+            layer.bias.fill_(log_z)
+
+    def proposal(self, fn: Any, state: Tensor) -> Any:
+        """What is proposed for a numeric site, a distribution like the site's own.
+
+        Args:
+            fn: the site's distribution.
+            state: shape [width].
+        """
+        found = head_of(fn)
+        assert found is not None
+        own = self.numbers(found[0], state)
+        base = _base(fn)
+        shape = (*base.batch_shape, -1)
+        own = own.reshape(shape)
+        made: Any
+        if isinstance(base, dist.Categorical):
+            made = dist.Categorical(logits=base.logits.to(own) + own)
+        else:
+            first, second = own.unbind(-1)
+            if isinstance(base, dist.Beta):
+                made = dist.Beta(
+                    base.concentration1.to(own) * _factor(first),
+                    base.concentration0.to(own) * _factor(second),
+                )
+            elif isinstance(base, dist.Gamma):
+                made = dist.Gamma(
+                    base.concentration.to(own) * _factor(first),
+                    base.rate.to(own) * _factor(second),
+                )
+            else:
+                scale = base.scale.to(own)
+                made = dist.Normal(base.loc.to(own) + scale * first, scale * _factor(second))
+        return made.to_event(len(fn.event_shape)) if made.event_shape != fn.event_shape else made
+
+    # -- keeping ------------------------------------------------------------------------------
+
+    @property
+    def specification(self) -> dict[str, int]:
+        """Name and count of each head, by which they can be made again."""
+        return {n: m[-1].out_features for n, m in self.made.items()}  # type: ignore[index]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the heads' weights (safetensors); nothing if there are none."""
+        from safetensors.torch import save_file
+
+        path = Path(folder) / HEADS_FILE
+        if not self.made:
+            path.unlink(missing_ok=True)
+            return
+        partial = path.with_suffix(".partial")
+        save_file({k: v.detach().cpu() for k, v in self.state_dict().items()}, str(partial))
+        os.replace(partial, path)
+
+    def load(self, folder: str | os.PathLike[str], specification: Mapping[str, int]) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file is missing, corrupt or of other heads.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for name, count in specification.items():
+            self.ensure(name, count)
+        if not specification:
+            return
+        path = Path(folder) / HEADS_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} is no whole guide folder: {HEADS_FILE} is missing")
+        try:
+            tensors = load_file(str(path))
+            self.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} is corrupt: {error}") from error
+        if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
+            raise ValueError(f"{path} is corrupt: it holds NaN or infinity")
+
+
+def _factor(number: Tensor) -> Tensor:
+    return (_WIDEST * torch.tanh(number / _WIDEST)).exp()

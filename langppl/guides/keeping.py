@@ -1,0 +1,210 @@
+"""What of a training goes to files: checkpoints to go on from, and TensorBoard's scalars."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from langppl.guides import checkpoints
+from langppl.guides.history import History
+from langppl.guides.trajectories import from_records, to_record
+from langppl.posterior import Posterior
+
+if TYPE_CHECKING:
+    from langppl.guides.training import Observation, Settings, Trainer
+
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Keeper:
+    """Writes what a training asks it to.
+
+    What a checkpoint does not hold depends on the seed and the step alone: random numbers are
+    counter-based.
+
+    Args:
+        checkpoint: folder of checkpoints, None for none.
+        tensorboard: folder of TensorBoard's files, None for none.
+        rows: the arguments of all observations, by which a training is told from another.
+
+    Raises:
+        ImportError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str] | None,
+        tensorboard: str | os.PathLike[str] | None,
+        rows: Sequence[Any],
+    ) -> None:
+        self.folder = None if checkpoint is None else Path(checkpoint)
+        self.rows = rows
+        self._writer: Any = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "TensorBoard is not installed: pip install 'langppl[tensorboard]'"
+                ) from error
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def report(self, figures: Mapping[str, float]) -> None:
+        """Passes a step's figures on."""
+        if self._writer is None:
+            return
+        for name, value in figures.items():
+            if name != "step" and not math.isnan(value):
+                self._writer.add_scalar(f"langppl/{name}", value, int(figures["step"]))
+
+    def close(self) -> None:
+        """Flushes what was written."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, trainer: Trainer, step: int) -> None:
+        """Writes the state after so many steps.
+
+        Raises:
+            OSError: if the folder cannot be written to.
+        """
+        if self.folder is None:
+            return
+        # A resumed run remembers no scores, and a batch's others move a score's last bits.
+        trainer.lm.memo.clear()
+        own = [(k, _state_of(o)) for k, o in enumerate(trainer.observations) if o.is_visited]
+        visited = trainer.workers.gather(own)
+        if trainer.workers.is_first:
+            tensors: dict[str, torch.Tensor] = {}
+            for n, p in trainer.all_named().items():
+                tensors[f"weight {n}"] = p.detach()
+                for key, value in trainer.optimiser.state.get(p, {}).items():
+                    tensors[f"{key} {n}"] = value
+            best = None
+            if trainer.best is not None:
+                best, weights = trainer.best
+                tensors.update({f"best {n}": w for n, w in weights.items()})
+            record = {
+                "settings": self._described(trainer),
+                "history": dict(trainer.guide.history),
+                "heads": trainer.guide.heads.specification,
+                "observations": {str(k): state for k, state in visited},
+                "best": best,
+                "waited": trainer.waited,
+                "is_over": trainer.is_over,
+            }
+            checkpoints.write(self.folder, step, record, tensors)
+        trainer.workers.wait()
+
+    def resume(self, trainer: Trainer) -> int:
+        """Reads the newest checkpoint, if there is one; returns the steps done.
+
+        Raises:
+            ValueError: if it is of another training, or damaged.
+        """
+        if self.folder is None:
+            return 0
+        found = checkpoints.read(self.folder)
+        trainer.lm.memo.clear()
+        if found is None:
+            return 0
+        step, record, tensors = found
+        described = self._described(trainer)
+        known = record["settings"]
+        other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of a training with other {', '.join(other)}; "
+                "give the same arguments to go on with it, or another folder"
+            )
+        guide = trainer.guide
+        for name, count in record["heads"].items():
+            guide.heads.ensure(name, count)
+        guide.heads.to(trainer.lm.device)
+        trainer.take_heads()
+        named = trainer.all_named()
+        with torch.no_grad():
+            for n, p in named.items():
+                p.copy_(tensors[f"weight {n}"])
+                kept = {k: tensors[f"{k} {n}"] for k in _OF_ADAM if f"{k} {n}" in tensors}
+                if kept:
+                    trainer.optimiser.state[p] = {
+                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
+                    }
+        if record["best"] is not None:
+            device = trainer.lm.device
+            weights = {n: tensors[f"best {n}"].to(device) for n in named if f"best {n}" in tensors}
+            trainer.best = (record["best"], weights)
+        trainer.waited, trainer.is_over = record["waited"], record["is_over"]
+        guide.history = History(record["history"])
+        for k, state in record["observations"].items():
+            observation = trainer.observations[int(k)]
+            trainer.guide.learned |= trainer.guide.sites_of(observation.program)
+            _restore(observation, state, trainer.lm.device)
+        return step
+
+    def _described(self, trainer: Trainer) -> dict[str, Any]:
+        """All that two runs must have in common for one to go on with the other."""
+        settings: Settings = trainer.settings
+        first = trainer.observations[0].program
+        observed = [[n, str(s.value)] for n, s in first.sites.items() if s.kind == "observed"]
+        described = {
+            **dataclasses.asdict(settings),
+            "seed": trainer.guide.seed,
+            "base": trainer.lm.weights_fingerprint,
+            "data": _digest([_plain(row) for row in self.rows]),
+            "given": _digest([_latents(o.latents) for o in trainer.observations]),
+            "observations": [settings.observations, len(trainer.observations), observed],
+            "sites": list(first.sites),
+            "tensors": {n: list(p.shape) for n, p in trainer.named.items()},
+        }
+        if trainer.weights is not None:
+            described["weights"] = trainer.weights.tolist()
+        found: dict[str, Any] = json.loads(json.dumps(described))
+        return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _plain(row: Any) -> list[Any]:
+    """Of the arguments, those that look the same in every process."""
+    arguments = row if isinstance(row, tuple | list) else [row]
+    return [a for a in arguments if isinstance(a, str | int | float | bool | None)]
+
+
+def _latents(given: Any) -> list[Any]:
+    rows = given.samples if isinstance(given, Posterior) else given
+    return [sorted((k, str(v)) for k, v in row.items()) for row in rows]
+
+
+def _state_of(observation: Observation) -> dict[str, Any]:
+    return {
+        "buffer": [[w, to_record(d)] for w, d in observation.buffer.items()],
+        "ready": [to_record(d) for d in observation.ready],
+        "given": None if observation.given is None else [to_record(d) for d in observation.given],
+        "again": [to_record(d) for d in observation.again],
+        "anchors": [[k, p, float(z)] for k, (p, z) in observation.anchors.items()],
+    }
+
+
+def _restore(observation: Observation, state: Mapping[str, Any], device: torch.device) -> None:
+    program = observation.program
+    draws = from_records(program, [d for _, d in state["buffer"]])
+    for (weight, _), draw in zip(state["buffer"], draws, strict=True):
+        observation.buffer.add(draw.key, weight, draw, draw.tokens)
+    observation.ready = from_records(program, state["ready"])
+    if state["given"] is not None:
+        observation.given = from_records(program, state["given"])
+    observation.again = from_records(program, state["again"])
+    for k, power, log_z in state["anchors"]:
+        observation.anchors[int(k)] = (power, torch.tensor(log_z, device=device))

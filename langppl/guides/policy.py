@@ -1,0 +1,171 @@
+"""What a GFlowNet guide does in one execution: it decides the latents and keeps their contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine import runtime
+
+from langppl.distributions import LMChoice, StringDistribution
+from langppl.guides.base import Key
+from langppl.guides.context import ContextFunction, context_ids
+from langppl.guides.heads import Heads, head_of
+from langppl.lm.decoding import generator
+from langppl.lm.model import LM
+from langppl.lm.requests import ScoreReply, StateReply, StateRequest, perform
+from langppl.program import Program
+from langppl.program.execution import Choice, Execution, draw_prior, mixed
+from langppl.program.execution import given as given_values
+
+
+@dataclass
+class Proposer:
+    """What a guide proposes with.
+
+    Attributes:
+        lm: the LM.
+        adapter: name of the adapter on it.
+        context: makes what the policy reads.
+        heads: for numeric latents; None to draw these from the prior.
+        numeric: a Pyro guide that proposes them instead, a function of the model's arguments.
+    """
+
+    lm: LM
+    adapter: str
+    context: ContextFunction
+    heads: Heads | None = None
+    numeric: Callable[..., Any] | None = None
+
+    def covers(self, fn: Any) -> bool:
+        """Whether the policy proposes a latent of this distribution."""
+        if isinstance(fn, StringDistribution):
+            return fn.lm is self.lm
+        return self.heads is not None and self.numeric is None and head_of(fn) is not None
+
+
+class Policy:
+    """Decides the latents of one execution.
+
+    Args:
+        proposer: the guide's means.
+        program: the program.
+        key: what the random numbers depend on.
+        temperature: divides the logits of strings and choices.
+        values: latents that are given; those that are not are an error.
+        defensive: share of proposals that are drawn from the prior.
+
+    Attributes:
+        contexts: of each latent that the policy covers, the ids that it read before it.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        program: Program,
+        key: Key,
+        temperature: float = 1.0,
+        values: Mapping[str, Any] | None = None,
+        defensive: float = 0.0,
+    ) -> None:
+        self.proposer, self.program, self.key = proposer, program, key
+        self.temperature, self.defensive = temperature, defensive
+        self.values = values
+        self.contexts: dict[str, tuple[int, ...]] = {}
+        self._proposed: Mapping[str, Any] | None = None
+
+    def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
+        """See `langppl.program.execution.Chooser`."""
+        own, key = self.proposer, (*self.key, name)
+        covered = own.covers(fn)
+        if covered:
+            self.contexts[name] = context_ids(
+                self.program, name, fn, execution, own.context, own.lm
+            )
+        if self.values is not None:
+            return given_values(self.values)(name, fn, execution)
+        if not covered:
+            return self._elsewhere(name, fn, key)
+        return self._propose(name, fn, key)
+
+    def _propose(self, name: str, fn: Any, key: Key) -> Choice:
+        own, prompt = self.proposer, self.contexts[name]
+        if not isinstance(fn, StringDistribution):
+            return self._number(fn, key, prompt)
+        if not self.defensive:
+            value, log_q = fn.draw(
+                key, prompt=prompt, adapter=own.adapter, temperature=self.temperature
+            )
+            return Choice(value, log_q)
+        if generator((*key, "defence")).random() < self.defensive:
+            prior = draw_prior(fn, (*key, "prior"))
+            log_q = raw_log_prob(fn, prior.value, prompt, own.adapter)
+            assert prior.log_q is not None
+            return replace(prior, log_q=mixed(log_q, prior.log_q, self.defensive))
+        value, log_q = fn.draw(key, prompt=prompt, adapter=own.adapter)
+        if fn.why_impossible(value) is None:
+            return Choice(value, log_q, defence=self.defensive)
+        # A string that is rejected has no log_prob, but the prior does propose it.
+        return Choice(value, mixed(log_q, raw_log_prob(fn, value), self.defensive))
+
+    def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
+        own = self.proposer
+        assert own.heads is not None
+        (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
+        assert isinstance(reply, StateReply)
+        with torch.no_grad():
+            made = own.heads.proposal(fn, torch.from_numpy(reply.state))
+        if self.defensive and generator((*key, "defence")).random() < self.defensive:
+            value = draw_prior(fn, (*key, "prior")).value
+        else:
+            value = draw_prior(made, key).value
+        log_q = float(made.log_prob(value).sum())
+        if self.defensive:
+            log_q = mixed(log_q, float(fn.log_prob(value).sum()), self.defensive)
+        return Choice(value, log_q)
+
+    def _elsewhere(self, name: str, fn: Any, key: Key) -> Choice:
+        """A latent that is not the policy's: from the user's guide, else from the prior."""
+        if self.proposer.numeric is None or isinstance(fn, StringDistribution):
+            return draw_prior(fn, key)
+        if self._proposed is None:
+            self._proposed = run_pyro_guide(
+                self.proposer.numeric, self.program.shown_args, (*self.key, "pyro")
+            )
+        site = self._proposed.get(name)
+        if site is None:
+            return draw_prior(fn, key)
+        value = site["value"]
+        return Choice(value, float(site["fn"].log_prob(value).sum()))
+
+
+def run_pyro_guide(guide: Callable[..., Any], args: tuple[Any, ...], key: Key) -> Mapping[str, Any]:
+    """The sites of one run of a Pyro guide, which no handler of the model sees."""
+    outer = list(runtime._PYRO_STACK)
+    runtime._PYRO_STACK[:] = []
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int(generator(key).integers(2**62)))
+            with poutine.trace() as traced:
+                guide(*args)
+        nodes = traced.trace.nodes
+    finally:
+        runtime._PYRO_STACK[:] = outer
+    return {
+        n: site for n, site in nodes.items() if site["type"] == "sample" and not site["is_observed"]
+    }
+
+
+def raw_log_prob(
+    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+) -> float:
+    """Log-probability (nats) with which a latent is drawn, rejected strings included."""
+    if isinstance(fn, LMChoice):
+        return float(fn.log_probs(prompt=prompt, adapter=adapter)[fn.options.index(value)])
+    request = fn.request(value, prompt=prompt, adapter=adapter)
+    (reply,) = perform([request])
+    assert isinstance(reply, ScoreReply)
+    return reply.log_prob

@@ -1,0 +1,73 @@
+"""Training in several processes, one a device, under Hugging Face's accelerate.
+
+Each process takes its share of a step's observations, and the gradients are added up. Random
+numbers depend on the seed, the step and the observation alone, so several processes do what one
+does, up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Workers:
+    """The processes of a training, as one of them sees them.
+
+    Args:
+        accelerator: accelerate's `Accelerator`; made here if None and the process was started by
+            `accelerate launch` (or torchrun) together with others.
+
+    Attributes:
+        rank: number of this process.
+        count: how many there are.
+    """
+
+    def __init__(self, accelerator: Any = None) -> None:
+        if accelerator is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            accelerator = Accelerator()
+        self._accelerator = accelerator
+        self.rank: int = 0 if accelerator is None else accelerator.process_index
+        self.count: int = 1 if accelerator is None else accelerator.num_processes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def gather(self, own: Sequence[T]) -> list[T]:
+        """The items of all processes, in the order of their ranks; each gets all."""
+        if self.count == 1:
+            return list(own)
+        from accelerate.utils import gather_object
+
+        # accelerate adds lists up, and takes an empty one for no answer.
+        found: list[list[T]] = gather_object([list(own)])
+        return [item for items in found for item in items]
+
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Replaces each gradient by the sum of all processes' gradients."""
+        if self.count == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
+        flat = self._accelerator.reduce(flat, reduction="sum")
+        at = 0
+        for p in parameters:
+            assert p.grad is not None
+            p.grad.copy_(flat[at : at + p.numel()].reshape(p.shape))
+            at += p.numel()
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.count > 1:
+            self._accelerator.wait_for_everyone()
