@@ -27,18 +27,12 @@ from langppl.guides.context import ContextFunction, default_context
 from langppl.guides.heads import Heads
 from langppl.guides.history import History
 from langppl.guides.keeping import Keeper
+from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
-from langppl.guides.training import (
-    OBJECTIVES,
-    ON_POLICY,
-    REPLAYED,
-    GivenLatents,
-    Observation,
-    Settings,
-    Trainer,
-)
+from langppl.guides.settings import ON_POLICY, Settings, check_objective
+from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
 from langppl.posterior import Posterior
@@ -46,6 +40,8 @@ from langppl.program import Program, compile
 from langppl.program.execution import Chooser
 
 GUIDE_FILE = "guide.json"
+REPLAYED = 16_384
+"""Most draws that are kept for replay over all observations."""
 _VERSION = 2
 
 _numbers = itertools.count()
@@ -114,7 +110,7 @@ class GFlowNetGuide(Guide):
     ) -> None:
         from peft import LoraConfig
 
-        _check_objective(objective)
+        check_objective(objective)
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
         if rank < 1:
@@ -321,7 +317,7 @@ class GFlowNetGuide(Guide):
             OSError: if a checkpoint cannot be written, before the first step.
         """
         objective = self.objective if objective is None else objective
-        _check_objective(objective)
+        check_objective(objective)
         pairs = _pairs(model, data)
         rows = [row for _, own in pairs for row in own]
         if objective in ON_POLICY:
@@ -462,7 +458,7 @@ class GFlowNetGuide(Guide):
             heads = {str(k): int(v) for k, v in record.get("heads", {}).items()}
             # The first version drew numbers from the prior.
             how = record.get("numeric", "prior")
-            _check_objective(objective)
+            check_objective(objective)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
         if fingerprint != lm.weights_fingerprint:
@@ -486,13 +482,6 @@ class GFlowNetGuide(Guide):
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self
-
-
-def _check_objective(objective: str) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
-        )
 
 
 def _pattern(name: str) -> str:

@@ -19,7 +19,9 @@ from langppl.guides.trajectories import from_records, to_record
 from langppl.posterior import Posterior
 
 if TYPE_CHECKING:
-    from langppl.guides.training import Observation, Settings, Trainer
+    from langppl.guides.observations import Observation
+    from langppl.guides.settings import Settings
+    from langppl.guides.training import Trainer
 
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 

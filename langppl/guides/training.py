@@ -13,238 +13,31 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from langppl.distributions import LMString
 from langppl.guides import objectives
-from langppl.guides.base import Key
+from langppl.guides.drawing import Drawing
 from langppl.guides.heads import FLOW, head_of
 from langppl.guides.keeping import Keeper
-from langppl.guides.policy import Policy
-from langppl.guides.replay import ReplayBuffer
-from langppl.guides.schedules import RewardSchedule
-from langppl.guides.trajectories import (
-    Batch,
-    Contexts,
-    Draw,
-    Found,
-    Part,
-    key_of,
-    log_q,
-    make_draws,
-    plus,
-    policy_scores,
-    site_trajectory,
-    trajectory,
-)
+from langppl.guides.losses import loss_of
+from langppl.guides.observations import Observation, Turn
+from langppl.guides.settings import Settings, learning_rate
+from langppl.guides.trajectories import log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
 from langppl.lm.decoding import generator
-from langppl.posterior import Posterior
-from langppl.program import Program, compile, run_together
-from langppl.program.scheduler import run
+from langppl.program import Program
 from langppl.progress import bar
 
 if TYPE_CHECKING:
     from langppl.guides.gflownet import GFlowNetGuide
 
-OBJECTIVES = (
-    "auto",
-    "subtb",
-    "db",
-    "vargrad",
-    "tb",
-    "forward_kl",
-    "reverse_kl",
-    "reward",
-    "rws",
-    "mle",
-)
-BALANCE = ("auto", "subtb", "db", "vargrad", "tb")
-ON_POLICY = {
-    "reverse_kl": objectives.reverse_kl,
-    "reward": objectives.reward,
-    "rws": objectives.wake,
-}
 LEAST_NODES = 16
 """Rows of fewer nodes are no remedy for a lack of memory."""
-REPLAYED = 16_384
-"""Most draws that are kept for replay over all observations."""
-
-T = TypeVar("T")
-GivenLatents = Posterior | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `GFlowNetGuide.fit` was asked for; see there."""
-
-    steps: int
-    batch: int
-    observations: int
-    objective: str
-    learning_rate: float
-    head_rate: float
-    betas: tuple[float, float]
-    warmup: int
-    clip: float
-    lam: float
-    schedule: RewardSchedule
-    tempered_share: float
-    sampling_temperature: float | tuple[float, float]
-    replay_share: float
-    replay_size: int
-    replay_distance: float
-    draw_ahead: int
-    every: int
-    given_share: float
-    simulated_share: float
-    lengths: Mapping[str, int] | None
-    validate_every: int
-    validation_samples: int
-    patience: int | None
-    keep_best: bool
-    accumulate: int
-    checkpoint_every: int
-
-    def __post_init__(self) -> None:
-        at_least_one = {
-            k: getattr(self, k)
-            for k in (
-                "steps",
-                "observations",
-                "draw_ahead",
-                "every",
-                "validate_every",
-                "validation_samples",
-                "accumulate",
-                "checkpoint_every",
-            )
-        }
-        for name, value in at_least_one.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.batch < 2:
-            raise ValueError(f"need batch >= 2, got batch={self.batch}")
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
-        if not 0.0 < self.given_share <= 1.0:
-            raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
-        for name in ("tempered_share", "replay_share", "simulated_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        low, high = self.temperatures
-        if not 0.0 < low <= high < math.inf:
-            raise ValueError(
-                "sampling_temperature must be above 0, or a range (low, high) of such numbers, "
-                f"got {self.sampling_temperature}"
-            )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
-
-    @property
-    def temperatures(self) -> tuple[float, float]:
-        """The range of the sampling temperature."""
-        found = self.sampling_temperature
-        return found if isinstance(found, tuple) else (found, found)
-
-
-class Observation:
-    """One row of the data, and what is kept for it.
-
-    Args:
-        model: the model, or its compiled program.
-        args: its arguments.
-        buffer: what may be replayed.
-        latents: given latents to learn from.
-
-    Attributes:
-        ready: the guide's own draws that wait for their step.
-        given: draws from elsewhere that do; None while they were not looked at.
-        again: draws that are given once more when these are used up.
-        anchors: for each independent piece of the program, power of the reward and the estimate of
-            log Z (nats) that given draws are held to.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any] | Program,
-        args: tuple[Any, ...],
-        buffer: ReplayBuffer[Draw],
-        latents: GivenLatents = (),
-    ) -> None:
-        self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
-        self._program: Program | None = None
-        self.ready: list[Draw] = []
-        self.given: list[Draw] | None = None
-        self.again: list[Draw] = []
-        self.anchors: dict[int, tuple[float, torch.Tensor]] = {}
-
-    @property
-    def is_visited(self) -> bool:
-        """Whether a step has taken it, so that there may be something to keep."""
-        return self._program is not None
-
-    @property
-    def program(self) -> Program:
-        """The program, compiled when it is first asked for."""
-        if self._program is None:
-            own = self.model
-            self._program = own if isinstance(own, Program) else compile(own, *self.args)
-        return self._program
-
-    def estimate(
-        self,
-        piece: int,
-        fresh: torch.Tensor,
-        everything: torch.Tensor,
-        power: float,
-        is_given: bool,
-    ) -> torch.Tensor:
-        """Log Z of a batch, detached.
-
-        Args:
-            piece: number of the independent piece that it is of.
-            fresh: log R − log q of the guide's own draws, or of given ones where there are none;
-                replayed ones are replayed because theirs is high.
-            everything: of all draws, for a batch in which no fresh one is possible.
-            power: of the reward.
-            is_given: whether these are given draws. The guide leaves them behind as it
-                learns from them, and log Z must not follow: it stays what the first batch said.
-        """
-        anchor = self.anchors.get(piece)
-        if is_given and anchor is not None and anchor[0] == power:
-            return anchor[1]
-        has_possible = bool(torch.isfinite(fresh).any())
-        log_z = objectives.log_evidence(fresh if has_possible else everything)
-        if is_given and has_possible:
-            self.anchors[piece] = (power, log_z)
-        return log_z
-
-
-@dataclass
-class Turn:
-    """The draws of one observation in one step.
-
-    Attributes:
-        observation: whose they are.
-        own: draws that the loss is of; those that log Z is estimated from come first.
-        fresh: how many these are.
-        simulated: pairs of latents and data from the model itself.
-    """
-
-    observation: Observation
-    own: list[Draw]
-    fresh: int
-    simulated: list[Draw] = field(default_factory=list)
 
 
 class Trainer:
@@ -270,7 +63,8 @@ class Trainer:
     ) -> None:
         self.guide, self.settings, self.workers = guide, settings, workers
         self.observations, self.held_out = observations, held_out
-        self.lm, self.proposer = guide.lm, guide.proposer
+        self.lm = guide.lm
+        self.drawing = Drawing(guide.proposer, settings, guide.seed)
         slots = min(settings.observations, len(observations))
         self.pools = [list(range(len(observations)))[j::slots] for j in range(slots)]
         self.weights = weights
@@ -322,7 +116,8 @@ class Trainer:
             program = observation.program
             self.guide.check_lm(program)
             self.guide.learned |= self.guide.sites_of(program)
-            if self.proposer.heads is not None and self.proposer.numeric is None:
+            proposer = self.drawing.proposer
+            if proposer.heads is not None and proposer.numeric is None:
                 found = [head_of(program.sites[n].fn) for n in program.latents]
                 needed.update(f for f in found if f is not None)
             if self._flows(program):
@@ -338,13 +133,7 @@ class Trainer:
     def _flows(self, program: Program) -> bool:
         """Whether the objective learns flows of a program's states."""
         own = self.settings.objective
-        return own == "tb" or (own in ("subtb", "db") and not self._single(program))
-
-    def _single(self, program: Program) -> bool:
-        """Whether a program has one latent, an `LMString` of the guide's LM."""
-        names = program.latents
-        fns = [program.sites[n].fn for n in names]
-        return len(names) == 1 and isinstance(fns[0], LMString) and fns[0].lm is self.lm
+        return own == "tb" or (own in ("subtb", "db") and not self.drawing.is_single(program))
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -388,7 +177,9 @@ class Trainer:
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
         chosen = [(j, self.observations[self.pick(j, step)]) for j in mine]
         self.optimiser.zero_grad(set_to_none=True)
-        turns = self._turns(chosen, number)
+        self.prepare([o for _, o in chosen])
+        turns = self.drawing.turns(chosen, number)
+        self._tokens += sum(len(d.tokens) for t in turns for d in (*t.own, *t.simulated))
         size = math.ceil(len(turns) / settings.accumulate)
         reported: list[dict[str, float]] = []
         for at in range(0, len(turns), size):
@@ -425,204 +216,6 @@ class Trainer:
         return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
 
     # -- draws --------------------------------------------------------------------------------
-
-    def _turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
-        """The draws of a step."""
-        self.prepare([o for _, o in chosen])
-        plans = [self._plan(slot, observation, number) for slot, observation in chosen]
-        self._draw_fresh([p for p in plans if p.wanted], number)
-        simulated = self._simulate(plans, number)
-        turns = []
-        for plan, pairs in zip(plans, simulated, strict=True):
-            observation = plan.observation
-            fresh, observation.ready = observation.ready[: plan.own], observation.ready[plan.own :]
-            taken = {d.key for d in (*fresh, *plan.given)}
-            rng = generator((self.guide.seed, "replay", number, *plan.suffix))
-            replayed = observation.buffer.sample(plan.replayed, rng, taken)
-            given = plan.given
-            # Those that log Z is estimated from come first.
-            if not fresh:
-                fresh, given = given, []
-            fresh, given = (
-                [d for d in draws if all(p.requests(self.lm, None) for p in d.parts)]
-                for draws in (fresh, given)
-            )
-            own = [*fresh, *given, *replayed]
-            least = 2 if self.settings.objective in BALANCE else 1
-            if self.settings.objective != "forward_kl" and len(own) < least:
-                raise ValueError(
-                    f"at training step {number}, no draw follows the latents' own rules"
-                )
-            turns.append(Turn(observation, own, len(fresh), pairs))
-            self._tokens += sum(len(d.tokens) for d in (*own, *pairs))
-        return turns
-
-    def _plan(self, slot: int, observation: Observation, number: int) -> _Plan:
-        settings = self.settings
-        self._score_given(observation)
-        assert observation.given is not None
-        simulated = round(settings.batch * settings.simulated_share)
-        if settings.objective == "forward_kl":
-            simulated = settings.batch
-        room = settings.batch - simulated
-        replayed = min(int(settings.batch * settings.replay_share), len(observation.buffer))
-        count = max(room - replayed, 0)
-        if settings.objective == "mle":
-            count = min(count, len(observation.again))
-        suffix: Key = (slot,) if slot else ()
-        while observation.again and len(observation.given) < count:
-            rng = generator((self.guide.seed, "again", number, len(observation.given), *suffix))
-            order = rng.permutation(len(observation.again))
-            observation.given += [observation.again[k] for k in order]
-        taken = min(len(observation.given), math.ceil(count * settings.given_share))
-        given = observation.given[:taken]
-        observation.given = observation.given[taken:]
-        own = count - taken
-        wanted = own * settings.draw_ahead if len(observation.ready) < own else 0
-        return _Plan(observation, suffix, given, own, replayed, simulated, wanted)
-
-    def _draw_fresh(self, plans: Sequence[_Plan], number: int) -> None:
-        """The guide's own draws, some of them from a tempered policy, spread evenly."""
-        if not plans:
-            return
-        share, (low, high) = self.settings.tempered_share, self.settings.temperatures
-        seed = self.guide.seed
-        policies: list[list[Policy]] = []
-        for plan in plans:
-            hot = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(plan.wanted)]
-            own = []
-            for i in range(plan.wanted):
-                key = (seed, "train", number, i, *plan.suffix)
-                temperature = 1.0
-                if hot[i]:
-                    spread = generator((*key, "temperature")).random() if high > low else 0.0
-                    temperature = low * (high / low) ** spread
-                own.append(Policy(self.proposer, plan.observation.program, key, temperature))
-            policies.append(own)
-        try:
-            draws = self.rewards([p.observation.program for p in plans], policies)
-        except ValueError as error:
-            if " is nan" in str(error):
-                raise FloatingPointError(f"at training step {number}, {error}") from error
-            raise
-        for plan, found, own in zip(plans, draws, policies, strict=True):
-            for d, policy in zip(found, own, strict=True):
-                d.is_tempered = policy.temperature != 1.0
-            plan.observation.ready += found
-
-    def rewards(
-        self,
-        programs: Sequence[Program],
-        policies: Sequence[Sequence[Policy]],
-        prefixes: bool | None = None,
-        log_joints: Sequence[Sequence[float] | None] | None = None,
-    ) -> list[list[Draw]]:
-        """Runs programs under policies and scores what came out, all at once.
-
-        Args:
-            programs: the programs.
-            policies: for each, one policy for each run.
-            prefixes: whether to take the rewards of prefixes; None for what the objective needs.
-            log_joints: for each program, log joints that are known.
-        """
-        executions = iter(
-            run_together(
-                [(program, p) for program, own in zip(programs, policies, strict=True) for p in own]
-            )
-        )
-        batches = []
-        for k, (program, own) in enumerate(zip(programs, policies, strict=True)):
-            contexts = [p.contexts for p in own]
-            ran = [next(executions) for _ in own]
-            _check_contexts(contexts)
-            takes = self._takes_prefixes(program, contexts) if prefixes is None else prefixes
-            known = None if log_joints is None else log_joints[k]
-            batches.append(Batch(program, ran, contexts, takes, known, self.settings.every))
-        return make_draws(batches)
-
-    def _takes_prefixes(self, program: Program, contexts: Sequence[Contexts]) -> bool:
-        """Whether the objective is a balance over prefixes: one latent, a string of this LM."""
-        names = {n for c in contexts for n in c}
-        single = self._single(program) and names == set(program.latents)
-        return single and self.settings.objective in ("auto", "subtb", "db")
-
-    def _score_given(self, observation: Observation) -> None:
-        """Latents from elsewhere as draws, scored unless the posterior knows enough."""
-        if observation.given is not None:
-            return
-        given, program = observation.latents, observation.program
-        rows = given.samples if isinstance(given, Posterior) else list(given)
-        observation.given = []
-        if not rows:
-            return
-        policies = [
-            Policy(self.proposer, program, (self.guide.seed, "given", i), 1.0, row)
-            for i, row in enumerate(rows)
-        ]
-        settings = self.settings
-        if settings.objective == "mle":
-            draws = self._unscored([program] * len(rows), policies)
-        else:
-            draws = self._scored_given(program, given, rows, policies)
-        for d in draws:
-            d.is_given = True
-        observation.given = draws
-        observation.again = list(draws) if settings.objective == "mle" else []
-
-    def _scored_given(
-        self,
-        program: Program,
-        given: GivenLatents,
-        rows: Sequence[Mapping[str, Any]],
-        policies: Sequence[Policy],
-    ) -> list[Draw]:
-        settings = self.settings
-        names = program.latents
-        alone = all(self.proposer.covers(program.sites[n].fn) for n in names) and all(
-            set(row) == set(names) for row in rows
-        )
-        known: list[float] | None = None
-        whole = settings.objective in ("auto", "vargrad", "tb") and not (
-            settings.objective == "auto" and self._single(program)
-        )
-        if (
-            isinstance(given, Posterior)
-            and settings.schedule.start == 1.0
-            and alone
-            and whole
-            and len(program.graph.independent()) == 1
-        ):
-            known = None if given.log_joint is None else [float(v) for v in given.log_joint]
-            _check_same_program(program, rows, known)
-        return self.rewards([program], [policies], log_joints=[known])[0]
-
-    def _unscored(self, programs: Sequence[Program], policies: Sequence[Policy]) -> list[Draw]:
-        """Draws of given latents whose reward does not matter."""
-        executions = run_together(list(zip(programs, policies, strict=True)))
-        _check_contexts([p.contexts for p in policies])
-        draws = []
-        for execution, policy in zip(executions, policies, strict=True):
-            parts = [Part(execution.sites[n], ids) for n, ids in policy.contexts.items()]
-            draws.append(Draw(key_of(parts, execution), parts, 0.0, 0.0, latents=execution.latents))
-        return draws
-
-    def _simulate(self, plans: Sequence[_Plan], number: int) -> list[list[Draw]]:
-        """Latents and data from the model itself, as draws of programs that observe the data."""
-
-        def task(plan: _Plan, i: int) -> tuple[dict[str, Any], Program]:
-            key = (self.guide.seed, "simulate", number, i, *plan.suffix)
-            return plan.observation.program.simulated(key, self.settings.lengths)
-
-        wanted = [(plan, i) for plan in plans for i in range(plan.simulated)]
-        if not wanted:
-            return [[] for _ in plans]
-        pairs = run([partial(task, p, i) for p, i in wanted])
-        policies = [
-            Policy(self.proposer, program, ("simulated", i), 1.0, latents)
-            for i, (latents, program) in enumerate(pairs)
-        ]
-        draws = iter(self._unscored([program for _, program in pairs], policies))
-        return [[next(draws) for _ in range(plan.simulated)] for plan in plans]
 
     # -- the loss -----------------------------------------------------------------------------
 
@@ -667,7 +260,7 @@ class Trainer:
             at += size + pairs
             loss = torch.zeros((), device=self.lm.device)
             if size:
-                loss = loss + self._loss(turn, scores[own], log_qs[own], power)
+                loss = loss + loss_of(turn, scores[own], log_qs[own], self.settings, heads, power)
             if pairs:
                 weight = pairs / self.settings.batch
                 total = torch.stack([q.sum() for q in log_qs[others]])
@@ -688,90 +281,6 @@ class Trainer:
             for (buffer, d), q in zip(owned, own_log_qs, strict=True):
                 buffer.add(d.key, d.log_reward - q, d, d.tokens)
         return reported
-
-    def _loss(
-        self, turn: Turn, scores: Sequence[Found], log_qs: Sequence[torch.Tensor], power: float
-    ) -> torch.Tensor:
-        """The loss of one observation's draws."""
-        objective, draws = self.settings.objective, turn.own
-        total = torch.stack([q.sum() for q in log_qs])
-        if objective == "mle":
-            return objectives.likelihood(total)
-        reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
-        if objective in ON_POLICY:
-            return ON_POLICY[objective](reward, total)
-        if draws[0].ends:
-            return self._prefix_loss(turn, scores, power)
-        if objective in ("subtb", "db"):
-            return self._site_loss(turn, scores, log_qs, power)
-        counts = {len(d.pieces) for d in draws}
-        if len(counts) > 1 or counts <= {0, 1}:
-            return self._balance(turn, 0, reward, total, scores, [0] * len(draws), power)
-        losses = []
-        for k in range(counts.pop()):
-            pieces = [d.pieces[k] for d in draws]
-            own = torch.stack([q[p.parts].sum() for q, p in zip(log_qs, pieces, strict=True)])
-            reward = own.new_tensor([plus(p.log_prior, p.log_rest, power) for p in pieces])
-            first = [p.parts[0] for p in pieces]
-            losses.append(self._balance(turn, k, reward, own, scores, first, power))
-        return torch.stack(losses).sum()
-
-    def _balance(
-        self,
-        turn: Turn,
-        piece: int,
-        reward: torch.Tensor,
-        own: torch.Tensor,
-        scores: Sequence[Found],
-        first: Sequence[int],
-        power: float,
-    ) -> torch.Tensor:
-        """Trajectory balance of one piece; `first`: its first part in each draw."""
-        if self.settings.objective == "tb":
-            log_z = torch.stack(
-                [self._flow(found, k) for found, k in zip(scores, first, strict=True)]
-            )
-        else:
-            gap = reward - own
-            is_given = any(d.is_given for d in turn.own[: turn.fresh])
-            log_z = turn.observation.estimate(piece, gap[: turn.fresh], gap, power, is_given)
-        return objectives.trajectory_balance(reward, own, log_z)
-
-    def _prefix_loss(self, turn: Turn, scores: Sequence[Found], power: float) -> torch.Tensor:
-        paths = [trajectory(d, f[0][0], power) for d, f in zip(turn.own, scores, strict=True)]
-        log_z = turn.observation.estimate(
-            0,
-            objectives.root_gaps(paths[: turn.fresh] or paths),
-            objectives.root_gaps(paths),
-            power,
-            any(d.is_given for d in turn.own[: turn.fresh]),
-        )
-        if self.settings.objective == "db":
-            return objectives.detailed_balance(paths, log_z)
-        return objectives.subtb(paths, self.settings.lam, log_z)
-
-    def _site_loss(
-        self,
-        turn: Turn,
-        scores: Sequence[Found],
-        log_qs: Sequence[torch.Tensor],
-        power: float,
-    ) -> torch.Tensor:
-        paths, roots = [], []
-        for d, found, own in zip(turn.own, scores, log_qs, strict=True):
-            flows = torch.stack([self._flow(found, k) for k in range(len(d.parts))])
-            roots.append(flows[0])
-            paths.append(site_trajectory(d, own, flows[1:], power))
-        log_z = torch.stack(roots)
-        if self.settings.objective == "db":
-            return objectives.detailed_balance(paths, log_z)
-        return objectives.subtb(paths, self.settings.lam, log_z)
-
-    def _flow(self, found: Found, part: int) -> torch.Tensor:
-        """Log flow of the program's state before a part, nats, with gradients."""
-        state = found[part][0].state
-        assert state is not None
-        return self.guide.heads.flow(state)
 
     def _start_flow(self, turns: Sequence[Turn], log_qs: Sequence[torch.Tensor]) -> None:
         """Lets flows begin at the batch's estimate of log Z, else they learn that number first."""
@@ -821,19 +330,6 @@ class Trainer:
                     p.copy_(self.best[1][n])
 
 
-@dataclass
-class _Plan:
-    """What one observation needs in a step: so many draws of each kind."""
-
-    observation: Observation
-    suffix: Key
-    given: list[Draw]
-    own: int
-    replayed: int
-    simulated: int
-    wanted: int
-
-
 def _figures(turn: Turn, log_qs: list[float], loss: float) -> dict[str, float]:
     untempered = [
         (d.log_reward, q)
@@ -867,36 +363,6 @@ def _shown(figures: Mapping[str, float], history: Any) -> str:
     return " ".join(f"{k} {shown[k]:.2f}" for k in names if k in shown)
 
 
-def _check_contexts(contexts: Sequence[Contexts]) -> None:
-    if not all(contexts):
-        raise ValueError("some executions meet no latent that this guide covers")
-
-
-def _check_same_program(
-    program: Program, rows: Sequence[Mapping[str, Any]], log_joints: Sequence[float] | None
-) -> None:
-    """Raises ValueError if the first possible row has another log joint under the program."""
-    for row, known in zip(rows, log_joints or (), strict=bool(log_joints)):
-        if known > -math.inf:
-            found = float(program.log_joint(row))
-            # Wide enough for half precision in batches of another shape.
-            if not abs(found - known) <= 0.5 + 0.01 * abs(known):
-                raise ValueError(
-                    f"the given posterior is of another program or other observations: its sample "
-                    f"{ {k: str(v) for k, v in row.items()} } has log joint {known:.3f} there and "
-                    f"{found:.3f} here; give its samples instead, to have them scored"
-                )
-            return
-
-
 def _is_out_of_memory(error: RuntimeError) -> bool:
     # The CPU's allocator has no error type of its own.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))

@@ -98,7 +98,7 @@ def validate(
         policies = [
             [
                 Policy(
-                    trainer.proposer,
+                    trainer.drawing.proposer,
                     p,
                     (trainer.guide.seed, "validate", k, i),
                     1.0 if i < samples else temperature,
@@ -107,7 +107,7 @@ def validate(
             ]
             for k, p in own
         ]
-        draws = trainer.rewards([p for _, p in own], policies, prefixes=False)
+        draws = trainer.drawing.rewards([p for _, p in own], policies, prefixes=False)
         with torch.no_grad():
             scores = policy_scores(
                 [d for ds in draws for d in ds], trainer.lm, trainer.guide.adapter

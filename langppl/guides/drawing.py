@@ -1,0 +1,273 @@
+"""Where a step's draws come from: the guide, a tempered guide, replay, given latents, the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from langppl.distributions import LMString
+from langppl.guides.base import Key
+from langppl.guides.observations import GivenLatents, Observation, Turn
+from langppl.guides.policy import Policy, Proposer
+from langppl.guides.settings import BALANCE, Settings
+from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
+from langppl.lm.decoding import generator
+from langppl.posterior import Posterior
+from langppl.program import Program, run_together
+from langppl.program.scheduler import run
+
+
+class Drawing:
+    """Makes the draws of a training.
+
+    Args:
+        proposer: what the guide proposes with.
+        settings: what was asked for.
+        seed: of all random numbers.
+    """
+
+    def __init__(self, proposer: Proposer, settings: Settings, seed: int) -> None:
+        self.proposer, self.settings, self.seed = proposer, settings, seed
+        self.lm = proposer.lm
+
+    def is_single(self, program: Program) -> bool:
+        """Whether a program has one latent, an `LMString` of the guide's LM."""
+        names = program.latents
+        fns = [program.sites[n].fn for n in names]
+        return len(names) == 1 and isinstance(fns[0], LMString) and fns[0].lm is self.lm
+
+    def turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
+        """The draws of a step."""
+        plans = [self._plan(slot, observation, number) for slot, observation in chosen]
+        self._draw_fresh([p for p in plans if p.wanted], number)
+        simulated = self._simulate(plans, number)
+        turns = []
+        for plan, pairs in zip(plans, simulated, strict=True):
+            observation = plan.observation
+            fresh, observation.ready = observation.ready[: plan.own], observation.ready[plan.own :]
+            taken = {d.key for d in (*fresh, *plan.given)}
+            rng = generator((self.seed, "replay", number, *plan.suffix))
+            replayed = observation.buffer.sample(plan.replayed, rng, taken)
+            given = plan.given
+            # Those that log Z is estimated from come first.
+            if not fresh:
+                fresh, given = given, []
+            own = [*fresh, *given, *replayed]
+            least = 2 if self.settings.objective in BALANCE else 1
+            if self.settings.objective != "forward_kl" and len(own) < least:
+                raise ValueError(
+                    f"at training step {number}, no draw follows the latents' own rules"
+                )
+            turns.append(Turn(observation, own, len(fresh), pairs))
+        return turns
+
+    def _plan(self, slot: int, observation: Observation, number: int) -> _Plan:
+        settings = self.settings
+        self._score_given(observation)
+        assert observation.given is not None
+        simulated = round(settings.batch * settings.simulated_share)
+        if settings.objective == "forward_kl":
+            simulated = settings.batch
+        room = settings.batch - simulated
+        replayed = min(int(settings.batch * settings.replay_share), len(observation.buffer))
+        count = max(room - replayed, 0)
+        if settings.objective == "mle":
+            count = min(count, len(observation.again))
+        suffix: Key = (slot,) if slot else ()
+        while observation.again and len(observation.given) < count:
+            rng = generator((self.seed, "again", number, len(observation.given), *suffix))
+            order = rng.permutation(len(observation.again))
+            observation.given += [observation.again[k] for k in order]
+        taken = min(len(observation.given), math.ceil(count * settings.given_share))
+        given = observation.given[:taken]
+        observation.given = observation.given[taken:]
+        own = count - taken
+        wanted = own * settings.draw_ahead if len(observation.ready) < own else 0
+        return _Plan(observation, suffix, given, own, replayed, simulated, wanted)
+
+    def _draw_fresh(self, plans: Sequence[_Plan], number: int) -> None:
+        """The guide's own draws, some of them from a tempered policy, spread evenly."""
+        if not plans:
+            return
+        share, (low, high) = self.settings.tempered_share, self.settings.temperatures
+        seed = self.seed
+        policies: list[list[Policy]] = []
+        for plan in plans:
+            hot = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(plan.wanted)]
+            own = []
+            for i in range(plan.wanted):
+                key = (seed, "train", number, i, *plan.suffix)
+                temperature = 1.0
+                if hot[i]:
+                    spread = generator((*key, "temperature")).random() if high > low else 0.0
+                    temperature = low * (high / low) ** spread
+                own.append(Policy(self.proposer, plan.observation.program, key, temperature))
+            policies.append(own)
+        try:
+            draws = self.rewards([p.observation.program for p in plans], policies)
+        except ValueError as error:
+            if " is nan" in str(error):
+                raise FloatingPointError(f"at training step {number}, {error}") from error
+            raise
+        for plan, found, own in zip(plans, draws, policies, strict=True):
+            for d, policy in zip(found, own, strict=True):
+                d.is_tempered = policy.temperature != 1.0
+            plan.observation.ready += found
+
+    def rewards(
+        self,
+        programs: Sequence[Program],
+        policies: Sequence[Sequence[Policy]],
+        prefixes: bool | None = None,
+        log_joints: Sequence[Sequence[float] | None] | None = None,
+    ) -> list[list[Draw]]:
+        """Runs programs under policies and scores what came out, all at once.
+
+        Args:
+            programs: the programs.
+            policies: for each, one policy for each run.
+            prefixes: whether to take the rewards of prefixes; None for what the objective needs.
+            log_joints: for each program, log joints that are known.
+        """
+        executions = iter(
+            run_together(
+                [(program, p) for program, own in zip(programs, policies, strict=True) for p in own]
+            )
+        )
+        batches = []
+        for k, (program, own) in enumerate(zip(programs, policies, strict=True)):
+            contexts = [p.contexts for p in own]
+            ran = [next(executions) for _ in own]
+            _check_contexts(contexts)
+            takes = self._takes_prefixes(program, contexts) if prefixes is None else prefixes
+            known = None if log_joints is None else log_joints[k]
+            batches.append(Batch(program, ran, contexts, takes, known, self.settings.every))
+        return make_draws(batches)
+
+    def _takes_prefixes(self, program: Program, contexts: Sequence[Contexts]) -> bool:
+        """Whether the objective is a balance over prefixes: one latent, a string of this LM."""
+        names = {n for c in contexts for n in c}
+        single = self.is_single(program) and names == set(program.latents)
+        return single and self.settings.objective in ("auto", "subtb", "db")
+
+    def _score_given(self, observation: Observation) -> None:
+        """Latents from elsewhere as draws, scored unless the posterior knows enough."""
+        if observation.given is not None:
+            return
+        given, program = observation.latents, observation.program
+        rows = given.samples if isinstance(given, Posterior) else list(given)
+        observation.given = []
+        if not rows:
+            return
+        policies = [
+            Policy(self.proposer, program, (self.seed, "given", i), 1.0, row)
+            for i, row in enumerate(rows)
+        ]
+        settings = self.settings
+        if settings.objective == "mle":
+            draws = self._unscored([program] * len(rows), policies)
+        else:
+            draws = self._scored_given(program, given, rows, policies)
+        draws = [d for d in draws if all(p.requests(self.lm, None) for p in d.parts)]
+        if not draws:
+            raise ValueError(
+                f"none of the {len(rows)} given draws follows the latents' own rules, the first is "
+                f"{ {k: str(v) for k, v in rows[0].items()} }"
+            )
+        for d in draws:
+            d.is_given = True
+        observation.given = draws
+        observation.again = list(draws) if settings.objective == "mle" else []
+
+    def _scored_given(
+        self,
+        program: Program,
+        given: GivenLatents,
+        rows: Sequence[Mapping[str, Any]],
+        policies: Sequence[Policy],
+    ) -> list[Draw]:
+        settings = self.settings
+        names = program.latents
+        alone = all(self.proposer.covers(program.sites[n].fn) for n in names) and all(
+            set(row) == set(names) for row in rows
+        )
+        known: list[float] | None = None
+        whole = settings.objective in ("auto", "vargrad", "tb") and not (
+            settings.objective == "auto" and self.is_single(program)
+        )
+        if (
+            isinstance(given, Posterior)
+            and settings.schedule.start == 1.0
+            and alone
+            and whole
+            and len(program.graph.independent()) == 1
+        ):
+            known = None if given.log_joint is None else [float(v) for v in given.log_joint]
+            _check_same_program(program, rows, known)
+        return self.rewards([program], [policies], log_joints=[known])[0]
+
+    def _unscored(self, programs: Sequence[Program], policies: Sequence[Policy]) -> list[Draw]:
+        """Draws of given latents whose reward does not matter."""
+        executions = run_together(list(zip(programs, policies, strict=True)))
+        _check_contexts([p.contexts for p in policies])
+        draws = []
+        for execution, policy in zip(executions, policies, strict=True):
+            parts = [Part(execution.sites[n], ids) for n, ids in policy.contexts.items()]
+            draws.append(Draw(key_of(parts, execution), parts, 0.0, 0.0, latents=execution.latents))
+        return draws
+
+    def _simulate(self, plans: Sequence[_Plan], number: int) -> list[list[Draw]]:
+        """Latents and data from the model itself, as draws of programs that observe the data."""
+
+        def task(plan: _Plan, i: int) -> tuple[dict[str, Any], Program]:
+            key = (self.seed, "simulate", number, i, *plan.suffix)
+            return plan.observation.program.simulated(key, self.settings.lengths)
+
+        wanted = [(plan, i) for plan in plans for i in range(plan.simulated)]
+        if not wanted:
+            return [[] for _ in plans]
+        pairs = run([partial(task, p, i) for p, i in wanted])
+        policies = [
+            Policy(self.proposer, program, ("simulated", i), 1.0, latents)
+            for i, (latents, program) in enumerate(pairs)
+        ]
+        draws = iter(self._unscored([program for _, program in pairs], policies))
+        return [[next(draws) for _ in range(plan.simulated)] for plan in plans]
+
+
+@dataclass
+class _Plan:
+    """What one observation needs in a step: so many draws of each kind."""
+
+    observation: Observation
+    suffix: Key
+    given: list[Draw]
+    own: int
+    replayed: int
+    simulated: int
+    wanted: int
+
+
+def _check_contexts(contexts: Sequence[Contexts]) -> None:
+    if not all(contexts):
+        raise ValueError("some executions meet no latent that this guide covers")
+
+
+def _check_same_program(
+    program: Program, rows: Sequence[Mapping[str, Any]], log_joints: Sequence[float] | None
+) -> None:
+    """Raises ValueError if the first possible row has another log joint under the program."""
+    for row, known in zip(rows, log_joints or (), strict=bool(log_joints)):
+        if known > -math.inf:
+            found = float(program.log_joint(row))
+            # Wide enough for half precision in batches of another shape.
+            if not abs(found - known) <= 0.5 + 0.01 * abs(known):
+                raise ValueError(
+                    f"the given posterior is of another program or other observations: its sample "
+                    f"{ {k: str(v) for k, v in row.items()} } has log joint {known:.3f} there and "
+                    f"{found:.3f} here; give its samples instead, to have them scored"
+                )
+            return

@@ -1,0 +1,130 @@
+"""The loss of one observation's draws, by objective: from scores to `langppl.guides.objectives`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from langppl.guides import objectives
+from langppl.guides.heads import Heads
+from langppl.guides.observations import Turn
+from langppl.guides.settings import ON_POLICY, Settings
+from langppl.guides.trajectories import Found, plus, site_trajectory, trajectory
+
+
+def loss_of(
+    turn: Turn,
+    scores: Sequence[Found],
+    log_qs: Sequence[torch.Tensor],
+    settings: Settings,
+    heads: Heads,
+    power: float,
+) -> torch.Tensor:
+    """The loss of one observation's draws, a scalar with gradients.
+
+    Args:
+        turn: the draws; the simulated ones are not of this loss.
+        scores: what the policy said of each.
+        log_qs: log q of each one's parts, shape [parts].
+        settings: the objective, and λ.
+        heads: the learned flows.
+        power: of the reward.
+    """
+    objective, draws = settings.objective, turn.own
+    total = torch.stack([q.sum() for q in log_qs])
+    if objective == "mle":
+        return objectives.likelihood(total)
+    reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
+    if objective in ON_POLICY:
+        return ON_POLICY[objective](reward, total)
+    if draws[0].ends:
+        return _over_prefixes(turn, scores, settings, power)
+    if objective in ("subtb", "db"):
+        return _over_sites(turn, scores, log_qs, settings, heads, power)
+    learned = heads if objective == "tb" else None
+    counts = {len(d.pieces) for d in draws}
+    if len(counts) > 1 or counts <= {0, 1}:
+        return _balance(turn, 0, reward, total, scores, [0] * len(draws), learned, power)
+    losses = []
+    for k in range(counts.pop()):
+        pieces = [d.pieces[k] for d in draws]
+        own = torch.stack([q[p.parts].sum() for q, p in zip(log_qs, pieces, strict=True)])
+        reward = own.new_tensor([plus(p.log_prior, p.log_rest, power) for p in pieces])
+        first = [p.parts[0] for p in pieces]
+        losses.append(_balance(turn, k, reward, own, scores, first, learned, power))
+    return torch.stack(losses).sum()
+
+
+def _balance(
+    turn: Turn,
+    piece: int,
+    reward: torch.Tensor,
+    own: torch.Tensor,
+    scores: Sequence[Found],
+    first: Sequence[int],
+    learned: Heads | None,
+    power: float,
+) -> torch.Tensor:
+    """Trajectory balance of one independent piece.
+
+    Args:
+        turn: the draws.
+        piece: its number.
+        reward: log R of it in each draw, shape [n].
+        own: log q, shape [n], with gradients.
+        scores: what the policy said of each draw.
+        first: the piece's first part in each.
+        learned: heads of which one gives log Z; None for the batch's own estimate.
+        power: of the reward.
+    """
+    if learned is not None:
+        log_z = torch.stack([_flow(learned, f, k) for f, k in zip(scores, first, strict=True)])
+    else:
+        gap = reward - own
+        log_z = turn.observation.estimate(
+            piece, gap[: turn.fresh], gap, power, turn.learns_from_given
+        )
+    return objectives.trajectory_balance(reward, own, log_z)
+
+
+def _over_prefixes(
+    turn: Turn, scores: Sequence[Found], settings: Settings, power: float
+) -> torch.Tensor:
+    paths = [trajectory(d, f[0][0], power) for d, f in zip(turn.own, scores, strict=True)]
+    log_z = turn.observation.estimate(
+        0,
+        objectives.root_gaps(paths[: turn.fresh] or paths),
+        objectives.root_gaps(paths),
+        power,
+        turn.learns_from_given,
+    )
+    if settings.objective == "db":
+        return objectives.detailed_balance(paths, log_z)
+    return objectives.subtb(paths, settings.lam, log_z)
+
+
+def _over_sites(
+    turn: Turn,
+    scores: Sequence[Found],
+    log_qs: Sequence[torch.Tensor],
+    settings: Settings,
+    heads: Heads,
+    power: float,
+) -> torch.Tensor:
+    paths, roots = [], []
+    for d, found, own in zip(turn.own, scores, log_qs, strict=True):
+        flows = torch.stack([_flow(heads, found, k) for k in range(len(d.parts))])
+        roots.append(flows[0])
+        paths.append(site_trajectory(d, own, flows[1:], power))
+    log_z = torch.stack(roots)
+    if settings.objective == "db":
+        return objectives.detailed_balance(paths, log_z)
+    return objectives.subtb(paths, settings.lam, log_z)
+
+
+def _flow(heads: Heads, found: Found, part: int) -> torch.Tensor:
+    """Log flow (nats) of the program's state before a part, a scalar with gradients."""
+    state = found[part][0].state
+    assert state is not None
+    return heads.flow(state)

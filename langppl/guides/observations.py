@@ -1,0 +1,112 @@
+"""The data of a training, and what is kept for each row of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from langppl.guides import objectives
+from langppl.guides.replay import ReplayBuffer
+from langppl.guides.trajectories import Draw
+from langppl.posterior import Posterior
+from langppl.program import Program, compile
+
+GivenLatents = Posterior | Sequence[Mapping[str, Any]]
+
+
+class Observation:
+    """One row of the data, and what is kept for it.
+
+    Args:
+        model: the model, or its compiled program.
+        args: its arguments.
+        buffer: what may be replayed.
+        latents: given latents to learn from.
+
+    Attributes:
+        ready: the guide's own draws that wait for their step.
+        given: draws from elsewhere that do; None while they were not looked at.
+        again: draws that are given once more when these are used up.
+        anchors: for each independent piece of the program, power of the reward and the estimate of
+            log Z (nats) that given draws are held to.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | Program,
+        args: tuple[Any, ...],
+        buffer: ReplayBuffer[Draw],
+        latents: GivenLatents = (),
+    ) -> None:
+        self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
+        self._program: Program | None = None
+        self.ready: list[Draw] = []
+        self.given: list[Draw] | None = None
+        self.again: list[Draw] = []
+        self.anchors: dict[int, tuple[float, torch.Tensor]] = {}
+
+    @property
+    def is_visited(self) -> bool:
+        """Whether a step has taken it, so that there may be something to keep."""
+        return self._program is not None
+
+    @property
+    def program(self) -> Program:
+        """The program, compiled when it is first asked for."""
+        if self._program is None:
+            own = self.model
+            self._program = own if isinstance(own, Program) else compile(own, *self.args)
+        return self._program
+
+    def estimate(
+        self,
+        piece: int,
+        fresh: torch.Tensor,
+        everything: torch.Tensor,
+        power: float,
+        is_given: bool,
+    ) -> torch.Tensor:
+        """Log Z of a batch, detached.
+
+        Args:
+            piece: number of the independent piece that it is of.
+            fresh: log R − log q of the guide's own draws, or of given ones where there are none;
+                replayed ones are replayed because theirs is high.
+            everything: of all draws, for a batch in which no fresh one is possible.
+            power: of the reward.
+            is_given: whether these are given draws. The guide leaves them behind as it
+                learns from them, and log Z must not follow: it stays what the first batch said.
+        """
+        anchor = self.anchors.get(piece)
+        if is_given and anchor is not None and anchor[0] == power:
+            return anchor[1]
+        has_possible = bool(torch.isfinite(fresh).any())
+        log_z = objectives.log_evidence(fresh if has_possible else everything)
+        if is_given and has_possible:
+            self.anchors[piece] = (power, log_z)
+        return log_z
+
+
+@dataclass
+class Turn:
+    """The draws of one observation in one step.
+
+    Attributes:
+        observation: whose they are.
+        own: draws that the loss is of; those that log Z is estimated from come first.
+        fresh: how many these are.
+        simulated: pairs of latents and data from the model itself.
+    """
+
+    observation: Observation
+    own: list[Draw]
+    fresh: int
+    simulated: list[Draw] = field(default_factory=list)
+
+    @property
+    def learns_from_given(self) -> bool:
+        """Whether log Z would be estimated from given draws."""
+        return any(d.is_given for d in self.own[: self.fresh])

@@ -1,0 +1,121 @@
+"""What a training was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from langppl.guides import objectives
+from langppl.guides.schedules import RewardSchedule
+
+OBJECTIVES = (
+    "auto",
+    "subtb",
+    "db",
+    "vargrad",
+    "tb",
+    "forward_kl",
+    "reverse_kl",
+    "reward",
+    "rws",
+    "mle",
+)
+BALANCE = ("auto", "subtb", "db", "vargrad", "tb")
+ON_POLICY = {
+    "reverse_kl": objectives.reverse_kl,
+    "reward": objectives.reward,
+    "rws": objectives.wake,
+}
+
+
+def check_objective(objective: str) -> None:
+    """Raises ValueError for an objective that is not known."""
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `GFlowNetGuide.fit` was asked for; see there."""
+
+    steps: int
+    batch: int
+    observations: int
+    objective: str
+    learning_rate: float
+    head_rate: float
+    betas: tuple[float, float]
+    warmup: int
+    clip: float
+    lam: float
+    schedule: RewardSchedule
+    tempered_share: float
+    sampling_temperature: float | tuple[float, float]
+    replay_share: float
+    replay_size: int
+    replay_distance: float
+    draw_ahead: int
+    every: int
+    given_share: float
+    simulated_share: float
+    lengths: Mapping[str, int] | None
+    validate_every: int
+    validation_samples: int
+    patience: int | None
+    keep_best: bool
+    accumulate: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        at_least_one = {
+            k: getattr(self, k)
+            for k in (
+                "steps",
+                "observations",
+                "draw_ahead",
+                "every",
+                "validate_every",
+                "validation_samples",
+                "accumulate",
+                "checkpoint_every",
+            )
+        }
+        for name, value in at_least_one.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.batch < 2:
+            raise ValueError(f"need batch >= 2, got batch={self.batch}")
+        if not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if not 0.0 < self.given_share <= 1.0:
+            raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
+        for name in ("tempered_share", "replay_share", "simulated_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        low, high = self.temperatures
+        if not 0.0 < low <= high < math.inf:
+            raise ValueError(
+                "sampling_temperature must be above 0, or a range (low, high) of such numbers, "
+                f"got {self.sampling_temperature}"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """The range of the sampling temperature."""
+        found = self.sampling_temperature
+        return found if isinstance(found, tuple) else (found, found)
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
