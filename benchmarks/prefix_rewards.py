@@ -15,7 +15,7 @@ import numpy as np
 import plain
 
 import langppl as lp
-from langppl.guides.trajectories import make_draws
+from langppl.guides.trajectories import Batch, make_draws
 from langppl.lm.rules import StringRules
 from langppl.program.execution import given
 
@@ -49,7 +49,8 @@ def case(lm: lp.LM, model: Any, samples: int, length: int, prompt_length: int, e
     def packed():
         lm.memo.clear()
         executions = program.run([given({"z": v}) for v in values])
-        draws = make_draws(program, executions, [{"z": ids}] * len(values), prefixes=True)
+        contexts = [{"z": ids}] * len(values)
+        (draws,) = make_draws([Batch(program, executions, contexts, prefixes=True)])
         return np.array([[p + r for _, p, r in d.ends] for d in draws])
 
     return padded, packed

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 
 import langppl as lp
 from langppl.guides import objectives
-from langppl.guides.trajectories import make_draws, policy_scores, trajectory
+from langppl.guides.trajectories import Batch, make_draws, policy_scores, trajectory
 from langppl.lm.decoding import draw
 from langppl.lm.requests import DrawRequest
 from langppl.lm.rules import StringRules
@@ -61,11 +61,12 @@ def ours(lm: lp.LM, args) -> dict[str, Callable[[], object]]:
     def reward() -> None:
         lm.memo.clear()
         executions = program.run([given({"z": v}) for v in values])
-        kept["draws"] = make_draws(program, executions, [{"z": ids}] * len(values), prefixes=True)
+        contexts = [{"z": ids}] * len(values)
+        (kept["draws"],) = make_draws([Batch(program, executions, contexts, prefixes=True)])
 
     def gradient() -> None:
         optimiser.zero_grad()
-        found = policy_scores(kept["draws"], guide.adapter)
+        found = policy_scores(kept["draws"], lm, guide.adapter)
         paths = [trajectory(d, f[0][0], 1.0) for d, f in zip(kept["draws"], found, strict=True)]
         objectives.subtb(paths).backward()
         optimiser.step()

@@ -16,7 +16,7 @@ import torch
 
 import langppl as lp
 from langppl.distributions import Text
-from langppl.guides.trajectories import make_draws
+from langppl.guides.trajectories import Batch, make_draws
 from langppl.program.execution import given
 from langppl.testing import tiny_lm
 
@@ -56,7 +56,7 @@ def test_prefix_rewards_of_the_plain_script_are_those_of_langppl(plain: ModuleTy
     ids = lm.encode_prompt("b")
     values = [Text(t, lm.encode_text(t), lm.fingerprint) for t in texts]
     executions = program.run([given({"z": v}) for v in values])
-    draws = make_draws(program, executions, [{"z": ids}] * 3, prefixes=True)
+    (draws,) = make_draws([Batch(program, executions, [{"z": ids}] * 3, prefixes=True)])
     expected = np.array([[p + r for _, p, r in d.ends] for d in draws])
     for batch in (2, 32):
         found = plain.prefix_log_rewards(

@@ -101,7 +101,8 @@ def test_a_function_of_the_user_s() -> None:
         seen.append(info)
         return f"{info.args[1]}:{info.prompt}"
 
-    assert context_ids(program, "middle", fn, execution, context) == LM.encode_prompt(" de:ab.")
+    found = context_ids(program, "middle", fn, execution, context, LM)
+    assert found == LM.encode_prompt(" de:ab.")
     (info,) = seen
     assert (info.site, info.prompt, info.args) == ("middle", "ab.", ("ab.", " de"))
     assert info.observations == (("ab. ___", " de"),)

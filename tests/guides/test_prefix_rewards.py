@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import langppl as lp
-from langppl.guides.trajectories import make_draws, prefix_value
+from langppl.guides.trajectories import Batch, make_draws, prefix_value
 from langppl.lm import packed
 from langppl.program.execution import given
 from langppl.testing import tiny_lm
@@ -28,7 +28,9 @@ def dynamic() -> None:
 def draws_of(program: lp.Program, every: int) -> Any:
     executions = program.run([given({"z": t}) for t in TEXTS])
     ids = LM.encode_prompt("b")
-    return make_draws(program, executions, [{"z": ids}] * len(TEXTS), prefixes=True, every=every)
+    contexts = [{"z": ids}] * len(TEXTS)
+    (draws,) = make_draws([Batch(program, executions, contexts, prefixes=True, every=every)])
+    return draws
 
 
 @pytest.mark.parametrize("model", [static, dynamic])
