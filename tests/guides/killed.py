@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # so that a child is killed while it trains, not while it imports
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import langppl as lp
 from langppl.testing import tiny_lm
@@ -24,6 +26,15 @@ from langppl.testing import tiny_lm
 OPTIONS: list[dict[str, Any]] = [
     {"objective": "subtb", "draw_ahead": 3},
     {"objective": "vargrad", "given": 24, "given_share": 0.3},
+    {
+        "objective": "tb",
+        "data": [("aab.",), ("ab.",), ("...",)],
+        "observations": 2,
+        "simulated_share": 0.25,
+        "validation": [("bb.",)],
+        "validate_every": 4,
+        "validation_samples": 4,
+    },
 ]
 
 
@@ -31,17 +42,17 @@ def train(folder: Path, kind: int) -> str:
     """Trains, or goes on with it; a digest of the adapter's numbers."""
     lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
 
-    def story() -> None:
+    def story(ending: str) -> None:
         z = lp.sample("z", lp.LMString(lm, "ab", stop=".", max_tokens=4))
-        lp.sample("y", lp.LMString(lm, f"ab{z}"), obs="aab.")
+        lp.sample("y", lp.LMString(lm, f"ab{z}"), obs=ending)
 
-    options = dict(OPTIONS[kind])
+    options = {"data": [("aab.",)], **OPTIONS[kind]}
     guide = lp.GFlowNetGuide(lm, rank=4, objective=options.pop("objective"), seed=3)
-    program = lp.compile(story)
     if "given" in options:
+        program = lp.compile(story, "aab.")
         options["given"] = lp.infer(program, num_samples=options["given"], progress=False)
     guide.fit(
-        program,
+        story,
         steps=14,
         batch=12,
         checkpoint=folder,
@@ -53,6 +64,8 @@ def train(folder: Path, kind: int) -> str:
     for name, p in lm.model.named_parameters():
         if f".{guide.adapter}." in name:
             digest.update(p.detach().numpy().tobytes())
+    for _, p in sorted(guide.heads.named_parameters()):
+        digest.update(p.detach().numpy().tobytes())
     return digest.hexdigest()
 
 
