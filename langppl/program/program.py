@@ -184,6 +184,9 @@ class Program:
         expected, found = signatures(fill_all(self.templates, row)), signatures(ran)
         if list(expected.items()) == list(found.items()):
             return True
+        self._is_static = False
+        if self._observations:  # one of them may go on into later prompts
+            return False
         moved = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
         warnings.warn(
             "the program's sites are not fixed templates of its latents after all: with "
@@ -193,7 +196,6 @@ class Program:
             StaticMismatchWarning,
             stacklevel=4,
         )
-        self._is_static = False
         return False
 
     def log_joint(

@@ -538,3 +538,111 @@ def test_a_rare_value_that_the_model_mentions_is_found_by_compile() -> None:
 
     assert not program.is_static
     assert set(program.graph.edges) == {("z", "seen")}
+
+
+# -- what depends on what ------------------------------------------------------------------------
+
+
+def pairs_apart() -> None:
+    for i in range(2):
+        z = lp.sample(f"z_{i}", short("a"))
+        lp.sample(f"y_{i}", goes_on(f"{z}b"), obs=" a")
+
+
+def joined_by_an_observation() -> None:
+    a, b = lp.sample("a", short("a")), lp.sample("b", short("b"))
+    lp.sample("apart", goes_on(f"{a}"), obs=" a")
+    lp.sample("seen", goes_on(f"{a} {b}"), obs=" a")
+
+
+def joined_by_a_factor() -> None:
+    a, b = lp.sample("a", short("a")), lp.sample("b", short("b"))
+    lp.factor("fits", 0.0 if len(a) == len(b) else -1.0)
+
+
+def chained() -> None:
+    a = lp.sample("a", short("a"))
+    b = lp.sample("b", short(f"{a}b"))
+    lp.sample("seen", goes_on(f"{b}"), obs=" a")
+
+
+def shown_together() -> None:
+    a, b = lp.sample("a", short("a")), lp.sample("b", short("b"))
+    lp.sample("seen", goes_on(f"{b}"), obs=" a")
+    lp.deterministic("both", f"{a}{b}")
+
+
+def shown_together_by_what_is_shown() -> None:
+    a, b = lp.sample("a", short("a")), lp.sample("b", short("b"))
+    both = lp.deterministic("both", f"{a}{b}")
+    lp.call("shown", str, both)
+
+
+def computed_together() -> None:
+    a, b = lp.sample("a", short("a")), lp.sample("b", short("b"))
+    size = lp.call("size", lambda x, y: len(x) + len(y), a, b)
+    lp.sample("seen", dist.Normal(float(size), 1.0), obs=torch.tensor(2.0))
+
+
+def computed_of_no_latent() -> None:
+    fact = lp.call("fact", str.upper, " ")
+    a, b = lp.sample("a", short(f"a{fact}")), lp.sample("b", short(f"b{fact}"))
+    lp.sample("seen a", goes_on(f"{a}{fact}"), obs=" a")
+    lp.sample("seen b", goes_on(f"{b}{fact}"), obs=" a")
+
+
+def joined_by_what_is_observed() -> None:
+    a = lp.sample("a", short("a"))
+    seen = lp.sample("seen", goes_on(f"{a}"), obs=" a")
+    b = lp.sample("b", short(f"b{seen}"))
+    lp.sample("then", goes_on(f"{b}"), obs=" a")
+
+
+def numbers() -> None:
+    p = lp.sample("p", dist.Beta(2.0, 2.0))
+    q = lp.sample("q", dist.Beta(2.0, 2.0))
+    z = lp.sample("z", short("a"))
+    lp.sample("n", dist.Bernoulli(p), obs=torch.tensor(1.0))
+    lp.sample("m", dist.Bernoulli(q if len(z) > 1 else 0.5), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "groups"),
+    [
+        (pairs_apart, [{"z_0"}, {"z_1"}]),
+        (joined_by_an_observation, [{"a", "b"}]),
+        (joined_by_a_factor, [{"a", "b"}]),
+        (chained, [{"a", "b"}]),
+        (shown_together, [{"a"}, {"b"}]),
+        (shown_together_by_what_is_shown, [{"a"}, {"b"}]),
+        (computed_together, [{"a", "b"}]),
+        (computed_of_no_latent, [{"a"}, {"b"}]),
+        (joined_by_what_is_observed, [{"a"}, {"b"}]),
+        (numbers, [{"p"}, {"q", "z"}]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_independent_groups_of_latents(model: Any, groups: list[set[str]]) -> None:
+    assert lp.compile(model).graph.independent() == groups
+
+
+def test_latents_above() -> None:
+    def model() -> None:
+        a = lp.sample("a", short("a"))
+        b = lp.sample("b", short(f"{a}b"))
+        c = lp.sample("c", short("b"))
+        size = lp.call("size", len, b)
+        lp.sample("seen", dist.Normal(float(size), 1.0), obs=torch.tensor(2.0))
+        lp.factor("fits", -float(len(c)))
+        lp.sample("apart", goes_on("a"), obs=" a")
+
+    graph = lp.compile(model).graph
+    assert {n: graph.latents_above(n) for n in graph} == {
+        "a": set(),
+        "b": {"a"},
+        "c": set(),
+        "size": {"a", "b"},
+        "seen": {"a", "b"},
+        "fits": {"c"},
+        "apart": set(),
+    }
