@@ -16,7 +16,7 @@ from peft import LoraConfig
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, ScoreRequest, perform
 from langppl.lm.padded import _chunks
-from langppl.lm.requests import ScoreReply
+from langppl.lm.requests import ScoreReply, StateReply, StateRequest
 from langppl.lm.scoring import score, score_with_gradients
 from langppl.testing import tiny_lm
 
@@ -205,3 +205,103 @@ def test_log_softmax_is_float32_for_a_bfloat16_model() -> None:
     assert float(found.total) == pytest.approx(sum(tokens) + ending, abs=1e-4)
     # The cached pass rounds its keys and values differently; each logit has 8 bits.
     assert log_prob == pytest.approx(sum(tokens) + ending, abs=0.1)
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+def plain_state(lm: LM, prompt: Sequence[int], adapter: str | None) -> torch.Tensor:
+    with lm.adapter(adapter):
+        found = lm.model.base_model(input_ids=torch.tensor([[*prompt]]), use_cache=False)
+    state: torch.Tensor = found.last_hidden_state[0, -1]
+    return state
+
+
+PROMPTS = ["", "ab", "ab. ab", "ab. b.", "b.b.b.ab ", "ab"]
+
+
+@pytest.fixture(params=["packed", "padded"])
+def lm_by_route(request: pytest.FixtureRequest) -> tuple[LM, list[torch.nn.Parameter]]:
+    lm, parameters = with_adapter()
+    assert lm.packs is not None
+    if request.param == "padded":
+        lm.packs = None
+    return lm, parameters
+
+
+@pytest.mark.parametrize("adapter", [None, "guide"])
+@pytest.mark.parametrize("budget", [1024, 3])
+def test_a_state_is_that_of_a_plain_forward_pass(
+    lm_by_route: tuple[LM, Any], adapter: str | None, budget: int
+) -> None:
+    lm, _ = lm_by_route
+    lm.node_budget = lm.token_budget = budget
+    prompts = [lm.encode_prompt(p) for p in PROMPTS]
+    replies = perform([StateRequest(lm, p, adapter) for p in prompts])
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert isinstance(reply, StateReply)
+        assert reply.state.shape == (lm.state_width,) == (32,)
+        assert reply.state.dtype == np.float32
+        with torch.no_grad():
+            expected = plain_state(lm, prompt, adapter)
+        np.testing.assert_allclose(reply.state, expected, atol=2e-5)
+    with torch.no_grad():
+        other = plain_state(lm, prompts[1], "guide" if adapter is None else None)
+    assert isinstance(replies[1], StateReply)
+    assert float(np.abs(replies[1].state - other.numpy()).max()) > 1e-2
+
+
+def test_states_are_answered_beside_scores_and_draws() -> None:
+    lm, _ = with_adapter()
+    dist = LMString(lm, "ab", max_tokens=6)
+    value = dist.draw(("beside", 1))[0]
+    one = dist.request(value)
+    assert one is not None
+    prompt = lm.encode_prompt("ab. b.")
+    wanted = [StateRequest(lm, prompt), one, StateRequest(lm, prompt, "guide")]
+    off, scored, on = perform(wanted)
+    assert isinstance(off, StateReply) and isinstance(on, StateReply)
+    assert isinstance(scored, ScoreReply)
+    assert scored.log_prob == pytest.approx(float(dist.log_prob(value)), abs=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(off.state, plain_state(lm, prompt, None), atol=2e-5)
+        np.testing.assert_allclose(on.state, plain_state(lm, prompt, "guide"), atol=2e-5)
+
+
+def test_states_beside_scores_with_gradients(
+    lm_by_route: tuple[LM, list[torch.nn.Parameter]],
+) -> None:
+    lm, parameters = lm_by_route
+    wanted: list[ScoreRequest | StateRequest] = []
+    for k, prompt in enumerate(PROMPTS):
+        dist = LMString(lm, prompt, max_tokens=6, stop=".", min_tokens=0)
+        scored = dist.request(dist.draw(("state", k))[0], adapter="guide")
+        assert scored is not None
+        wanted += [scored, StateRequest(lm, lm.encode_prompt(prompt + "b"), "guide")]
+    found = score_with_gradients(wanted)
+    direction = torch.randn(lm.state_width, generator=torch.Generator().manual_seed(1))
+    loss, plain_loss = torch.zeros(()), torch.zeros(())
+    for one, own in zip(wanted, found, strict=True):
+        expected = plain_state(lm, one.prompt, "guide")
+        assert own.state is not None
+        torch.testing.assert_close(own.state, expected, atol=2e-5, rtol=1e-4)
+        if isinstance(one, ScoreRequest):
+            tokens, ending, _ = plain(one)
+            assert float(own.total.detach()) == pytest.approx(sum(tokens) + ending, abs=1e-4)
+        else:
+            assert float(own.total.detach()) == 0.0 and own.canonical.tolist() == [-math.inf]
+        loss = loss + torch.tanh(own.state @ direction / 8.0)
+        plain_loss = plain_loss + torch.tanh(expected @ direction / 8.0)
+    gradients = torch.autograd.grad(loss, parameters)
+    expected_gradients = torch.autograd.grad(plain_loss, parameters)
+    size = max(float(e.abs().max()) for e in expected_gradients)
+    assert size > 1e-2
+    for g, e in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-4 * size, rtol=1e-3)
+
+
+def test_where_nothing_is_read_after_the_prompt_there_is_no_state() -> None:
+    one = LMString(TINY, "ab").request(Text("", (), TINY.fingerprint))
+    assert one is not None and not one.path.steps
+    (found,) = score_with_gradients([one])
+    assert found.state is None
