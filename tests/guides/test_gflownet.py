@@ -21,10 +21,11 @@ from langppl import (
     infer,
     sample,
 )
-from langppl.guides import objectives, training
+from langppl.guides import drawing, objectives, training
 from langppl.guides.context import context_ids
+from langppl.guides.observations import Observation
 from langppl.guides.replay import ReplayBuffer
-from langppl.guides.training import Observation, Trainer
+from langppl.guides.training import Trainer
 from langppl.lm import LM
 from langppl.lm.requests import perform
 from langppl.program import Program
@@ -417,14 +418,14 @@ def test_given_draws_with_several_observations_are_an_error() -> None:
 
 def test_drawing_ahead_draws_once_for_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    plain = training.run_together
+    plain = drawing.run_together
 
     def run(pairs: Any) -> Any:
         drawn.append(len(pairs))
         return plain(pairs)
 
     program = compile(story, make_lm())
-    monkeypatch.setattr(training, "run_together", run)
+    monkeypatch.setattr(drawing, "run_together", run)
     guide = GFlowNetGuide(program.args[0], objective="vargrad")
     guide.fit(program, steps=6, batch=8, draw_ahead=3, replay_share=0.0, progress=False)
     assert drawn == [24, 24]
