@@ -141,7 +141,7 @@ def detailed_balance(trajectories: Sequence[Trajectory], log_z: Tensor | None = 
 
     Args:
         trajectories: of one observation.
-        log_z: scalar; the batch's own estimate by default.
+        log_z: scalar, or shape [trajectories]; the batch's own estimate by default.
 
     Returns:
         The mean squared residual, a scalar; see `subtb`.
@@ -149,8 +149,8 @@ def detailed_balance(trajectories: Sequence[Trajectory], log_z: Tensor | None = 
     if log_z is None:
         log_z = log_evidence(root_gaps(trajectories))
     losses = []
-    for t in trajectories:
-        u, reached, _ = _end_points(t, log_z)
+    for t, root in zip(trajectories, log_z.expand(len(trajectories)), strict=True):
+        u, reached, _ = _end_points(t, root)
         residual = u[:-1] + reached[1:] - reached[:-1] - u[1:]
         losses.append(_weighted(t, residual, torch.ones_like(residual)))
     return torch.stack(losses).mean()

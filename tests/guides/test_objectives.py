@@ -348,6 +348,23 @@ def test_subtb_by_hand() -> None:
         assert float(subtb([one], lam)) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("loss", [subtb, detailed_balance])
+def test_each_trajectory_may_have_its_own_log_z(loss: Callable[..., Tensor]) -> None:
+    one = Trajectory(
+        log_q=tensor(-1.0, -2.0),
+        ends=torch.tensor([1, 2]),
+        log_q_end=tensor(-0.5, -0.25),
+        log_reward=tensor(-3.0, -4.0),
+    )
+    log_z = tensor(0.5, -2.0).requires_grad_()
+    apart = [loss([one], log_z=z) for z in tensor(0.5, -2.0)]
+    found = loss([one, one], log_z=log_z)
+    assert float(found.detach()) == pytest.approx(float(apart[0] + apart[1]) / 2)
+    assert float(apart[0]) != pytest.approx(float(apart[1]))
+    (gradient,) = torch.autograd.grad(found, log_z)
+    assert bool((gradient.abs() > 0.1).all())
+
+
 def test_without_inner_end_points_subtb_is_trajectory_balance() -> None:
     log_q, log_reward = tensor(-1.0, -2.0), tensor(0.0, 1.0)
     paths = [
