@@ -294,7 +294,9 @@ class Trainer:
                 for d, q in zip(turn.own, own, strict=True)
                 if d.log_reward > -math.inf
             ]
-        pieces = max((len(d.pieces) for t in turns for d in t.own), default=0)
+        pieces = 0  # of which a flow is; over sites it is of the whole program
+        if self.settings.objective == "tb":
+            pieces = max((len(d.pieces) for t in turns for d in t.own), default=0)
         everything = self.workers.gather(gaps)
         if everything:
             self.guide.heads.start_flow(float(np.mean(everything)) / max(pieces, 1))

@@ -1,0 +1,799 @@
+"""The training loop: what a step takes, from where, when it is held to others and when it ends."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import langppl as lp
+from langppl.guides import drawing, training
+from langppl.guides.context import context_ids
+from langppl.guides.heads import HEADS_FILE
+from langppl.guides.losses import loss_of
+from langppl.guides.observations import Observation, Turn
+from langppl.guides.replay import ReplayBuffer
+from langppl.guides.settings import Settings
+from langppl.guides.training import Trainer
+from langppl.guides.trajectories import (
+    Batch,
+    Draw,
+    log_q,
+    make_draws,
+    policy_scores,
+    site_trajectory,
+)
+from langppl.guides.validation import Validation, of_gaps
+from langppl.guides.workers import Workers
+from langppl.lm import LM
+from langppl.lm.requests import ScoreReply, perform
+from langppl.program.execution import Execution, given
+from langppl.testing import check_guide, tiny_lm
+
+ENDINGS = ("aab.", "...")
+
+
+def make_lm(seed: int = 1) -> LM:
+    return tiny_lm("ab.", seed=seed, merged=["ab", "b."], sharpness=0.25)
+
+
+def story(lm: LM, ending: str = "aab.") -> None:
+    middle = lp.sample("middle", lp.LMString(lm, "ab", stop=".", max_tokens=3))
+    lp.sample("ending", lp.LMString(lm, f"ab{middle}"), obs=ending)
+
+
+def beginning(lm: LM, ending: str = "aab.") -> None:
+    first = lp.sample("first", lp.LMString(lm, "b", stop=".", max_tokens=2))
+    lp.sample("ending", lp.LMString(lm, f"b{first}"), obs=ending)
+
+
+def chain(lm: LM) -> None:
+    one = lp.sample("one", lp.LMString(lm, "a", max_tokens=2))
+    two = lp.sample("two", lp.LMString(lm, f"b{one}", stop=".", max_tokens=2))
+    lp.sample("seen", lp.LMString(lm, f"{one}{two}"), obs="bb")
+
+
+def rows_of(lm: LM, endings: Sequence[str] = ENDINGS) -> list[tuple[Any, ...]]:
+    return [(lm, ending) for ending in endings]
+
+
+def weights_of(guide: lp.GFlowNetGuide) -> dict[str, torch.Tensor]:
+    """The adapter's weights and the heads', copied."""
+    named = guide.lm.model.named_parameters()
+    found = {n.replace(guide.adapter, ""): p for n, p in named if f".{guide.adapter}." in n}
+    found |= dict(guide.heads.named_parameters())
+    return {n: p.detach().clone() for n, p in found.items()}
+
+
+def equal(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def divergences(program: lp.Program, guide: lp.GFlowNetGuide) -> tuple[float, float]:
+    """KL(q‖p) and KL(p‖q) over all token sequences of the one latent."""
+    truth = lp.infer(program, method="exact", progress=False)
+    log_p = np.asarray(truth.log_weights) - truth.log_evidence
+    (name,) = program.latents
+    fn = program.sites[name].fn
+    context = context_ids(program, name, fn, Execution(), guide.context, guide.lm)
+    requests = [fn.request(s[name], prompt=context, adapter=guide.adapter) for s in truth.samples]
+    replies = perform([r for r in requests if r is not None])
+    own = np.array([r.log_prob for r in replies if isinstance(r, ScoreReply)])
+    gap = own - log_p
+    return float((np.exp(own) * gap).sum()), float(-(np.exp(log_p) * gap).sum())
+
+
+def all_divergences(
+    guide: lp.GFlowNetGuide, endings: Sequence[str] = ENDINGS
+) -> np.ndarray[Any, Any]:
+    """Shape [observations, 2]."""
+    return np.array([divergences(lp.compile(story, *r), guide) for r in rows_of(guide.lm, endings)])
+
+
+DEFAULTS = {
+    name: p.default
+    for name, p in inspect.signature(lp.GFlowNetGuide.fit).parameters.items()
+    if name in {f.name for f in fields(Settings)}
+}
+
+
+def trainer_of(
+    guide: lp.GFlowNetGuide,
+    model: Any,
+    rows: Sequence[tuple[Any, ...]],
+    weights: np.ndarray[Any, Any] | None = None,
+    **changes: Any,
+) -> Trainer:
+    plain = {"schedule": lp.RewardSchedule(start=1.0), "objective": "vargrad", "clip": math.inf}
+    settings = Settings(**{**DEFAULTS, "observations": 1, **plain, **changes})
+    data = [Observation(model, row, ReplayBuffer(settings.replay_size)) for row in rows]
+    return Trainer(guide, data, weights, settings, Workers(), [])
+
+
+# -- several observations ------------------------------------------------------------------------
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    found = {n: p.grad for n, p in trainer.all_named().items()}
+    return {n: g.clone() for n, g in found.items() if g is not None}
+
+
+@pytest.mark.parametrize("objective", ["auto", "vargrad", "tb", "reverse_kl"])
+def test_a_step_descends_the_mean_of_its_observations_losses(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, seed=1)
+    both = trainer_of(guide, story, rows_of(lm), observations=2, batch=6, objective=objective)
+    kept: list[list[Turn]] = []
+    plain = both.drawing.turns
+    monkeypatch.setattr(both.drawing, "turns", lambda *a: kept.append(plain(*a)) or kept[-1])
+    monkeypatch.setattr(both.optimiser, "step", lambda: None)
+    figures = both.step(0)
+    found = gradients(both)
+    ((one, two),) = kept
+    assert [len(t.own) for t in (one, two)] == [6, 6]
+
+    singles, losses = [], []
+    for turn in (one, two):
+        alone = trainer_of(guide, story, [rows_of(lm)[0]], batch=6, objective=objective)
+        alone.optimiser.zero_grad()
+        (reported,) = alone._descend([turn], 0, 1.0)
+        losses.append(reported["loss"])
+        singles.append(gradients(alone))
+    assert figures["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert singles[0].keys() == found.keys()
+    size = max(float(g.abs().max()) for g in found.values())
+    for n, g in found.items():
+        mean = (singles[0][n] + singles[1][n]) / 2
+        torch.testing.assert_close(g, mean, atol=1e-5 * size, rtol=1e-3)
+    assert any(not torch.allclose(singles[0][n], singles[1][n], rtol=0.1) for n in found)
+
+
+def test_accumulated_gradients_are_the_same() -> None:
+    found = []
+    for accumulate in (1, 2, 3):
+        lm = make_lm()
+        guide = lp.GFlowNetGuide(lm, rank=2, seed=1)
+        guide.fit(
+            story,
+            rows_of(lm, ("aab.", "...", "bb.")),
+            steps=3,
+            batch=6,
+            observations=3,
+            accumulate=accumulate,
+            progress=False,
+        )
+        found.append(weights_of(guide))
+    untrained = weights_of(lp.GFlowNetGuide(make_lm(), rank=2, seed=1))
+    for other in found[1:]:
+        for n, p in found[0].items():
+            torch.testing.assert_close(other[n], p, atol=1e-5, rtol=1e-3)
+    assert max(float((found[0][n] - p).abs().max()) for n, p in untrained.items()) > 1e-4
+
+
+def test_four_observations_are_taken_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[set[str]] = []
+    plain = drawing.Drawing.turns
+
+    def turns(self: Any, chosen: Any, number: int) -> Any:
+        taken.append({o.args[1] for _, o in chosen})
+        return plain(self, chosen, number)
+
+    monkeypatch.setattr(drawing.Drawing, "turns", turns)
+    lm = make_lm()
+    for count, expected in ((6, 4), (3, 3)):
+        taken.clear()
+        rows = rows_of(lm, ("aab.", "...", "bb.", "a.", "b.", "."))[:count]
+        lp.GFlowNetGuide(lm, rank=2).fit(story, rows, steps=2, batch=2, progress=False)
+        assert [len(t) for t in taken] == [expected] * 2
+
+
+def test_every_observation_of_a_slot_is_taken_once_a_round() -> None:
+    lm = make_lm()
+    trainer = trainer_of(
+        lp.GFlowNetGuide(lm, rank=2, seed=4), story, rows_of(lm) * 4, observations=2
+    )
+    orders = set()
+    for slot, pool in enumerate(({0, 2, 4, 6}, {1, 3, 5, 7})):
+        picked = [trainer.pick(slot, step) for step in range(40)]
+        rounds = [tuple(picked[k : k + 4]) for k in range(0, 40, 4)]
+        assert all(set(r) == pool for r in rounds)
+        assert len(set(rounds)) > 3
+        orders |= {tuple(k // 2 for k in r) for r in rounds[:3]}
+    assert len(orders) > 3
+    again = trainer_of(lp.GFlowNetGuide(lm, rank=2, seed=4), story, rows_of(lm) * 4, observations=2)
+    assert [again.pick(0, step) for step in range(8)] == [
+        trainer.pick(0, step) for step in range(8)
+    ]
+
+
+def test_weights_say_how_often_a_program_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, seed=0)
+    seen: list[np.ndarray[Any, Any]] = []
+    plain = Trainer.__init__
+
+    def kept(self: Any, guide: Any, observations: Any, weights: Any, *rest: Any) -> None:
+        seen.append(weights)
+        plain(self, guide, observations, weights, *rest)
+
+    monkeypatch.setattr(Trainer, "__init__", kept)
+    pairs = [(story, rows_of(lm)), (beginning, rows_of(lm, ("a.",)))]
+    guide.fit(pairs, weights=[1.0, 3.0], observations=1, steps=1, batch=2, progress=False)
+    assert seen[0].tolist() == [0.5, 0.5, 3.0]
+    trainer = trainer_of(guide, story, rows_of(lm) + rows_of(lm)[:1], weights=seen[0])
+    steps = 4000
+    counts = Counter(trainer.pick(0, step) for step in range(steps))
+    for k, share in enumerate((0.125, 0.125, 0.75)):
+        error = math.sqrt(share * (1.0 - share) / steps)
+        assert abs(counts[k] / steps - share) < 4 * error
+
+
+class Endings(Dataset[tuple[Any, ...]]):
+    """Without `__iter__`, and without an end to `__getitem__`."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, at: int) -> tuple[Any, ...]:
+        self.asked.append(at)
+        return self.lm, ENDINGS[at % 2]
+
+
+def test_data_may_be_a_torch_dataset() -> None:
+    options: dict[str, Any] = {"steps": 2, "batch": 4, "progress": False}
+    lm, other = make_lm(), make_lm()
+    data = Endings(lm)
+    one = lp.GFlowNetGuide(lm, rank=2).fit(story, data, **options)
+    two = lp.GFlowNetGuide(other, rank=2).fit(story, rows_of(other), **options)
+    assert sorted(data.asked) == [0, 1]
+    assert one.history == two.history and equal(weights_of(one), weights_of(two))
+
+
+def test_two_programs_share_a_guide() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=4, seed=0)
+    programs = [lp.compile(story, lm, "..."), lp.compile(beginning, lm, "aab.")]
+    before = np.array([divergences(p, guide) for p in programs])
+    guide.fit(
+        [(story, [(lm, "...")]), (beginning, [(lm, "aab.")])],
+        steps=40,
+        batch=16,
+        learning_rate=3e-3,
+        progress=False,
+    )
+    after = np.array([divergences(p, guide) for p in programs])
+    assert guide.learned == {"middle", "first"}
+    assert (after[:, 1] < 0.4 * before[:, 1]).all(), (before, after)
+
+
+def test_what_pairs_refuse() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    pair = (story, rows_of(lm))
+    with pytest.raises(TypeError, match="has its data already; give none"):
+        guide.fit([pair], rows_of(lm))
+    with pytest.raises(ValueError, match=r"at least one \(model, data\) pair"):
+        guide.fit([])
+    with pytest.raises(TypeError, match=r"each program must be a \(model, data\) pair"):
+        guide.fit([story])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="a compiled Program has its arguments already"):
+        guide.fit(lp.compile(story, lm), rows_of(lm))
+    with pytest.raises(ValueError, match="there are 1 programs, and 2 weights"):
+        guide.fit([pair], weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="weights must be above 0"):
+        guide.fit([pair], weights=[0.0])
+
+
+# -- validation ----------------------------------------------------------------------------------
+
+
+def test_figures_of_gaps_by_hand() -> None:
+    never = -math.inf
+    found = of_gaps(np.array([-1.0, -3.0, never, never]), np.array([-1.0, -2.0, -6.0, never]))
+    # The mean of −1 and −3, and half of the draws are possible.
+    assert found.elbo == pytest.approx(-2.0 + math.log(0.5))
+    assert found.variance == pytest.approx(((-1 + 3) ** 2 + (-2 + 3) ** 2 + (-6 + 3) ** 2) / 2)
+    weights = [math.exp(-1.0), math.exp(-3.0)]
+    assert found.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) / 4)
+    assert found.impossible == 0.5
+    none = of_gaps(np.array([never]), np.array([never]))
+    assert none.elbo == never and math.isnan(none.variance) and none.impossible == 1.0
+    mean = Validation.mean([found, Validation(-1.0, math.nan, 0.5, 0.0)])
+    assert mean.elbo == pytest.approx((found.elbo - 1.0) / 2)
+    assert mean.variance == pytest.approx(found.variance)
+    assert mean.impossible == 0.25
+
+
+def test_validation_comes_every_so_many_steps() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, context=lambda info: info.prompt)
+    guide.fit(
+        story,
+        rows_of(lm)[:1],
+        steps=5,
+        batch=4,
+        learning_rate=1e-12,
+        validation=rows_of(lm)[1:],
+        validate_every=2,
+        validation_samples=400,
+        progress=False,
+    )
+    for name in ("val_elbo", "val_variance", "val_ess", "val_impossible"):
+        assert [math.isnan(v) for v in guide.history[name]] == [True, False, True, False, True]
+    # An untrained guide with the site's own prompt is the prior.
+    program = lp.compile(story, *rows_of(lm)[1])
+    exact = lp.infer(program, method="exact", progress=False)
+    chance = np.exp([r["middle"] for r in _site_terms(exact)])
+    terms = np.array([r["ending"] for r in _site_terms(exact)])
+    elbo = float((chance * terms).sum())
+    error = math.sqrt(float((chance * (terms - elbo) ** 2).sum()) / 400)
+    assert abs(guide.history["val_elbo"][1] - elbo) < 4 * error and error < 0.2
+    assert guide.history["val_elbo"][1] == pytest.approx(guide.history["val_elbo"][3], abs=1e-3)
+    assert guide.history["val_impossible"][1] == 0.0
+
+
+def _site_terms(posterior: lp.Posterior) -> list[dict[str, float]]:
+    logs = posterior.site_log_probs
+    return [{k: float(v[i]) for k, v in logs.items()} for i in range(len(posterior.samples))]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, elbos: Sequence[float]) -> list[Any]:
+    """Lets validation say these ELBOs; the weights at each."""
+    seen: list[Any] = []
+
+    def validate(trainer: Trainer, *rest: Any) -> list[Validation]:
+        seen.append(weights_of(trainer.guide))
+        return [Validation(elbos[len(seen) - 1], 1.0, 0.5, 0.0)]
+
+    monkeypatch.setattr(training, "validate", validate)
+    return seen
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_guide_ends_with_the_best_weights(
+    keep_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = scripted(monkeypatch, [-5.0, -3.0, -3.0, -4.0])
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb")
+    guide.fit(
+        story,
+        rows_of(lm),
+        steps=4,
+        batch=4,
+        validation=rows_of(lm),
+        validate_every=1,
+        keep_best=keep_best,
+        progress=False,
+    )
+    assert guide.history["val_elbo"] == [-5.0, -3.0, -3.0, -4.0]
+    assert not equal(seen[1], seen[3])
+    assert equal(weights_of(guide), seen[1 if keep_best else 3])
+
+
+def test_patience_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = scripted(monkeypatch, [-5.0, -6.0, -4.0, -4.5, -4.5, -1.0])
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(
+        story,
+        rows_of(lm),
+        steps=20,
+        batch=4,
+        validation=rows_of(lm),
+        validate_every=2,
+        patience=2,
+        progress=False,
+    )
+    # The third validation is better, the two after it are not: ten steps.
+    assert guide.history["step"] == [float(k) for k in range(10)]
+    assert len(seen) == 5 and equal(weights_of(guide), seen[2])
+
+
+def test_a_resumed_training_knows_its_best_and_its_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(folder: Path, fails_at: int | None) -> lp.GFlowNetGuide:
+        guide = lp.GFlowNetGuide(make_lm(), rank=2, objective="tb", seed=2)
+        plain = Trainer.step
+
+        def step(self: Trainer, at: int) -> dict[str, float]:
+            if at == fails_at:
+                raise RuntimeError("power cut")
+            return plain(self, at)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "step", step)
+            rows = rows_of(guide.lm, ("aab.", "...", "b."))
+            guide.fit(
+                story,
+                rows,
+                steps=9,
+                batch=4,
+                observations=2,
+                validation=rows[:1],
+                validate_every=1,
+                validation_samples=2,
+                patience=4,
+                checkpoint=folder,
+                checkpoint_every=2,
+                progress=False,
+            )
+        return guide
+
+    whole = fit(tmp_path / "whole", None)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path / "cut", 3)
+    resumed = fit(tmp_path / "cut", None)
+    assert resumed.history == whole.history
+    assert equal(weights_of(resumed), weights_of(whole))
+    assert resumed.learned == whole.learned == {"middle"}
+
+
+# -- what is learned from ------------------------------------------------------------------------
+
+
+def test_forward_kl_learns_from_simulated_pairs() -> None:
+    lm = make_lm()
+    endings = ("aab", "..")
+    guide = lp.GFlowNetGuide(lm, rank=8, seed=0)
+    before = all_divergences(guide, endings)
+    guide.fit(
+        story,
+        rows_of(lm, endings),
+        objective="forward_kl",
+        steps=60,
+        batch=24,
+        learning_rate=3e-3,
+        progress=False,
+    )
+    after = all_divergences(guide, endings)
+    assert (after[:, 1] < 0.7 * before[:, 1]).all(), (before, after)
+    assert all(math.isnan(v) for v in guide.history["elbo"])
+    assert np.mean(guide.history["loss"][-10:]) < np.mean(guide.history["loss"][:3])
+
+
+def test_simulated_pairs_are_a_share_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    losses: list[float] = []
+    plain = Trainer._descend
+
+    def descend(self: Trainer, turns: Sequence[Turn], number: int, power: float) -> Any:
+        seen.extend((len(t.own), len(t.simulated)) for t in turns)
+        (found,) = plain(self, turns, number, power)
+        (turn,) = turns
+        with torch.no_grad():
+            draws = [*turn.own, *turn.simulated]
+            scores = policy_scores(draws, self.lm, self.guide.adapter)
+            logs = [log_q(d, f, None) for d, f in zip(draws, scores, strict=True)]
+            own = loss_of(turn, scores[:9], logs[:9], self.settings, self.guide.heads, power)
+            mean = torch.stack([q.sum() for q in logs[9:]]).mean()
+        losses.append(found["loss"] - float(own - 3 / 12 * mean))
+        return [found]
+
+    monkeypatch.setattr(Trainer, "_descend", descend)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(
+        story,
+        rows_of(lm)[:1],
+        steps=3,
+        batch=12,
+        simulated_share=0.25,
+        replay_share=0.0,
+        progress=False,
+    )
+    assert seen == [(9, 3)] * 3
+    assert losses == pytest.approx([0.0] * 3, abs=1e-3)
+
+
+def test_each_observation_learns_from_its_own_given_latents() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=8, objective="mle", seed=1)
+    before = all_divergences(guide)
+    truths = [lp.infer(story, *r, method="exact", progress=False) for r in rows_of(lm)]
+    latents = [t.resample(n, seed=1) for t, n in zip(truths, (96, 64), strict=True)]
+    guide.fit(
+        story, rows_of(lm), given=latents, steps=50, batch=32, learning_rate=3e-3, progress=False
+    )
+    after = all_divergences(guide)
+    assert (after[:, 1] < 0.4 * before[:, 1]).all(), (before, after)
+    with pytest.raises(ValueError, match="data has 2, and given has 3"):
+        guide.fit(story, rows_of(lm), given=[*latents, latents[0]])
+
+
+def test_the_temperature_is_drawn_from_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    temperatures: list[float] = []
+    plain = drawing.Policy
+
+    def policy(*args: Any, **options: Any) -> Any:
+        made = plain(*args, **options)
+        temperatures.append(made.temperature)
+        return made
+
+    monkeypatch.setattr(drawing, "Policy", policy)
+    lm = make_lm()
+    options: dict[str, Any] = {
+        "steps": 5,
+        "batch": 40,
+        "tempered_share": 0.5,
+        "replay_share": 0.0,
+        "progress": False,
+    }
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(story, rows_of(lm)[:1], sampling_temperature=(0.5, 2.0), **options)
+    hot = [t for t in temperatures if t != 1.0]
+    assert len(hot) == 100 and len(temperatures) == 200 and len(set(hot)) == 100
+    assert min(hot) >= 0.5 and max(hot) <= 2.0
+    # log₂ of them is uniform on [−1, 1]: mean 0, sd 1/√3.
+    logs = np.log2(hot)
+    assert abs(logs.mean()) < 4 * 3**-0.5 / 10 and logs.std() == pytest.approx(3**-0.5, abs=0.12)
+    temperatures.clear()
+    guide.fit(story, rows_of(lm)[:1], sampling_temperature=1.5, **options)
+    assert Counter(temperatures) == {1.0: 100, 1.5: 100}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling_temperature": (2.0, 1.0)}, "sampling_temperature must be above 0, or a range"),
+        ({"sampling_temperature": 0.0}, "sampling_temperature must be above 0"),
+        ({"simulated_share": 1.0}, "simulated_share must be at least 0 and below 1, got 1.0"),
+        ({"patience": 0}, "patience must be at least 1, or None, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"observations": 0}, "observations must be at least 1, got 0"),
+        ({"validate_every": 0}, "validate_every must be at least 1, got 0"),
+        ({"validation": []}, "data is empty"),
+        ({"objective": "best"}, "unknown objective 'best'; objectives are: auto, subtb, db"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    lm = make_lm()
+    with pytest.raises(ValueError, match=message):
+        lp.GFlowNetGuide(lm, rank=2).fit(story, rows_of(lm), **options)
+
+
+# -- which latents a guide knows -----------------------------------------------------------------
+
+
+def turns_of(lm: LM, count: int) -> None:
+    for i in range(count):
+        said = lp.sample(f"said_{i}", lp.LMString(lm, "a" * (i + 1), max_tokens=1))
+        lp.sample(f"heard_{i}", lp.LMString(lm, f"{said}"), obs="b")
+
+
+def test_a_guide_refuses_latents_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    lp.infer(chain, lm, guide=guide, num_samples=2, progress=False)  # untrained, it takes any
+    guide.fit(story, rows_of(lm), steps=1, batch=2, progress=False)
+    guide.save(tmp_path)
+    assert json.loads((tmp_path / "guide.json").read_text())["sites"] == ["middle"]
+    message = "trained on the latents middle and knows nothing of one, two; train it"
+    for one in (guide, lp.GFlowNetGuide.load(tmp_path, lm)):
+        with pytest.raises(ValueError, match=message):
+            lp.infer(chain, lm, guide=one, num_samples=2, progress=False)
+        with pytest.raises(ValueError, match=message):
+            one.sample(chain, lm)
+        lp.infer(story, lm, "b.", guide=one, num_samples=2, progress=False)
+    guide.fit(chain, [(lm,)], steps=1, batch=2, progress=False)
+    assert guide.learned == {"middle", "one", "two"}
+    lp.infer(chain, lm, guide=guide, num_samples=2, progress=False)
+
+
+def test_the_turns_of_a_loop_are_one_latent_to_a_guide() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(turns_of, [(lm, 2)], steps=1, batch=2, progress=False)
+    assert guide.learned == {"said_#"}
+    found = lp.infer(turns_of, lm, 12, guide=guide, num_samples=2, progress=False)
+    assert len(found.samples[0]) == 12
+
+
+def test_a_guide_of_the_first_version_is_read(tmp_path: Path) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, numeric="prior", objective="vargrad", defensive=0.1)
+    guide.fit(story, rows_of(lm), steps=2, batch=4, progress=False)
+    guide.save(tmp_path)
+    old = {
+        "format": "langppl-guide",
+        "version": 1,
+        "base_model": lm.name,
+        "base_fingerprint": lm.weights_fingerprint,
+        "objective": "vargrad",
+        "default_context": True,
+        "defensive": 0.1,
+        "seed": 0,
+        "steps": 2,
+        "versions": {"langppl": "0.1"},
+    }
+    (tmp_path / "guide.json").write_text(json.dumps(old))
+    assert not (tmp_path / HEADS_FILE).exists()
+    loaded = lp.GFlowNetGuide.load(tmp_path, lm)
+    assert (loaded.numeric, loaded.learned, loaded.heads.specification) == ("prior", set(), {})
+    assert (loaded.objective, loaded.defensive) == ("vargrad", 0.1)
+    draws = [g.sample(story, lm, n=6) for g in (guide, loaded)]
+    assert [str(d) for d in draws[0]] == [str(d) for d in draws[1]]
+    (tmp_path / "guide.json").write_text(json.dumps({**old, "version": 3}))
+    with pytest.raises(ValueError, match=r"guide.json is corrupt: .*version 3"):
+        lp.GFlowNetGuide.load(tmp_path, lm)
+
+
+# -- partial rewards -----------------------------------------------------------------------------
+
+
+def factored(lm: LM) -> None:
+    one = lp.sample("one", lp.LMString(lm, "a", max_tokens=2))
+    two = lp.sample("two", lp.LMString(lm, f"b{one}", stop=".", max_tokens=2))
+    lp.sample("seen", lp.LMString(lm, f"{one}{two}"), obs="bb")
+    lp.factor("short", -0.75 * len(one))
+
+
+def draws_of(program: lp.Program, rows: Sequence[Mapping[str, Any]]) -> list[Draw]:
+    executions = program.run([given(row) for row in rows])
+    contexts = []
+    for execution in executions:
+        sites = [s for s in execution.sites.values() if s.kind == "latent"]
+        contexts.append({s.name: s.fn.prompt_ids() for s in sites})
+    (draws,) = make_draws([Batch(program, executions, contexts)])
+    return draws
+
+
+def test_what_is_known_after_each_latent_by_hand() -> None:
+    lm = make_lm()
+    program = lp.compile(factored, lm)
+    (draw,) = draws_of(program, [{"one": "ab", "two": "b"}])
+    one = float(lp.LMString(lm, "a", max_tokens=2).log_prob("ab"))
+    two = float(lp.LMString(lm, "bab", stop=".", max_tokens=2).log_prob("b"))
+    seen = float(lp.LMString(lm, "abb").log_prob("bb"))
+    # The factor is met last, but is of the first latent alone.
+    assert draw.stages[0] == pytest.approx((one, -1.5), abs=1e-4)
+    assert draw.stages[1] == pytest.approx((one + two, -1.5 + seen), abs=1e-4)
+    assert (draw.log_prior, draw.log_rest) == pytest.approx(draw.stages[1])
+    assert draw.pieces == []
+
+    found = site_trajectory(draw, torch.tensor([-0.5, -0.25]), torch.tensor([-4.0]), power=0.5)
+    assert found.log_q.tolist() == [-0.5, -0.25]
+    assert found.ends.tolist() == [1, 2] and found.log_q_end.tolist() == [0.0, 0.0]
+    expected = [one - 0.75 - 4.0, one + two + 0.5 * (seen - 1.5)]
+    assert found.log_reward.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_impossible_factor_is_known_as_soon_as_it_can_be() -> None:
+    lm = make_lm()
+
+    def model() -> None:
+        one = lp.sample("one", lp.LMString(lm, "a", max_tokens=2))
+        lp.sample("two", lp.LMString(lm, "b", max_tokens=2))
+        lp.factor("never", 0.0 if len(one) > 1 else -math.inf)
+
+    never = -math.inf
+    bad, good = draws_of(lp.compile(model), [{"one": "a", "two": "b"}, {"one": "ab", "two": "b"}])
+    assert bad.stages == [(never, never)] * 2 and bad.log_reward == never
+    assert all(math.isfinite(x) for stage in good.stages for x in stage)
+    assert [p.log_rest for p in bad.pieces] == [never, 0.0]
+
+
+def pair(lm: LM, i: int) -> None:
+    prompt, ending = (("a", "b."), ("bb", "ab"))[i]
+    z = lp.sample(f"z_{i}", lp.LMString(lm, prompt, stop=".", max_tokens=2))
+    lp.sample(f"y_{i}", lp.LMString(lm, f"{z}b"), obs=ending)
+
+
+def both(lm: LM) -> None:
+    pair(lm, 0)
+    pair(lm, 1)
+    lp.sample("apart", lp.LMString(lm, "a"), obs="b")
+
+
+def loss_and_draws(
+    guide: lp.GFlowNetGuide, model: Any, args: tuple[Any, ...], rows: Any, objective: str
+) -> tuple[float, list[Draw]]:
+    trainer = trainer_of(guide, model, [args], objective=objective)
+    own = trainer.observations[0]
+    trainer.prepare([own])
+    draws = draws_of(own.program, rows)
+    turn = Turn(own, draws, len(draws))
+    scores = policy_scores(draws, guide.lm, guide.adapter)
+    logs = [log_q(d, f, guide.heads) for d, f in zip(draws, scores, strict=True)]
+    loss = loss_of(turn, scores, logs, trainer.settings, guide.heads, 0.5)
+    return float(loss.detach()), draws
+
+
+@pytest.mark.parametrize("objective", ["vargrad", "tb"])
+def test_independent_latents_are_balanced_apart(objective: str) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    values = ["a", "b", "ab", "aa", "bb"]
+    rows = [{"z_0": a, "z_1": b} for a, b in zip(values, values[1:] + values[:1], strict=True)]
+    whole, draws = loss_and_draws(guide, both, (lm,), rows, objective)
+    parts = [loss_and_draws(guide, pair, (lm, i), rows, objective) for i in range(2)]
+    apart = float(lp.LMString(lm, "a").log_prob("b"))
+    for k, draw in enumerate(draws):
+        assert [p.parts for p in draw.pieces] == [[0], [1]]
+        logs = [p.log_prior + p.log_rest for p in draw.pieces]
+        assert sum(logs) == pytest.approx(draw.log_reward, abs=1e-4)
+        own = [single[k].log_reward for _, single in parts]
+        # What is of no latent is a constant, and goes with the first.
+        assert logs == pytest.approx([own[0] + apart, own[1]], abs=1e-4)
+    if objective == "vargrad":  # a constant of the reward moves log Z alone
+        assert whole == pytest.approx(sum(loss for loss, _ in parts), rel=1e-4)
+        assert whole > 0.1
+    else:  # log Z is 0 while its head is untrained
+        assert guide.heads.specification == {"flow": 1}
+        totals = []
+        scores = policy_scores(draws, lm, guide.adapter)
+        for d, f in zip(draws, scores, strict=True):
+            logs_q = log_q(d, f, None).tolist()
+            rewards = [p.log_prior + 0.5 * p.log_rest for p in d.pieces]
+            totals.append(sum((q - r) ** 2 for q, r in zip(logs_q, rewards, strict=True)))
+        assert whole == pytest.approx(np.mean(totals), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["subtb", "db", "tb"])
+def test_flows_are_learned_over_sites(objective: str) -> None:
+    lm = make_lm()
+    program = lp.compile(factored, lm)
+    truth = lp.infer(program, method="exact", progress=False).log_evidence
+    guide = lp.GFlowNetGuide(lm, rank=8, objective=objective, seed=0)
+    before = lp.infer(program, guide=guide, num_samples=256, progress=False).elbo_possible
+    guide.fit(program, steps=60, batch=16, learning_rate=3e-3, progress=False)
+    after = lp.infer(program, guide=guide, num_samples=256, progress=False).elbo_possible
+    assert guide.heads.specification == {"flow": 1}
+    assert truth - after < 0.4 * (truth - before)
+    check_guide(guide, program, samples=200)
+
+
+def test_an_untrained_balance_over_sites_by_hand() -> None:
+    """With the prior as policy, only the log-likelihood and the flows are left."""
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, context=lambda info: info.prompt)
+    rows = [{"one": "ab", "two": "b"}, {"one": "a", "two": "ab"}]
+    loss, draws = loss_and_draws(guide, factored, (lm,), rows, "subtb")
+    expected = []
+    for draw in draws:
+        # Log flows of the heads are 0 still. u of the root, after one latent and at the end,
+        # less the prior, which the policy's own log q cancels.
+        u = [0.0, 0.5 * draw.stages[0][1], 0.5 * draw.log_rest]
+        expected.append(np.mean([(u[i] - u[j]) ** 2 for i, j in ((0, 1), (0, 2), (1, 2))]))
+    assert loss == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(("objective", "pieces"), [("subtb", 1), ("db", 1), ("tb", 2)])
+def test_a_flow_begins_at_the_first_batch_s_log_z(
+    objective: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective=objective)
+    kept: list[Draw] = []
+    plain = Trainer._descend
+
+    def descend(self: Trainer, turns: Sequence[Turn], number: int, power: float) -> Any:
+        kept.extend(turns[0].own)
+        return plain(self, turns, number, power)
+
+    monkeypatch.setattr(Trainer, "_descend", descend)
+    guide.fit(both, [(lm,)], steps=1, batch=8, learning_rate=1e-12, progress=False)
+    scores = policy_scores(kept, lm, guide.adapter)
+    gaps = [
+        d.log_reward - float(log_q(d, f, None).sum().detach())
+        for d, f in zip(kept, scores, strict=True)
+    ]
+    last: Any = guide.heads.made["flow"][-1]  # type: ignore[index]
+    assert float(last.bias.detach()) == pytest.approx(np.mean(gaps) / pieces, abs=1e-3)
