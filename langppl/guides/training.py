@@ -81,6 +81,7 @@ class Trainer:
             weight_decay=0.0,
         )
         self._known: set[int] = set()
+        self._prepared: set[int] = set()
         self._flow_is_new = False
         self.take_heads()
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
@@ -111,8 +112,9 @@ class Trainer:
         """
         needed: dict[str, int] = {}
         for observation in observations:
-            if observation.is_visited:
+            if id(observation) in self._prepared:
                 continue
+            self._prepared.add(id(observation))
             program = observation.program
             self.guide.check_lm(program)
             self.guide.learned |= self.guide.sites_of(program)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyro.distributions as dist
 import pytest
 import torch
 
 import langppl as lp
 from langppl.guides import checkpoints
+from langppl.guides.training import Trainer
 from langppl.testing import tiny_lm
 
 QUICK: dict[str, Any] = {"batch": 8, "checkpoint_every": 2, "progress": False}
@@ -123,3 +125,42 @@ def test_what_a_killed_write_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert found is not None and found[0] == 1
     checkpoints.write(tmp_path, 2, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_numbers_and_their_heads_survive_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Beta and two Normals: replayed, drawn ahead, and killed between two checkpoints."""
+
+    def trained(folder: Path, fails_at: int | None) -> lp.GFlowNetGuide:
+        lm = tiny_lm(["a", "b", "."], seed=2)
+
+        def rated() -> None:
+            p = lp.sample("p", dist.Beta(2.0, 3.0))
+            z = lp.sample("z", lp.LMString(lm, "ab", max_tokens=2))
+            r = lp.sample("r", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            lp.sample("n", dist.Normal(p + r.sum() + len(z), 1.0), obs=torch.tensor(3.0))
+
+        plain = Trainer.step
+
+        def step(self: Trainer, at: int) -> dict[str, float]:
+            if at == fails_at:
+                raise RuntimeError("power cut")
+            return plain(self, at)
+
+        guide = lp.GFlowNetGuide(lm, rank=2, seed=3)
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "step", step)
+            guide.fit(rated, steps=9, draw_ahead=2, checkpoint=folder, **QUICK)
+        return guide
+
+    whole = trained(tmp_path / "whole", None)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trained(tmp_path / "cut", 7)
+    resumed = trained(tmp_path / "cut", None)
+    assert resumed.history == whole.history
+    assert whole.heads.specification == {"beta-1": 2, "normal-2": 4}
+    for p, q in zip(whole.heads.parameters(), resumed.heads.parameters(), strict=True):
+        assert torch.equal(p, q)
+    last = dict(whole.heads.named_parameters())["made.beta-1.3.weight"]
+    assert float(last.detach().abs().max()) > 0
