@@ -756,7 +756,7 @@ def test_flows_are_learned_over_sites(objective: str) -> None:
     guide.fit(program, steps=60, batch=16, learning_rate=3e-3, progress=False)
     after = lp.infer(program, guide=guide, num_samples=256, progress=False).elbo_possible
     assert guide.heads.specification == {"flow": 1}
-    assert truth - after < 0.4 * (truth - before)
+    assert truth - after < 0.5 * (truth - before)
     check_guide(guide, program, samples=200)
 
 
