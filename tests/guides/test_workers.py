@@ -1,0 +1,80 @@
+"""Training in two processes equals training in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from langppl import GFlowNetGuide, LMString, sample
+from langppl.guides.workers import Workers
+from langppl.testing import tiny_lm
+
+SCRIPT = Path(__file__).parent / "distributed.py"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def trained(launcher: list[str], out: Path) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    one = trained([], tmp_path / "one.json")
+    # What `accelerate launch --num_processes 2` runs on a machine with two GPUs; here the script
+    # asks for the CPU, so that the processes speak through gloo.
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    two = trained(launcher, tmp_path / "two.json")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for kind in ("subtb", "tb"):
+        a, b = one[kind], two[kind]
+        assert len(a["history"]["loss"]) == 8
+        for figure in ("loss", "elbo", "grad", "val_elbo", "val_variance"):
+            np.testing.assert_allclose(
+                a["history"][figure], b["history"][figure], rtol=1e-4, atol=1e-4
+            )
+        np.testing.assert_allclose(a["weights"], b["weights"], rtol=1e-3, atol=1e-4)
+
+
+def test_alone_nothing_is_gathered_or_added() -> None:
+    workers = Workers()
+    assert (workers.rank, workers.count, workers.is_first) == (0, 1, True)
+    assert workers.gather([1, 2]) == [1, 2]
+    workers.wait()
+
+
+def test_each_process_needs_an_observation() -> None:
+    class Two:
+        process_index, num_processes = 0, 2
+
+    lm = tiny_lm(["a", "b", "."])
+
+    def story() -> None:
+        z = sample("z", LMString(lm, "a", max_tokens=2))
+        sample("y", LMString(lm, f"a{z}"), obs="b")
+
+    with pytest.raises(ValueError, match="each of the 2 processes needs an observation"):
+        GFlowNetGuide(lm).fit(story, [()], accelerator=Two(), progress=False)
