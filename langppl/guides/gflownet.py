@@ -252,8 +252,8 @@ class GFlowNetGuide(Guide):
                 `Dataset`. A program is compiled when its observation is first taken.
             steps: gradient steps.
             observations: how many observations a step takes, all in one packed pass; 4, or all if
-                there are fewer, if None. Each is taken as often as the others, in an order of its
-                own for every round.
+                there are fewer, if None. Each is taken as often as the others (or nearly, where
+                their number is no multiple of this), in an order of its own for every round.
             batch: trajectories of each observation in a step, at least 2.
             objective: another than the guide's own, as for a warm start with `"forward_kl"`.
             learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).
@@ -289,7 +289,8 @@ class GFlowNetGuide(Guide):
                 learned by maximum likelihood beside the objective.
             lengths: tokens of each open string that is simulated; as long as what is observed by
                 default.
-            weights: for several programs, how often each is taken, relative to the others.
+            weights: for several programs, how often each is taken, relative to the others; needs
+                at least two rows of data for each of the `observations` of a step.
             validation: held-out observations, given as `model` and `data` are: a sequence of
                 arguments, or of (model, data) pairs.
             validate_every: steps between two validations.
@@ -328,7 +329,9 @@ class GFlowNetGuide(Guide):
         settings = Settings(
             steps=steps,
             batch=batch,
-            observations=min(4, len(rows)) if observations is None else observations,
+            observations=(
+                _default_observations(len(rows), weights) if observations is None else observations
+            ),
             objective=objective,
             learning_rate=learning_rate,
             head_rate=head_rate,
@@ -358,6 +361,11 @@ class GFlowNetGuide(Guide):
             raise ValueError(
                 f"each of the {workers.count} processes needs an observation in every step, got "
                 f"observations={settings.observations} of {len(rows)}"
+            )
+        if weights is not None and len(rows) < 2 * settings.observations:
+            raise ValueError(
+                f"weights need at least two rows for each of observations={settings.observations}, "
+                f"got {len(rows)} rows; take fewer observations in a step"
             )
         latents = _given(given, objective, len(rows))
         capacity = max(batch, min(replay_size, REPLAYED // len(rows)))
@@ -482,6 +490,11 @@ class GFlowNetGuide(Guide):
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self
+
+
+def _default_observations(rows: int, weights: Any) -> int:
+    # With one row for each place in a step there would be nothing to weight.
+    return max(1, min(4, rows if weights is None else rows // 2))
 
 
 def _pattern(name: str) -> str:

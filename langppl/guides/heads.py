@@ -26,6 +26,8 @@ _FAMILIES: dict[type, tuple[str, int]] = {
     dist.Gamma: ("gamma", 2),
     dist.Normal: ("normal", 2),
 }
+_SAME = 1e-5
+"""Spread of normalised states below which they count as one and the same."""
 _WIDEST = 6.0
 """Most nats by which a head multiplies or divides a prior's shape, rate or scale."""
 
@@ -61,10 +63,17 @@ class Heads(nn.Module):
         seed: of their first weights.
     """
 
+    centre: Tensor
+    spread: Tensor
+    is_centred: Tensor
+
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
         self.width, self.seed = width, seed
         self.made = nn.ModuleDict()
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.register_buffer("is_centred", torch.zeros((), dtype=torch.bool))
 
     def ensure(self, name: str, count: int) -> bool:
         """Makes a head if there is none of this name; whether it did."""
@@ -76,16 +85,34 @@ class Heads(nn.Module):
             outer = nn.Linear(HIDDEN, count)
         nn.init.zeros_(outer.weight)
         nn.init.zeros_(outer.bias)
-        # A state's size varies by orders of magnitude between LMs.
-        norm = nn.LayerNorm(self.width, elementwise_affine=False)
-        self.made[name] = nn.Sequential(norm, inner, nn.GELU(), outer)
+        self.made[name] = nn.Sequential(inner, nn.GELU(), outer)
         return True
+
+    def centre_on(self, states: Tensor) -> None:
+        """Fixes what heads see of a state: how it differs from the others of a first batch.
+
+        A state says mostly what all states of an LM have in common, and of what tells one context
+        from another some hundredths.
+
+        Args:
+            states: shape [n, width].
+        """
+        seen = self._normed(states.detach())
+        spread = seen.std(0, correction=0)
+        with torch.no_grad():
+            self.is_centred.fill_(True)
+            if float(spread.mean()) > _SAME:
+                self.centre.copy_(seen.mean(0))
+                self.spread.copy_(spread.clamp_min(0.1 * float(spread.mean())))
+
+    def _normed(self, states: Tensor) -> Tensor:
+        # A state's size varies by orders of magnitude between LMs.
+        own = states.to(self.centre.device, torch.float32)
+        return nn.functional.layer_norm(own, (self.width,))
 
     def numbers(self, name: str, states: Tensor) -> Tensor:
         """What a head makes of states [..., width]: shape [..., count], float32."""
-        module = self.made[name]
-        weight = next(module.parameters())
-        found: Tensor = module(states.to(weight.device, torch.float32))
+        found: Tensor = self.made[name]((self._normed(states) - self.centre) / self.spread)
         return found
 
     def flow(self, state: Tensor) -> Tensor:

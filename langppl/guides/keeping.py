@@ -90,6 +90,8 @@ class Keeper:
                 tensors[f"weight {n}"] = p.detach()
                 for key, value in trainer.optimiser.state.get(p, {}).items():
                     tensors[f"{key} {n}"] = value
+            for n, b in trainer.guide.heads.named_buffers():
+                tensors[f"buffer {n}"] = b
             best = None
             if trainer.best is not None:
                 best, weights = trainer.best
@@ -134,6 +136,8 @@ class Keeper:
         trainer.take_heads()
         named = trainer.all_named()
         with torch.no_grad():
+            for n, b in guide.heads.named_buffers():
+                b.copy_(tensors[f"buffer {n}"])
             for n, p in named.items():
                 p.copy_(tensors[f"weight {n}"])
                 kept = {k: tensors[f"{k} {n}"] for k in _OF_ADAM if f"{k} {n}" in tensors}

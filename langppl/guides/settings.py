@@ -97,6 +97,12 @@ class Settings:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
+        own = self.batch - round(self.batch * self.simulated_share)
+        if self.objective in BALANCE and own < 2:
+            raise ValueError(
+                f"simulated_share={self.simulated_share} of batch={self.batch} leaves {own} of the "
+                "guide's own draws, and a balance needs at least 2"
+            )
         low, high = self.temperatures
         if not 0.0 < low <= high < math.inf:
             raise ValueError(

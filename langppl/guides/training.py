@@ -26,7 +26,7 @@ from langppl.guides.keeping import Keeper
 from langppl.guides.losses import loss_of
 from langppl.guides.observations import Observation, Turn
 from langppl.guides.settings import Settings, learning_rate
-from langppl.guides.trajectories import log_q, policy_scores
+from langppl.guides.trajectories import Found, log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
 from langppl.lm.decoding import generator
@@ -250,6 +250,9 @@ class Trainer:
         scores = policy_scores(draws, self.lm, self.guide.adapter)
         heads = self.guide.heads
         log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
+        if heads.made and not bool(heads.is_centred):
+            self._centre(scores)
+            log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
         if self._flow_is_new:
             self._start_flow(turns, log_qs)
         reported, losses = [], []
@@ -283,6 +286,14 @@ class Trainer:
             for (buffer, d), q in zip(owned, own_log_qs, strict=True):
                 buffer.add(d.key, d.log_reward - q, d, d.tokens)
         return reported
+
+    def _centre(self, scores: Sequence[Found]) -> None:
+        """Lets the heads see how the states of a first batch differ."""
+        own = [p[0].state for found in scores for p in found]
+        states = [s.detach().float().tolist() for s in own if s is not None]
+        everything = self.workers.gather(states)
+        if everything:
+            self.guide.heads.centre_on(torch.tensor(everything))
 
     def _start_flow(self, turns: Sequence[Turn], log_qs: Sequence[torch.Tensor]) -> None:
         """Lets flows begin at the batch's estimate of log Z, else they learn that number first."""

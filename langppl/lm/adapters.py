@@ -84,6 +84,8 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     parameters = []
     for n, parameter in model.named_parameters():
         if f".{name}." in n and ".lora_" in n:
+            # In half precision a small step of the optimiser would be rounded away.
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             parameters.append(parameter)
         else:

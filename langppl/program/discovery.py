@@ -15,7 +15,7 @@ general list.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,6 +93,18 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
     return Structure(graph, search.nodes, templates, False)
 
 
+def retrace(
+    model: Model,
+    args: Sequence[Any],
+    memo: Memo,
+    seed: int,
+    observe: Callable[[str, Any, Any], Any],
+) -> tuple[Site, ...] | None:
+    """A program's templates under other observations; None if it does not go through."""
+    traced = _Search(model, args, memo, seed, observe).trace()
+    return None if traced is None else tuple(traced.sites.values())
+
+
 def _check_has_sites(execution: Execution) -> None:
     if not execution.sites:
         raise ValueError(
@@ -125,14 +137,22 @@ def _graph(traced: Execution) -> ProgramGraph:
 class _Search:
     """Runs a model in all the ways that show its structure."""
 
-    def __init__(self, model: Model, args: Sequence[Any], memo: Memo, seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        args: Sequence[Any],
+        memo: Memo,
+        seed: int,
+        observe: Callable[[str, Any, Any], Any] | None = None,
+    ) -> None:
         self.model, self.args, self.memo, self.seed = model, args, memo, seed
+        self.observe = observe
         self.looked_inside = False
         self.literals: list[str] = []
 
     def _run(self, choose: Any, know: Any = None) -> Execution:
         def task() -> Execution:
-            return run_once(self.model, self.args, choose, know=know)
+            return run_once(self.model, self.args, choose, know=know, observe=self.observe)
 
         return run_many([task], self.memo)[0]
 

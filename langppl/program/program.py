@@ -13,7 +13,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
-from langppl.program.discovery import discover
+from langppl.program.discovery import discover, retrace
 from langppl.program.execution import (
     Chooser,
     Execution,
@@ -64,6 +64,7 @@ class Program:
         self._is_static = structure.is_static
         self._checks = 0
         self._observations: dict[str, Any] = {}
+        self._seed = seed
         self.shown_args = self.args
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
@@ -107,13 +108,7 @@ class Program:
 
     def _run_once(self, choose: Chooser) -> Execution:
         memo_of_calls.set(self.memo)
-        observe = None
-        if self._observations:
-            known = self._observations
-
-            def observe(name: str, fn: Any, value: Any) -> Any:
-                return known.get(name, value)
-
+        observe = self._observe if self._observations else None
         return run_once(self.model, self.args, choose, observe=observe)
 
     def observing(self, values: Mapping[str, Any]) -> Program:
@@ -137,12 +132,14 @@ class Program:
         other._observations = {**self._observations, **new}
         other.sites = {n: renewed(s) for n, s in self.sites.items()}
         if self.templates is not None:
-            other.templates = tuple(renewed(s) for s in self.templates)
-        other.shown_args = tuple(
-            next((v for n, v in new.items() if _is_value_of(a, self.sites.get(n))), a)
-            for a in self.shown_args
-        )
+            # An observation may go on into later prompts, so renewing the values is not enough.
+            other.templates = retrace(self.model, self.args, self.memo, self._seed, other._observe)
+            other._is_static = self._is_static and other.templates is not None
+        other.shown_args = tuple(_renewed(a, new, self.sites) for a in self.shown_args)
         return other
+
+    def _observe(self, name: str, fn: Any, value: Any) -> Any:
+        return self._observations.get(name, value)
 
     def executions(
         self,
@@ -185,8 +182,6 @@ class Program:
         if list(expected.items()) == list(found.items()):
             return True
         self._is_static = False
-        if self._observations:  # one of them may go on into later prompts
-            return False
         moved = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
         warnings.warn(
             "the program's sites are not fixed templates of its latents after all: with "
@@ -351,10 +346,14 @@ class _EndedEarly(Exception):
     """The LM ended an open string before the length asked for, or the string was rejected."""
 
 
-def _is_value_of(argument: Any, site: Site | None) -> bool:
+def _renewed(argument: Any, new: Mapping[str, Any], sites: Mapping[str, Site]) -> Any:
+    """An argument, or what is observed now if it was the value of one site and of no other."""
+    owners = [n for n, s in sites.items() if s.kind == "observed" and _is_value_of(argument, s)]
+    return new.get(owners[0], argument) if len(owners) == 1 else argument
+
+
+def _is_value_of(argument: Any, site: Site) -> bool:
     """Whether an argument is what a site observes."""
-    if site is None:
-        return False
     if isinstance(argument, str) or isinstance(site.value, str):
         return isinstance(argument, str) and str(argument) == str(site.value)
     tensor = as_value(argument)

@@ -75,8 +75,34 @@ def test_the_structure_is_not_searched_again() -> None:
     program = lp.compile(model)
     ran.clear()
     other = program.observing({"y": "a"})
-    assert ran == [] and other.graph is program.graph
+    assert len(ran) == 1 and other.graph is program.graph  # once, for its templates
     assert (other.latents, other.observed) == (("z",), ("y",))
+
+
+def test_an_observation_that_goes_on_into_a_prompt_is_renewed_there() -> None:
+    def model(first: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "b", max_tokens=2))
+        y = lp.sample("y", lp.LMString(LM, f"a{z}"), obs=first)
+        lp.sample("x", lp.LMString(LM, f"{z}{y}"), obs="ab")
+
+    program = lp.compile(model, "aaa")
+    other = program.observing({"y": ".a."})
+    (shown,) = [t.fn.prompt for t in other.templates or () if t.name == "x"]
+    assert str(shown).endswith(".a.") and "aaa" not in str(shown)
+    afresh = lp.compile(model, ".a.")
+    assert float(other.log_joint({"z": "ab"})) == float(afresh.log_joint({"z": "ab"}))
+    assert other.is_static
+
+
+def test_two_sites_of_one_value_leave_the_argument_as_it_is() -> None:
+    def model(one: str, two: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "b", max_tokens=2))
+        lp.sample("x", lp.LMString(LM, f"a{z}"), obs=one)
+        lp.sample("y", lp.LMString(LM, f"b{z}"), obs=two)
+
+    program = lp.compile(model, "a", "a")
+    assert program.observing({"x": "b", "y": "."}).shown_args == ("a", "a")
+    assert program.observing({"x": "b"}).shown_args == ("a", "a")
 
 
 def test_numbers_may_be_observed_too() -> None:
