@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,65 @@ def test_a_pyro_guide_is_given_to_load_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was made with a Pyro guide for numbers; give it to load"):
         lp.GFlowNetGuide.load(tmp_path, LM)
     assert lp.GFlowNetGuide.load(tmp_path, LM, numeric=proposing).numeric is proposing
+
+
+def test_heads_see_how_states_differ() -> None:
+    heads = Heads(4, seed=0)
+    heads.ensure("flow", 1)
+    states = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.1, 3.9], [1.0, 2.1, 2.9, 4.0]])
+    before = heads.state_dict()["centre"].clone()
+    heads.centre_on(states[:1].repeat(3, 1))  # all the same: nothing to scale by
+    assert torch.equal(heads.centre, before) and bool(heads.is_centred)
+    heads.centre_on(states)
+    normed = torch.nn.functional.layer_norm(states, (4,))
+    spread = normed.std(0, correction=0)
+    torch.testing.assert_close(heads.centre, normed.mean(0))
+    torch.testing.assert_close(heads.spread, spread.clamp_min(0.1 * float(spread.mean())))
+    with torch.no_grad():
+        for p in heads.parameters():
+            torch.nn.init.normal_(p)
+        module = heads.made["flow"]
+        expected = module((normed - heads.centre) / heads.spread)
+        torch.testing.assert_close(heads.numbers("flow", states), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_guide_with_heads_is_a_plain_peft_folder(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    lm = tiny_lm(["a", "b", "."], seed=1)
+
+    def model(ending: str) -> None:
+        p = lp.sample("p", dist.Beta(2.0, 1.0))
+        lp.factor("high", p.log())
+        z = lp.sample("z", lp.LMString(lm, "a", stop=".", max_tokens=2))
+        lp.sample("y", lp.LMString(lm, f"a{z}"), obs=ending)
+
+    guide = lp.GFlowNetGuide(lm, objective="tb", seed=0)
+    guide.fit(model, [("a",), ("b",)], steps=3, batch=4, learning_rate=1e-2, progress=False)
+    guide.save(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 3]])
+    with torch.no_grad(), lm.adapter(guide.adapter):
+        expected = lm.model(input_ids=ids).logits
+    plain = tiny_lm(["a", "b", "."], seed=1).model
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        found = PeftModel.from_pretrained(plain, str(tmp_path))(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0.0)
+    assert not torch.allclose(before, expected, atol=1e-4)
+    record = json.loads((tmp_path / "guide.json").read_text())
+    assert record["sites"] == ["p", "z"] and record["heads"] == {"beta-1": 2, "flow": 1}
+    assert record["context"] == "langppl.guides.context:default_context"
+
+
+def test_tensorboard_is_asked_for_by_name_if_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    lm = tiny_lm(["a", "b", "."], seed=1)
+
+    def model() -> None:
+        lp.sample("z", lp.LMString(lm, "a", max_tokens=2))
+
+    with pytest.raises(ImportError, match=r"pip install 'langppl\[tensorboard\]'"):
+        lp.GFlowNetGuide(lm).fit(model, [()], tensorboard=tmp_path, progress=False)

@@ -281,6 +281,27 @@ def test_waking_and_likelihood_rest_at_what_they_learn_from() -> None:
     torch.testing.assert_close(found, -target)
 
 
+def test_forward_kl_rests_where_each_observation_has_its_posterior() -> None:
+    # Two observations, simulated in proportion to their evidence; latents from the joint density.
+    others = {w: r - 0.7 * len(w[0]) for w, r in REWARD.items()}
+    joints = [torch.stack(list(rewards.values())) for rewards in (REWARD, others)]
+    total = torch.stack(joints).logsumexp((0, 1))
+    logits = [posterior_logits(rewards) for rewards in (REWARD, others)]
+
+    def slope(shift: float) -> list[Tensor]:
+        leaves = [(x + shift * torch.arange(4)).requires_grad_() for x in logits]
+        loss = sum(
+            (
+                torch.exp(j - total) * torch.stack([likelihood(q[None]) for q in all_log_q(leaf)])
+            ).sum()
+            for j, leaf in zip(joints, leaves, strict=True)
+        )
+        return list(torch.autograd.grad(loss, leaves))  # type: ignore[arg-type]
+
+    assert all(float(g.abs().max()) < 1e-9 for g in slope(0.0))
+    assert all(float(g.abs().max()) > 1e-3 for g in slope(0.1))
+
+
 def test_baselines_by_hand() -> None:
     log_q = tensor(-1.0, -2.0, -3.0).requires_grad_()
     rewards = tensor(0.0, 1.0, -math.inf)

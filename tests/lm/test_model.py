@@ -71,6 +71,23 @@ def test_dropout_never_makes_an_answer_random() -> None:
         assert torch.equal(logits(lm), logits(lm))
 
 
+def test_in_half_precision_an_adapter_keeps_its_own(tmp_path: Path) -> None:
+    whole = tiny_lm(seed=1)
+    lm = LM.from_parts(whole.model.to(torch.bfloat16), whole.tokenizer, "half")
+    for parameter in lm.add_adapter("guide", config()):
+        assert parameter.dtype == torch.float32
+        torch.nn.init.normal_(parameter, std=0.1)
+    lm.save_adapter("guide", tmp_path)
+    lm.load_adapter("again", tmp_path)
+    with lm.adapter("guide"):
+        expected = logits(lm)
+    with lm.adapter("again"):
+        assert torch.equal(logits(lm), expected)
+    assert expected.dtype == torch.bfloat16 and not torch.equal(logits(lm), expected)
+    named = lm.model.named_parameters()
+    assert {p.dtype for n, p in named if ".again." in n} == {torch.float32}
+
+
 # peft asks transformers by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_save_and_load(tmp_path: Path) -> None:
