@@ -217,8 +217,6 @@ class Trainer:
         turn, at = divmod(step, len(pool))
         return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
 
-    # -- draws --------------------------------------------------------------------------------
-
     # -- the loss -----------------------------------------------------------------------------
 
     def _descend_within_memory(
@@ -328,11 +326,12 @@ class Trainer:
             settings.temperatures[1] if settings.temperatures[1] > 1.0 else 1.2,
         )
         found = Validation.mean(self.workers.gather(own))
-        if self.best is None or found.elbo > self.best[0]:
+        is_better = self.best is None or found.elbo > self.best[0]
+        self.waited = 0 if is_better else self.waited + 1
+        # While an observation has no possible draw, every bound is −inf: the latest weights count.
+        if self.best is None or found.elbo >= self.best[0]:
             weights = {n: p.detach().clone() for n, p in self.all_named().items()}
-            self.best, self.waited = (found.elbo, weights), 0
-        else:
-            self.waited += 1
+            self.best = found.elbo, weights
         self.is_over = settings.patience is not None and self.waited >= settings.patience
         return found.figures()
 
