@@ -53,12 +53,12 @@ Importance sampling of a missing sentence: time and peak memory of a process of 
 ![time and memory against samples](../benchmarks/results/growth.png)""",
     "objectives": """## Objectives at equal wall time
 
-Guides trained on some stories and asked for others: the fourth of five sentences is latent, the fifth
-observed. The stories are those of TimeTravel (Qin et al. 2019, github.com/qkaren/Counterfactual-StoryRW):
-a file `stories.jsonl` with `sentences` (five) and `split` (`train` or `test`) on each line. Log weight:
-of the possible draws. KL(q‖p) is bounded below and KL(p‖q) above, as the evidence is estimated from the
-draws of all guides and comes out too low on average; KL(p‖q) is over latents and endings simulated from
-the model.""",
+Guides trained on some stories and asked for others: the fourth of five sentences is latent, the
+fifth observed. The stories are those of TimeTravel (Qin et al. 2019,
+github.com/qkaren/Counterfactual-StoryRW): a file `stories.jsonl` with `sentences` (five) and
+`split` (`train` or `test`) on each line. Log weight: of the possible draws. KL(q‖p) is bounded
+below and KL(p‖q) above, as the evidence is estimated from the draws of all guides and comes out
+too low on average; KL(p‖q) is over latents and endings simulated from the model.""",
     "precision": """## bfloat16
 
 What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,
