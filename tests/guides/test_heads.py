@@ -374,7 +374,7 @@ def nan(path: Path) -> None:
 
 
 def other_shape(path: Path) -> None:
-    save_file({k: v[:1].contiguous() for k, v in load_file(path).items()}, path)
+    save_file({k: (v[:1] if v.ndim else v).contiguous() for k, v in load_file(path).items()}, path)
 
 
 def fewer(path: Path) -> None:
