@@ -329,7 +329,7 @@ class Trainer:
         is_better = self.best is None or found.elbo > self.best[0]
         self.waited = 0 if is_better else self.waited + 1
         # While an observation has no possible draw, every bound is −inf: the latest weights count.
-        if self.best is None or found.elbo >= self.best[0]:
+        if is_better or (self.best is not None and self.best[0] == -math.inf):
             weights = {n: p.detach().clone() for n, p in self.all_named().items()}
             self.best = found.elbo, weights
         self.is_over = settings.patience is not None and self.waited >= settings.patience
