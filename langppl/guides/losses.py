@@ -99,9 +99,7 @@ def _over_prefixes(
         power,
         turn.learns_from_given,
     )
-    if settings.objective == "db":
-        return objectives.detailed_balance(paths, log_z)
-    return objectives.subtb(paths, settings.lam, log_z)
+    return _between_end_points(paths, log_z, settings)
 
 
 def _over_sites(
@@ -118,6 +116,12 @@ def _over_sites(
         roots.append(flows[0])
         paths.append(site_trajectory(d, own, flows[1:], power))
     log_z = torch.stack(roots)
+    return _between_end_points(paths, log_z, settings)
+
+
+def _between_end_points(
+    paths: Sequence[objectives.Trajectory], log_z: torch.Tensor, settings: Settings
+) -> torch.Tensor:
     if settings.objective == "db":
         return objectives.detailed_balance(paths, log_z)
     return objectives.subtb(paths, settings.lam, log_z)
