@@ -144,6 +144,7 @@ def train(
         schedule=lp.RewardSchedule(start=1.0),
         tempered_share=args.tempered_share,
         replay_share=0.2,
+        replay_distance=0.0,
         draw_ahead=2,
     )
 
