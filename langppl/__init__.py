@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from langppl.inference import compare, infer
     from langppl.lm import LM
     from langppl.posterior import ABSENT, Posterior
-    from langppl.program import Program, call, compile, condition, deterministic, do, factor, sample
+    from langppl.program import (
+        Program,
+        call,
+        compile,
+        condition,
+        deterministic,
+        do,
+        factor,
+        potential,
+        sample,
+    )
 
 _HOMES = {
     "langppl.distributions": ("JoinWarning", "LMChoice", "LMString", "Tempered", "Text"),
@@ -42,6 +52,7 @@ _HOMES = {
         "deterministic",
         "do",
         "factor",
+        "potential",
         "sample",
     ),
 }
@@ -70,6 +81,7 @@ __all__ = [
     "do",
     "factor",
     "infer",
+    "potential",
     "sample",
     "testing",
 ]

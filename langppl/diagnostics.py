@@ -36,8 +36,10 @@ import torch
 __all__ = [
     "InferenceWarning",
     "as_log_weights",
+    "by_ancestor",
     "effective_sample_size",
     "log_evidence",
+    "log_evidence_error",
     "normalized_weights",
     "pareto_k",
     "pareto_k_threshold",
@@ -128,6 +130,52 @@ def log_evidence(log_weights: LogWeights) -> tuple[float, float]:
     if weights.size == 1:
         return evidence, math.inf
     return evidence, float(weights.std(ddof=1)) / (mean * math.sqrt(weights.size))
+
+
+def by_ancestor(log_weights: LogWeights, ancestors: Sequence[int]) -> Array:
+    """The weights of families: of each first particle, what its descendants weigh together.
+
+    Copies of one particle are no independent samples, whatever they grew into since, so the
+    effective number of samples after resampling is that of the families.
+
+    Args:
+        log_weights: shape [n], nats.
+        ancestors: shape [n], the first particle that each descends from, of 0 to n − 1.
+
+    Returns:
+        Shape [n], nats; −inf for particles without descendants of weight.
+    """
+    array = as_log_weights(log_weights)
+    families = np.full(array.size, -np.inf)
+    np.logaddexp.at(families, np.asarray(ancestors), array)
+    return families
+
+
+def log_evidence_error(log_weights: LogWeights, ancestors: Sequence[int], resampled: int) -> float:
+    """Standard error of SMC's log evidence, from one run.
+
+    The relative variance of the evidence is estimated by
+    1 − (n/(n − 1))^(r + 1) · (1 − Σ W²), W the normalised weights of families and r the number of
+    resamplings (Lee and Whiteley 2018, *Variance estimation in the particle filter*,
+    arXiv 1509.00394); without resampling that is the delta method. With few families left it says
+    little.
+
+    Args:
+        log_weights: shape [n], nats.
+        ancestors: see `by_ancestor`.
+        resampled: how often particles were resampled.
+
+    Returns:
+        Nats; inf if no particle has weight, or there is but one.
+    """
+    families, _ = _scaled(by_ancestor(log_weights, ancestors))
+    n = families.size
+    if n == 1 or not families.any():
+        return math.inf
+    apart = 1.0 - float((families / families.sum()) ** 2 @ np.ones(n))
+    variance = 1.0 - (n / (n - 1)) ** (resampled + 1) * apart
+    # An estimate of something small, it may fall below 0.
+    return math.sqrt(max(variance, 0.0))
 
 
 def normalized_weights(log_weights: LogWeights) -> Array:

@@ -104,6 +104,10 @@ class Posterior:
         elapsed: seconds that the inference took.
         failed_sites: site → number of samples whose log probability there is −inf (or NaN).
         notes: sentences to be printed under the table.
+        ancestors: shape [n], for samples that were resampled on the way: the number of the first
+            particle that each descends from. ESS, Pareto k and the error of the evidence then
+            count the descendants of one as one sample.
+        resampled: how often they were resampled.
 
     Raises:
         ValueError: if there are no samples, lengths differ, or a log weight is NaN or +inf.
@@ -140,6 +144,8 @@ class Posterior:
         elapsed: float | None = None,
         failed_sites: Mapping[str, int] | None = None,
         notes: Sequence[str] = (),
+        ancestors: Sequence[int] | None = None,
+        resampled: int = 0,
     ) -> None:
         """Checks the arguments; see the class."""
         self.samples = [dict(sample) for sample in samples]
@@ -170,6 +176,9 @@ class Posterior:
             assert found is not None
             self.site_log_probs[site] = found
 
+        self.ancestors = None if ancestors is None else [int(a) for a in ancestors]
+        self.resampled = resampled
+        self._check_length("ancestors", self.ancestors)
         self._possible = bool((self.log_weights > -np.inf).any())
         if log_evidence is not None:
             self.log_evidence = float(log_evidence)
@@ -181,6 +190,10 @@ class Posterior:
             if self._exact and self._possible:
                 self.log_evidence += math.log(self.num_samples)
                 self.log_evidence_error = 0.0
+            if self.ancestors is not None:
+                self.log_evidence_error = diagnostics.log_evidence_error(
+                    self.log_weights, self.ancestors, resampled
+                )
             if log_evidence_error is not None:
                 self.log_evidence_error = float(log_evidence_error)
         if not self._possible:
@@ -201,6 +214,13 @@ class Posterior:
         self._require_weight()
         return diagnostics.normalized_weights(self.log_weights)
 
+    @property
+    def _independent(self) -> Array:
+        """Log weights of what is independent: samples, or families of resampled ones."""
+        if self.ancestors is None:
+            return self.log_weights
+        return diagnostics.by_ancestor(self.log_weights, self.ancestors)
+
     @functools.cached_property
     def ess(self) -> float:
         """Effective sample size, between 1 and n; 0 if no sample has weight.
@@ -209,14 +229,14 @@ class Posterior:
         """
         if self._exact and self._possible:
             return math.inf
-        return diagnostics.effective_sample_size(self.log_weights)
+        return diagnostics.effective_sample_size(self._independent)
 
     @functools.cached_property
     def pareto_k(self) -> float:
         """The shape of the weights' tail, see `diagnostics.pareto_k`; −inf for `method="exact"`."""
         if self._exact and self._possible:
             return -math.inf
-        return diagnostics.pareto_k(self.log_weights)
+        return diagnostics.pareto_k(self._independent)
 
     @property
     def reliable(self) -> bool:
@@ -234,8 +254,11 @@ class Posterior:
         """The mean log weight, nats: the guide's own lower bound on the log evidence.
 
         −inf if any draw is impossible. For `method="exact"`, where the proposal is the posterior
-        itself, the log evidence.
+        itself, the log evidence; NaN for samples that were resampled, whose weights are not
+        the guide's.
         """
+        if self.ancestors is not None:
+            return math.nan
         if self._exact or self.impossible_share == 0.0:
             return self.elbo_possible
         return -math.inf
@@ -249,6 +272,8 @@ class Posterior:
         """
         if self._exact:
             return self.log_evidence
+        if self.ancestors is not None:
+            return math.nan
         possible = self.log_weights[self.log_weights > -np.inf]
         return float(possible.mean()) if possible.size else -math.inf
 
@@ -451,6 +476,8 @@ class Posterior:
             "elapsed": self.elapsed,
             "failed_sites": self.failed_sites,
             "notes": notes,
+            "ancestors": self.ancestors,
+            "resampled": self.resampled,
             "log_weights": _numbers(self.log_weights),
             "log_joint": _numbers(self.log_joint),
             "log_q": _numbers(self.log_q),
@@ -512,6 +539,8 @@ class Posterior:
                 elapsed=content["elapsed"],
                 failed_sites=content["failed_sites"],
                 notes=content["notes"],
+                ancestors=content.get("ancestors"),
+                resampled=content.get("resampled", 0),
             )
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -589,6 +618,12 @@ class Posterior:
                     f"ESS {self.ess:.1f} of {self.num_samples} samples, "
                     f"Pareto k {_unknown(self.pareto_k)}"
                 )
+                if self.resampled:
+                    left = len(set(self.ancestors or ()))
+                    lines.append(
+                        f"resampled {self.resampled} times: the samples descend from {left} of "
+                        f"{self.num_samples} first particles, which is what ESS counts"
+                    )
                 if self.impossible_share > 0.0:
                     lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
         elapsed = "" if self.elapsed is None else f", {self.elapsed:.1f} s"

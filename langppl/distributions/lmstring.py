@@ -165,7 +165,7 @@ class LMString(StringDistribution):
         if prompt is not None:
             self._check_fits(len(prompt), self.rules.max_tokens or 1)
         reply = self._draw(read, limit, key, adapter, temperature)
-        return self._text(reply), reply.log_prob
+        return self.text_of(reply), reply.log_prob
 
     def _draw(
         self, prompt: tuple[int, ...], limit: int, key: Key, adapter: str | None, temp: float
@@ -175,7 +175,8 @@ class LMString(StringDistribution):
         assert isinstance(reply, DrawReply)
         return reply
 
-    def _text(self, reply: DrawReply) -> Text:
+    def text_of(self, reply: DrawReply) -> Text:
+        """What was drawn, as a value."""
         return Text(reply.text, reply.ids, self.lm.fingerprint)
 
     def draw_open(self, key: Key, length: int) -> tuple[Text, float] | None:
@@ -198,7 +199,7 @@ class LMString(StringDistribution):
         assert isinstance(reply, DrawReply)
         if len(reply.ids) < length or reply.text.endswith(REPLACEMENT):
             return None
-        return self._text(reply), reply.log_prob
+        return self.text_of(reply), reply.log_prob
 
     # -- scoring ------------------------------------------------------------------------------
 

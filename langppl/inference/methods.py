@@ -9,11 +9,13 @@ from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
+from langppl.inference.smc import smc
+from langppl.inference.twists import UserTwist
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
 GUIDES = ("prior", "prompted", "gflownet")
-METHODS = ("importance", "exact")
+METHODS = ("importance", "smc", "exact")
 EXACT_LIMIT = 100_000
 
 
@@ -26,6 +28,10 @@ def infer(
     seed: int = 0,
     progress: bool = True,
     limit: int = EXACT_LIMIT,
+    twist: str | UserTwist | None = None,
+    resampling: str = "systematic",
+    ess_threshold: float = 0.5,
+    every: int = 5,
 ) -> Posterior:
     """The posterior over a program's latents, given its observations.
 
@@ -35,11 +41,21 @@ def infer(
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
             the observations), `"gflownet"` (that, trained on these very observations first), or a
             guide object.
-        method: `"importance"`, or `"exact"`, which lists all latents and takes no guide.
+        method: `"importance"`; `"smc"`, whose particles are resampled on the way; or `"exact"`,
+            which lists all latents and takes no guide.
         num_samples: how many samples to draw and weight.
         seed: equal seeds give equal results.
         progress: whether to show progress bars on a terminal.
         limit: for `method="exact"`, most executions to list.
+        twist: for `method="smc"`, how promising an unfinished string is: None for the model over
+            the guide alone, `"lookahead"` (the observations as if it ended there), `"flow"` (a
+            GFlowNet guide's own flow; one latent string), or a function of the site's name and the
+            text so far to nats. It changes the variance, never the answer.
+        resampling: for `method="smc"`, `"multinomial"`, `"stratified"`, `"systematic"` or
+            `"residual"`.
+        ess_threshold: for `method="smc"`, the share of the particles below which their effective
+            number has them resampled.
+        every: for `method="smc"`, tokens of a string between two looks at the weights.
 
     Returns:
         The posterior. If no sample explains the observations, its evidence is −inf, with a
@@ -63,9 +79,20 @@ def infer(
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
-    return importance(
-        program, make_guide(guide, program, seed, progress), num_samples, seed, progress
-    )
+    made = make_guide(guide, program, seed, progress)
+    if method == "smc":
+        return smc(
+            program,
+            made,
+            num_samples,
+            seed,
+            progress,
+            twist=twist,
+            resampling=resampling,
+            ess_threshold=ess_threshold,
+            every=every,
+        )
+    return importance(program, made, num_samples, seed, progress)
 
 
 def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:

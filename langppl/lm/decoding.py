@@ -107,6 +107,7 @@ class _Row:
         self.log_prob = 0.0
         self.kept = b""
         self.is_dead = False
+        self.is_ended = False
         self._begin(request.begun)
 
     def _begin(self, begun: tuple[int, ...]) -> None:
@@ -138,24 +139,30 @@ class _Row:
             self.log_prob += float(log_probs[members].logsumexp(-1))
             self.ids.append(rules.representative(kept, members.tolist()))
             self.kept = kept
+            self.is_ended = True
             return False
         if token in rules.vocabulary.end_ids:
             self.log_prob += float(log_probs[step.end_ids].logsumexp(-1))
+            self.is_ended = True
             return False
         self.log_prob += float(log_probs[token])
         self.ids.append(token)
         self.state = rules.advance(self.state, token)
-        return self.state.remaining != 0 and len(self.ids) != self.request.length
+        self.is_ended = self.state.remaining == 0
+        return not self.is_ended and len(self.ids) != self.request.length
 
     def reply(self) -> DrawReply:
         join = self.request.rules.vocabulary.join
         data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
         text = data.decode("utf-8", errors="replace")
-        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead)
+        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended)
 
 
 def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget."""
+    tree = _tree_of(lm, requests)
+    if lm.packs is not None and tree is not None:
+        return _draw_on(lm, lm.packs, requests, tree)
     if lm.packs is not None and len(requests) > 1:
         prompts = sorted({r.read for r in requests})
         layout = lay_out(prompts, lm.node_budget)
@@ -198,11 +205,77 @@ def _draw_packed(
         tree = Tree.of_row(row)
         own = packed.cache_of(keys)
         _grow(lm, packing, strings, of_first, seen[at], tree, leaves[at].tolist(), own)
-        if lm.active_adapter is None and kept.is_keeping():
-            tree.keys = packed.keys_and_values(own)
-            kept.keep(lm, tree)
+        # Of a guide's draws, those that are to go on from where they stop.
+        if lm.active_adapter is None or any(s.request.length is not None for s in strings):
+            kept.keep(lm, tree, packed.keys_and_values(own))
         replies += [s.reply() for s in strings]
     return replies
+
+
+def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
+    """A kept tree that holds all that the LM reads, but the last tokens; None if there is none."""
+    if not any(r.begun for r in requests):
+        return None
+    most = [r.most_tokens for r in requests]
+    if any(m is None or m > PLANNED_LENGTH for m in most):
+        return None
+    reads = [r.read[:-1] for r in requests]
+    found = kept.known(lm, reads, [len(r) for r in reads], lm.active_adapter)
+    if not found:
+        return None
+    trees = {id(tree): tree for tree, _ in found}
+    whole = all(len(path) == len(r) > 0 for (_, path), r in zip(found, reads, strict=True))
+    return next(iter(trees.values())) if whole and len(trees) == 1 else None
+
+
+def _draw_on(
+    lm: LM, packing: packed.Packing, requests: Sequence[DrawRequest], tree: Tree
+) -> list[DrawReply | None]:
+    """Draws strings on from where a tree's stopped: each step runs their last tokens alone.
+
+    Strings that have begun with the same tokens share these by reference.
+
+    Args:
+        lm: the LM.
+        packing: how it takes the tree's mask.
+        requests: the strings.
+        tree: it holds all that the LM reads before them, but the last tokens; it grows with them.
+    """
+    strings = [_Row(r) for r in requests]
+    reads = [r.read for r in requests]
+    paths = {r: tree.path(r[:-1]) for r in set(reads)}
+    seen = np.zeros((len(requests), len(tree.parents)), dtype=bool)
+    for line, read in enumerate(reads):
+        seen[line, paths[read]] = True
+    cache = packed.cache_of(tree.keys)
+    last = [paths[read][-1] for read in reads]
+    logits, seen, last = _run(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
+    _grow(lm, packing, strings, logits, seen, tree, last, cache)
+    kept.keep(lm, tree, packed.keys_and_values(cache))
+    return [s.reply() for s in strings]
+
+
+def _run(
+    lm: LM,
+    packing: packed.Packing,
+    tokens: Sequence[int],
+    seen: np.ndarray,
+    tree: Tree,
+    last: Sequence[int],
+    cache: Any,
+) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+    """One step of a tree: a token for each row, after the row's last node.
+
+    Returns:
+        Logits of the next tokens, what of the cache each row sees by then, and the new last nodes.
+    """
+    nodes = [tree.add(node, token) for node, token in zip(last, tokens, strict=True)]
+    seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)], axis=1)
+    depth = np.array(tree.depth)
+    sees = packed.seen_by(lm, packing, seen, depth[nodes], depth, BLOCK)
+    at, everyone = torch.from_numpy(depth[nodes]), torch.arange(len(nodes))
+    found = packed.run(lm, packing, torch.tensor(tokens), at, sees, everyone, cache)
+    return lm.logits_of(found), seen, nodes
 
 
 def _grow(
@@ -237,13 +310,8 @@ def _grow(
             seen = seen[going]
             alive = [alive[line] for line in going]
         tokens = [token for token in chosen if token is not None]
-        last = [tree.add(last[line], t) for line, t in zip(going, tokens, strict=True)]
-        seen = np.concatenate([seen, np.eye(len(alive), dtype=bool)], axis=1)
-        depth = np.array(tree.depth)
-        sees = packed.seen_by(lm, packing, seen, depth[last], depth, BLOCK)
-        at, everyone = torch.from_numpy(depth[last]), torch.arange(len(alive))
-        found = packed.run(lm, packing, torch.tensor(tokens), at, sees, everyone, cache)
-        logits = lm.logits_of(found)
+        before = [last[line] for line in going]
+        logits, seen, last = _run(lm, packing, tokens, seen, tree, before, cache)
 
 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:

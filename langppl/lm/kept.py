@@ -2,8 +2,8 @@
 
 Draws are mostly scored at once: an ending after each middle that was just drawn. Their keys and
 values are in the decoder's cache by then, so while a batch of executions goes on (`keeping`), the
-trees of its draws are kept, and scoring begins where a tree ends. Only draws of the LM itself,
-without an adapter, are kept: it is under the LM that draws are scored.
+trees of its draws are kept, and scoring begins where a tree ends. Of draws under an adapter only
+those are kept that are to go on later, as it is under the LM itself that draws are scored.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ _trees: ContextVar[dict[int, list[Tree]] | None] = ContextVar("langppl_trees", d
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """Within the block, trees are kept; they are forgotten at its end."""
+    """Within the block, trees are kept; they are forgotten at the end of the outermost one."""
+    if _trees.get() is not None:
+        yield
+        return
     token = _trees.set({})
     try:
         yield
@@ -99,37 +102,45 @@ def keeping() -> Iterator[None]:
         _trees.reset(token)
 
 
-def is_keeping() -> bool:
-    """Whether a tree that is kept now may be of use."""
-    return _trees.get() is not None
+def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:
+    """Keeps a tree of an LM's draws, if there is room; the oldest go first.
 
-
-def keep(lm: LM, tree: Tree) -> None:
-    """Keeps a tree of an LM's draws, if there is room; the oldest go first."""
+    Args:
+        lm: the LM, under the adapter with which it drew.
+        tree: the tree.
+        keys: keys and values of all its nodes.
+    """
     every = _trees.get()
-    if every is None or tree.bytes > KEPT_BYTES:
+    if every is None:
         return
-    tree.state = state_of(lm, None)
     trees = every.setdefault(id(lm), [])
+    trees[:] = [t for t in trees if t is not tree]
+    tree.keys = keys
+    if tree.bytes > KEPT_BYTES:
+        return
+    tree.state = state_of(lm, lm.active_adapter)
     trees.append(tree)
     while sum(t.bytes for t in trees) > KEPT_BYTES:
         trees.pop(0)
 
 
-def known(lm: LM, sequences: Sequence[Ids], most: Sequence[int]) -> list[tuple[Tree, list[int]]]:
+def known(
+    lm: LM, sequences: Sequence[Ids], most: Sequence[int], adapter: str | None = None
+) -> list[tuple[Tree, list[int]]]:
     """For each sequence, the tree that knows most of its first tokens, and their nodes.
 
     Args:
-        lm: the LM, without an adapter.
+        lm: the LM.
         sequences: token ids.
         most: how many tokens of each may be taken from a tree.
+        adapter: the adapter under which the trees were made.
 
     Returns:
         One entry for each sequence; empty if nothing is known of any of them.
     """
     trees = (_trees.get() or {}).get(id(lm), [])
     if trees:
-        state = state_of(lm, None)
+        state = state_of(lm, adapter)
         trees = [t for t in trees if t.state == state]
     if not trees:
         return []

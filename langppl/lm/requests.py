@@ -115,12 +115,14 @@ class DrawReply:
         text: its text.
         log_prob: log-probability of what was drawn, nats.
         is_dead: whether it stopped where no action was legal.
+        is_ended: whether an ending action or its limit ended it, not the `length` asked for.
     """
 
     ids: tuple[int, ...]
     text: str
     log_prob: float
     is_dead: bool = False
+    is_ended: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,3 +200,16 @@ def served_by(server: Server | None) -> Iterator[None]:
         yield
     finally:
         _server.reset(token)
+
+
+@contextlib.contextmanager
+def watched_by(watch: Callable[[Sequence[Request]], None]) -> Iterator[None]:
+    """Within the block, `watch` sees what is asked for before it is answered; it may raise."""
+    outer = _server.get()
+
+    def server(requests: Sequence[Request]) -> list[Reply]:
+        watch(requests)
+        return serve(requests) if outer is None else outer(requests)
+
+    with served_by(server):
+        yield

@@ -491,6 +491,34 @@ class BoundRules:
             )
         return Path(ids, tuple(steps), "end", step.end_ids)
 
+    def begun(self, ids: Iterable[int], limit: int | None) -> Path | None:
+        """The actions of a string that goes on after some tokens, as an open path.
+
+        Args:
+            ids: its first tokens.
+            limit: most actions (see `limit`).
+
+        Returns:
+            A path with the legal actions after the last token too, where an action is left; None
+            if no string of these rules begins with the tokens and goes on.
+        """
+        ids = tuple(ids)
+        state = self.start(limit)
+        steps: list[Step] = []
+        for token in ids:
+            if state.remaining == 0:
+                return None
+            step = self.step(state)
+            steps.append(step)
+            if not 0 <= token < self.vocabulary.size or not step.legal[token]:
+                return None
+            if token in step.kept or token in self.vocabulary.end_ids:
+                return None
+            state = self.advance(state, token)
+        if state.remaining != 0:
+            steps.append(self.step(state))
+        return Path(ids, tuple(steps), "open", torch.tensor([], dtype=torch.long))
+
     def _why_illegal(self, token: int, at: int, state: State) -> str:
         shown = f"token {self.vocabulary.text(token)!r} at position {at}"
         if not self.allowed[token]:

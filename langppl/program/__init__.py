@@ -1,7 +1,15 @@
 """A model as a mathematical object: statements, executions, graph, log joint."""
 
 from langppl.program.program import Program, StaticMismatchWarning, compile, run_together
-from langppl.program.statements import call, condition, deterministic, do, factor, sample
+from langppl.program.statements import (
+    call,
+    condition,
+    deterministic,
+    do,
+    factor,
+    potential,
+    sample,
+)
 
 __all__ = [
     "Program",
@@ -12,6 +20,7 @@ __all__ = [
     "deterministic",
     "do",
     "factor",
+    "potential",
     "run_together",
     "sample",
 ]

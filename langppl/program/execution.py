@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 
@@ -66,6 +67,20 @@ class Site:
         return isinstance(self.fn, StringDistribution)
 
 
+class Pause(BaseException):
+    """Raised by a chooser to stop an execution before a site; no error, so no model catches it.
+
+    Args:
+        name: the site that was met.
+        fn: its distribution.
+        request: what was asked for there, if anything was.
+    """
+
+    def __init__(self, name: str, fn: Any, request: Request | None = None) -> None:
+        super().__init__(name)
+        self.name, self.fn, self.request = name, fn, request
+
+
 @dataclass
 class Execution:
     """One run of a model.
@@ -73,10 +88,12 @@ class Execution:
     Attributes:
         sites: by name, in the order they were met.
         returned: what the model returned.
+        pause: where it stopped before its end; None if it did not.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
     returned: Any = None
+    pause: Pause | None = None
 
     @property
     def latents(self) -> dict[str, Any]:
@@ -123,7 +140,7 @@ def kind_of(fn: Any, is_observed: bool) -> Kind:
     """What a site is in the graph, by its distribution."""
     if isinstance(fn, Known):
         return "deterministic"
-    if isinstance(fn, TemperedFactor) or type(fn).__name__ == "Unit":
+    if isinstance(fn, TemperedFactor | Unit):
         return "factor"
     return "observed" if is_observed else "latent"
 
@@ -208,13 +225,17 @@ def run_once(
     Args:
         model: the model.
         args: its arguments.
-        choose: decides the latents.
-        know: answers tool calls and deterministic sites in place of evaluating them.
+        choose: decides the latents; may raise `Pause`.
+        know: answers tool calls and deterministic sites in place of evaluating them; may raise
+            `Pause`.
         observe: replaces the values of observed sites: name, distribution, value → value.
     """
     execution = Execution()
-    with _Handler(execution, choose, know, observe):
-        execution.returned = model(*args)
+    try:
+        with _Handler(execution, choose, know, observe):
+            execution.returned = model(*args)
+    except Pause as pause:
+        execution.pause = pause.with_traceback(None)  # which would keep the model's frames
     return execution
 
 

@@ -26,7 +26,7 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.scheduler import run
-from langppl.program.statements import Memo, Model, as_value, memo_of_calls
+from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls
 from langppl.program.templates import fill_all, signatures
 
 _MOST_ATTEMPTS = 200
@@ -106,10 +106,13 @@ class Program:
         """
         return run_together([(self, c) for c in choosers], after)
 
-    def _run_once(self, choose: Chooser) -> Execution:
+    def run_once(
+        self, choose: Chooser, know: Callable[[str, Known], Any] | None = None
+    ) -> Execution:
+        """One run; to be called within a scheduler's task. See `langppl.program.execution`."""
         memo_of_calls.set(self.memo)
         observe = self._observe if self._observations else None
-        return run_once(self.model, self.args, choose, observe=observe)
+        return run_once(self.model, self.args, choose, know=know, observe=observe)
 
     def observing(self, values: Mapping[str, Any]) -> Program:
         """The same program with other observations; its structure is not searched again.
@@ -372,7 +375,7 @@ def run_together(
     """
 
     def task(program: Program, choose: Chooser) -> Execution:
-        return after(program._run_once(choose))
+        return after(program.run_once(choose))
 
     return run([partial(task, program, choose) for program, choose in pairs])
 

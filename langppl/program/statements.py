@@ -109,12 +109,45 @@ def factor(name: str, log_weight: torch.Tensor | float) -> None:
     Raises:
         ValueError: if the weight is NaN, +inf, or not a scalar.
     """
+    pyro.factor(name, _log_weight(f"factor {name!r}", log_weight))
+
+
+class Potential(dist.Unit):
+    """A factor whose value on a part of a string says how promising that part is."""
+
+
+def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -> None:
+    """Multiplies an execution's weight by exp(fn(text)), and steers strings as they grow.
+
+    To the posterior it is `factor(name, fn(text))`, counted once, of the whole text. Particles of
+    `method="smc"` are also weighed by it while the string is not finished: their values telescope,
+    so how often they are weighed never changes the posterior.
+
+    Args:
+        name: the site's name.
+        fn: log weight (nats) of a text; it should not fall to −inf for a text that may still
+            become one of weight (such a value is passed over while the text grows).
+        text: the latent string, or a text made of it.
+
+    Raises:
+        ValueError: if the weight is NaN, +inf, or not a scalar.
+
+    Example:
+        >>> z = sample("z", LMString(lm, "Dear", max_tokens=20))  # doctest: +SKIP
+        >>> potential("short words", lambda t: -float(len(t) > 40), z)  # doctest: +SKIP
+    """
+    value = _log_weight(f"potential {name!r}", fn(text))
+    unit = Potential(value)
+    pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True})
+
+
+def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
     value = torch.as_tensor(log_weight, dtype=torch.float64)
     if value.numel() != 1:
-        raise ValueError(f"factor {name!r} must be one number, got shape {tuple(value.shape)}")
+        raise ValueError(f"{what} must be one number, got shape {tuple(value.shape)}")
     if math.isnan(float(value)) or float(value) == math.inf:
-        raise ValueError(f"factor {name!r} is {float(value)}; a log weight must be below infinity")
-    pyro.factor(name, value.reshape(()))
+        raise ValueError(f"{what} is {float(value)}; a log weight must be below infinity")
+    return value.reshape(())
 
 
 class _Boxed:

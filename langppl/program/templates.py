@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 
 from langppl.distributions import LMChoice, LMString, StringDistribution
 from langppl.distributions.tempered import TemperedFactor
@@ -28,8 +29,8 @@ def parameters(fn: Any) -> Any:
         return ("TemperedFactor", fn.power, fn.base.fields(), str(fn.value))
     if isinstance(fn, Known):
         return ("Known", hashable(fn.inputs))
-    if type(fn).__name__ == "Unit":
-        return ("Unit", fn.log_factor.tolist())
+    if isinstance(fn, Unit):
+        return (type(fn).__name__, fn.log_factor.tolist())
     found: list[Any] = [type(fn).__name__]
     for name in sorted(getattr(fn, "arg_constraints", {})):
         value = getattr(fn, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, perform
+from langppl.lm.kept import keeping
 from langppl.lm.requests import DrawReply, ScoreReply
 from langppl.testing import tiny_lm
 
@@ -176,19 +178,19 @@ def in_pieces(whole: list[DrawRequest], most: int) -> list[tuple[DrawReply, floa
         for k, one, reply in zip(going, wanted, draw(wanted), strict=True):
             pieces[k] = (reply, pieces[k][1] + reply.log_prob)
             assert one.length is not None and reply.ids[: len(one.begun)] == one.begun
-            is_stop = reply.text.endswith(whole[k].rules.rules.stop or ("nothing",))
-            if len(reply.ids) == one.length and not is_stop and one.length != one.limit:
+            if not reply.is_ended:
+                assert len(reply.ids) == one.length
                 unfinished.append(k)
         going = unfinished
     return pieces
 
 
 @pytest.mark.parametrize("most", [1, 3])
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("way", ["packed", "kept", "padded"])
 def test_a_string_drawn_in_pieces_is_the_string_drawn_at_once(
-    packs: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    way: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not packs:
+    if way == "padded":
         monkeypatch.setattr(TINY, "packs", None)
     whole = [
         request(LMString(TINY, prompt, **rules), ("pieces", k))
@@ -196,7 +198,8 @@ def test_a_string_drawn_in_pieces_is_the_string_drawn_at_once(
         for prompt in ["", "ab", "b b"]
         for rules in PIECES
     ]
-    at_once, pieces = draw(whole), in_pieces(whole, most)
+    with keeping() if way == "kept" else contextlib.nullcontext():
+        at_once, pieces = draw(whole), in_pieces(whole, most)
     assert [r.ids for r in at_once] == [r.ids for r, _ in pieces]
     assert [r.text for r in at_once] == [r.text for r, _ in pieces]
     np.testing.assert_allclose([r.log_prob for r in at_once], [p for _, p in pieces], atol=5e-5)

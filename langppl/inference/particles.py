@@ -1,0 +1,435 @@
+"""Particles: executions that stop at every latent, and strings that grow in them piece by piece.
+
+A particle is no copy of a running program. It is the values of the latents that it has decided, by
+which the model is run again up to the next latent, and the tokens of the one that it is deciding.
+Copying a particle copies references; the keys and values of its tokens are in one growing cache
+(`langppl.lm.kept`), in which copies read the same nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from langppl.distributions import LMString, Text
+from langppl.distributions.sites import naming
+from langppl.distributions.tempered import TemperedFactor
+from langppl.guides.base import Guide, Key
+from langppl.guides.trajectories import prefix_value
+from langppl.lm.requests import (
+    DrawReply,
+    DrawRequest,
+    Request,
+    ScoreReply,
+    ScoreRequest,
+    serve,
+    watched_by,
+)
+from langppl.lm.rules import Path
+from langppl.program import Program, run_together
+from langppl.program.execution import Choice, Chooser, Execution, Pause, Site, score_all
+from langppl.program.scheduler import run
+from langppl.program.statements import Known, Potential
+
+
+@dataclass(frozen=True)
+class View:
+    """The evidence that a particle has met, or would have met if its string ended here.
+
+    Attributes:
+        factors: observed site or factor → nats.
+        is_over: whether the program ended there, so that it will meet no more.
+    """
+
+    factors: dict[str, float]
+    is_over: bool
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A string that is being drawn.
+
+    Attributes:
+        name: its site.
+        fn: its distribution.
+        request: what the guide asks the LM for.
+        ids: the tokens so far.
+        text: their text.
+        log_q: nats, with which they were drawn; of the whole string when it has ended.
+        is_ended: whether it is whole.
+        view: the evidence as if it ended here, at the last place where it could.
+        twist: log ψ of a user's twist, nats, at the last place where it was a number.
+        flow: log F(z₁..s) − log q(z₁..s) at the last place s where it was a number.
+    """
+
+    name: str
+    fn: LMString
+    request: DrawRequest
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    log_q: float = 0.0
+    is_ended: bool = False
+    view: View | None = None
+    twist: float = 0.0
+    flow: float | None = None
+
+    @property
+    def value(self) -> Text:
+        """The string so far."""
+        return self.fn.text_of(DrawReply(self.ids, self.text, self.log_q))
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether it is drawn from the model itself."""
+        request, fn = self.request, self.fn
+        own = fn.prompt_ids()
+        return (
+            request.adapter is None
+            and request.temperature == 1.0
+            and request.rules is fn.bound
+            and request.prompt == own
+            and request.limit == fn.limit(len(own))
+        )
+
+    def path(self) -> Path | None:
+        """Its actions under the model's rules; None if they do not allow it."""
+        own = self.fn.prompt_ids()
+        if not self.is_ended:
+            return self.fn.bound.begun(self.ids, self.fn.limit(len(own)))
+        found = self.fn.parse(self.value, len(own))
+        return found if isinstance(found, Path) else None
+
+    def ended_here(self) -> Text | None:
+        """The string as if it ended here; None where it cannot."""
+        if self.is_ended:
+            return self.value
+        path = self.path()
+        if path is None or len(path.steps) == len(path.tokens):
+            return None
+        if not len(path.steps[-1].canonical):
+            return None
+        return prefix_value(self.fn, path, len(path.tokens))
+
+
+@dataclass
+class Particle:
+    """One particle.
+
+    Attributes:
+        known: the latents that are decided.
+        execution: the run that led here, scored; it is over or stops before a latent.
+        ancestor: number of the first particle that it descends from.
+        offset: nats; log weight less `ratio`, since it was last resampled.
+        ratio: log target − log q of where it stands, nats.
+        growing: the string that it is deciding.
+    """
+
+    known: dict[str, Choice]
+    execution: Execution
+    ancestor: int
+    offset: float = 0.0
+    ratio: float = 0.0
+    growing: Growing | None = None
+
+    @property
+    def log_weight(self) -> float:
+        """Nats; −inf if it is dead."""
+        return self.offset + self.ratio
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its program has ended."""
+        return self.execution.pause is None and self.growing is None
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether something in it is impossible."""
+        return any(s.log_prob == -math.inf for s in self.execution.sites.values())
+
+    @property
+    def view(self) -> View:
+        """The evidence that it has met."""
+        met = {
+            s.name: float(s.log_prob or 0.0)
+            for s in self.execution.sites.values()
+            if s.kind in ("observed", "factor")
+        }
+        return View(met, self.is_over)
+
+    @property
+    def of_latents(self) -> float:
+        """Log p − log q of the latents that are decided, nats."""
+        latents = (s for s in self.execution.sites.values() if s.kind == "latent")
+        return float(sum((s.log_prob or 0.0) - (s.log_q or 0.0) for s in latents))
+
+    def copy(self, offset: float) -> Particle:
+        """A copy with another weight."""
+        return replace(self, offset=offset)
+
+
+@dataclass
+class Crowd:
+    """The particles of one inference.
+
+    Args:
+        program: the program.
+        guide: proposes the latents.
+        count: how many particles.
+        seed: of all random numbers.
+    """
+
+    program: Program
+    guide: Guide
+    count: int
+    seed: int
+    particles: list[Particle] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Runs all particles up to the first latent."""
+        self.particles = [Particle({}, Execution(), i) for i in range(self.count)]
+        self._go_on(self.particles, [_to_next({}) for _ in self.particles])
+
+    def decide(self, stage: int) -> None:
+        """Decides one more latent of each particle; strings are left to grow."""
+        going = [(i, p) for i, p in enumerate(self.particles) if not (p.is_over or p.is_dead)]
+        decided: list[dict[str, Choice]] = [{} for _ in going]
+        choosers = [
+            self._deciding(p, (self.seed, "smc", stage, i), own)
+            for (i, p), own in zip(going, decided, strict=True)
+        ]
+        moving = [p for _, p in going]
+        before = [p.execution for p in moving]
+        found = run_together([(self.program, c) for c in choosers])
+        for particle, execution, new, old in zip(moving, found, decided, before, strict=True):
+            particle.known = {**particle.known, **new}
+            pause = execution.pause
+            if pause is not None and isinstance(pause.request, DrawRequest):
+                particle.growing = Growing(pause.name, pause.fn, pause.request)
+                continue
+            _carry(old, execution)
+            particle.execution = execution
+        score_all([p.execution for p in moving])
+
+    def _deciding(self, particle: Particle, key: Key, decided: dict[str, Choice]) -> Chooser:
+        own = self.guide.chooser(self.program, key)
+        known = particle.known
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if name in known:
+                return known[name]
+            if decided:
+                raise Pause(name, fn)
+
+            def watch(requests: Sequence[Request]) -> None:
+                for request in requests:
+                    if isinstance(request, DrawRequest):
+                        if not isinstance(fn, LMString) or request.lm is not fn.lm:
+                            raise ValueError(
+                                f"site {name!r}: the guide {self.guide.name!r} draws from another "
+                                'LM than the site\'s, which method="smc" cannot follow token by '
+                                'token; use method="importance"'
+                            )
+                        raise Pause(name, fn, request)
+
+            with watched_by(watch):
+                choice = own(name, fn, execution)
+            decided[name] = choice
+            return choice
+
+        return choose
+
+    def grow(self, stage: int, turn: int, every: int | None) -> None:
+        """Draws some more tokens of each string that is not whole; None for all of them."""
+        growing = [
+            (i, p, p.growing)
+            for i, p in enumerate(self.particles)
+            if p.growing is not None and not p.growing.is_ended
+        ]
+        requests = [
+            replace(
+                g.request,
+                key=(self.seed, "smc", stage, turn, i),
+                begun=g.ids,
+                length=None if every is None else len(g.ids) + every,
+            )
+            for i, _, g in growing
+        ]
+        for (_, particle, g), reply in zip(growing, serve(requests), strict=True):
+            assert isinstance(reply, DrawReply)
+            particle.growing = replace(
+                g,
+                ids=reply.ids,
+                text=reply.text,
+                log_q=g.log_q + reply.log_prob,
+                is_ended=reply.is_ended or reply.is_dead or every is None,
+            )
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether some string is not whole."""
+        return any(p.growing is not None and not p.growing.is_ended for p in self.particles)
+
+    def finish(self) -> None:
+        """Takes the strings that are whole as decided, and runs on to the next latents."""
+        moving = [p for p in self.particles if p.growing is not None]
+        for particle in moving:
+            g = particle.growing
+            assert g is not None
+            with naming(g.name):
+                log_prob = None
+                if g.is_prior:
+                    impossible = g.fn.why_impossible(g.value) is not None
+                    log_prob = -math.inf if impossible else g.log_q
+            particle.known = {**particle.known, g.name: Choice(g.value, g.log_q, log_prob)}
+            particle.growing = None
+        self._go_on(moving, [_to_next(p.known) for p in moving])
+
+    def _go_on(self, moving: Sequence[Particle], choosers: Sequence[Chooser]) -> None:
+        found = run_together([(self.program, c) for c in choosers])
+        for particle, execution in zip(moving, found, strict=True):
+            _carry(particle.execution, execution)
+            particle.execution = execution
+        score_all([p.execution for p in moving])
+
+    # -- while strings grow -------------------------------------------------------------------
+
+    def growing(self) -> list[tuple[Particle, Growing]]:
+        """The particles that are deciding a string and are not dead."""
+        own = [(p, p.growing) for p in self.particles]
+        return [(p, g) for p, g in own if g is not None and not p.is_dead]
+
+    def log_p(self) -> dict[int, tuple[float, float]]:
+        """What the model says of strings as they stand.
+
+        Returns:
+            For the identity of each particle that grows one: log-probability of its tokens (of the
+            whole string if it has ended), and of ending here, nats; −inf where it cannot.
+        """
+        found: dict[int, tuple[float, float]] = {}
+        wanted: list[tuple[Particle, Growing, ScoreRequest]] = []
+        for particle, g in self.growing():
+            path = g.path()
+            if path is None or path.rejected:
+                found[id(particle)] = (-math.inf, -math.inf)
+            else:
+                own = g.fn.prompt_ids()
+                request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature)
+                wanted.append((particle, g, request))
+        replies = serve([r for _, _, r in wanted])
+        for (particle, g, _), reply in zip(wanted, replies, strict=True):
+            assert isinstance(reply, ScoreReply)
+            ending = 0.0 if g.is_ended else float(reply.canonical[-1])
+            found[id(particle)] = (reply.log_prob, ending)
+        return found
+
+    def log_q_ending(self) -> dict[int, float]:
+        """For each particle with an unfinished string, log q(⊤) of ending here, nats."""
+        wanted = []
+        for particle, g in self.growing():
+            path = None if g.is_ended else g.request.rules.begun(g.ids, g.request.limit)
+            if path is not None:
+                temperature = g.request.rules.rules.temperature * g.request.temperature
+                request = ScoreRequest(
+                    g.request.lm, g.request.prompt, path, temperature, g.request.adapter
+                )
+                wanted.append((particle, request))
+        replies = serve([r for _, r in wanted])
+        return {
+            id(p): float(reply.canonical[-1])
+            for (p, _), reply in zip(wanted, replies, strict=True)
+            if isinstance(reply, ScoreReply)
+        }
+
+    def look_ahead(self, is_wanted: Callable[[Site], bool]) -> None:
+        """Renews each growing string's view: the evidence as if it ended here.
+
+        Where it cannot end, or that evidence is impossible, the view stays as it was. A run of a
+        model on an unfinished text goes on to the next latent, tool call or error.
+
+        Args:
+            is_wanted: of the sites of evidence, those to count.
+        """
+        runs: dict[tuple[int, tuple[int, ...] | None], tuple[Particle, Growing, Text]] = {}
+        keys: dict[int, tuple[int, tuple[int, ...] | None]] = {}
+        for particle, g in self.growing():
+            value = g.ended_here()
+            if value is not None:
+                # Copies that have not grown apart share their run.
+                key = (id(particle.execution), value.ids)
+                runs.setdefault(key, (particle, g, value))
+                keys[id(particle)] = key
+        tasks = [partial(self._as_if_ended, *own) for own in runs.values()]
+        found = dict(zip(runs, run(tasks), strict=True))
+        for key, execution in found.items():
+            if execution is not None:
+                _carry(runs[key][0].execution, execution)
+
+        def only(site: Site) -> bool:
+            return site.kind in ("observed", "factor") and is_wanted(site)
+
+        score_all([e for e in found.values() if e is not None], only)
+        for particle, g in self.growing():
+            execution = found.get(keys.get(id(particle), (0, None)))
+            if execution is None:
+                continue
+            met = {
+                s.name: s.log_prob
+                for s in execution.sites.values()
+                if s.kind in ("observed", "factor") and s.log_prob is not None
+            }
+            if -math.inf in met.values() and not g.is_ended:
+                continue
+            unmet = (s for s in execution.sites.values() if s.kind in ("observed", "factor"))
+            is_over = execution.pause is None and all(s.log_prob is not None for s in unmet)
+            particle.growing = replace(g, view=View(met, is_over))
+
+    def _as_if_ended(self, particle: Particle, g: Growing, value: Text) -> Execution | None:
+        known = {**particle.known, g.name: Choice(value)}
+
+        def know(name: str, fn: Known) -> Any:
+            if fn.family == "call":
+                raise Pause(name, fn)
+            return fn.sample()
+
+        if g.is_ended:
+            return self.program.run_once(_to_next(known))
+        try:
+            return self.program.run_once(_to_next(known), know)
+        except Exception:  # whatever a model makes of an unfinished text
+            return None
+
+
+def is_steering(site: Site) -> bool:
+    """Whether a site of evidence says how promising an unfinished string is.
+
+    The power of a tempered string includes its ending, which says more about where it stands than
+    about how promising it is.
+    """
+    return not isinstance(site.fn, TemperedFactor)
+
+
+def is_potential(site: Site) -> bool:
+    """Whether a site is a `potential`."""
+    return isinstance(site.fn, Potential)
+
+
+def _to_next(known: dict[str, Choice]) -> Chooser:
+    """Takes what is known and stops at the next latent."""
+
+    def choose(name: str, fn: Any, execution: Execution) -> Choice:
+        if name not in known:
+            raise Pause(name, fn)
+        return known[name]
+
+    return choose
+
+
+def _carry(old: Execution, new: Execution) -> None:
+    """Takes over what was found out of sites when they were scored before."""
+    for name, site in new.sites.items():
+        known = old.sites.get(name)
+        if known is not None and known.log_prob is not None:
+            site.log_prob, site.log_q, site.defence = known.log_prob, known.log_q, known.defence

@@ -1,0 +1,146 @@
+"""Sequential Monte Carlo: particles that are resampled while their strings grow, and between sites.
+
+Each particle carries w = target / q of where it stands. When their effective number falls below a
+share of their number, they are chosen anew by weight and all carry the mean on. The mean weight at
+the end estimates the evidence without bias, under every proposal, twist and scheme: what is counted
+when (see `langppl.inference.twists`) changes the intermediate targets, and these cancel.
+
+References:
+    Del Moral, Doucet, Jasra 2006, *Sequential Monte Carlo samplers*.
+    Lew et al. 2023, *Sequential Monte Carlo steering of LLMs* (arXiv 2306.03081).
+    Zhao et al. 2024, *Probabilistic inference in language models via twisted SMC*
+    (arXiv 2404.17546).
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from langppl import diagnostics
+from langppl.guides.base import Guide
+from langppl.inference.failures import failures
+from langppl.inference.particles import Crowd
+from langppl.inference.resampling import SCHEMES, resample
+from langppl.inference.sites import site_log_probs
+from langppl.inference.twists import UserTwist, make_twist, weigh_at_rest
+from langppl.lm.decoding import generator
+from langppl.lm.kept import keeping
+from langppl.posterior import Posterior
+from langppl.program import Program
+from langppl.progress import bar
+
+
+def smc(
+    program: Program,
+    guide: Guide,
+    num_samples: int,
+    seed: int,
+    progress: bool,
+    *,
+    twist: str | UserTwist | None = None,
+    resampling: str = "systematic",
+    ess_threshold: float = 0.5,
+    every: int = 5,
+) -> Posterior:
+    """Runs particles through a program, resampling them on the way.
+
+    Args:
+        program: the program.
+        guide: proposes the latents.
+        num_samples: how many particles.
+        seed: equal seeds give equal results.
+        progress: whether to show a bar.
+        twist: how promising an unfinished string is: None for the model over the proposal alone,
+            `"lookahead"`, `"flow"`, or a function of site and text so far to log ψ (nats).
+        resampling: `"multinomial"`, `"stratified"`, `"systematic"` or `"residual"`.
+        ess_threshold: particles are resampled when their effective number is below this share of
+            their number; 0 for never, 1 for whenever their weights differ.
+        every: tokens of a string between two looks at the weights.
+
+    Returns:
+        The weighted particles, with their ancestors.
+
+    Raises:
+        ValueError: for an unknown scheme or twist, or numbers out of range.
+    """
+    started = time.monotonic()
+    if resampling not in SCHEMES:
+        raise ValueError(f"unknown resampling {resampling!r}; schemes are: {', '.join(SCHEMES)}")
+    if not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold!r}")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+    guide.check(program)
+    twisted = make_twist(twist, program)
+    crowd = Crowd(program, guide, num_samples, seed)
+    times = 0
+
+    def look(*key: int | str) -> None:
+        nonlocal times
+        rng = generator((seed, "smc", "resample", *key))
+        times += resample_crowd(crowd, resampling, ess_threshold, rng)
+
+    with keeping(), bar("sequential Monte Carlo", len(program.latents), progress) as advance:
+        crowd.begin()
+        weigh_at_rest(crowd)
+        stage = 0
+        while any(not (p.is_over or p.is_dead) for p in crowd.particles):
+            look(stage, "site")
+            crowd.decide(stage)
+            turns = every if twisted.needs_turns(crowd) else None
+            turn = 0
+            while crowd.is_growing:
+                crowd.grow(stage, turn, turns)
+                turn += 1
+                if crowd.is_growing and twisted.weigh(crowd):
+                    look(stage, turn)
+            crowd.finish()
+            weigh_at_rest(crowd)
+            stage += 1
+            advance(1)
+    executions = [p.execution for p in crowd.particles]
+    failed, notes = failures(program, executions)
+    return Posterior(
+        [e.latents for e in executions],
+        [p.log_weight for p in crowd.particles],
+        method="smc",
+        guide=guide.name,
+        sites=program.latents,
+        returns=[e.returned for e in executions],
+        log_joint=[e.log_joint for e in executions],
+        log_q=[e.log_q for e in executions],
+        site_log_probs=site_log_probs(executions),
+        elapsed=time.monotonic() - started,
+        failed_sites=failed,
+        notes=notes,
+        ancestors=[p.ancestor for p in crowd.particles],
+        resampled=times,
+    )
+
+
+def resample_crowd(crowd: Crowd, scheme: str, threshold: float, rng: np.random.Generator) -> bool:
+    """Chooses particles anew if their effective number is below a share of their number.
+
+    Args:
+        crowd: the particles, weighed.
+        scheme: how.
+        threshold: the share.
+        rng: random numbers.
+
+    Returns:
+        Whether it did.
+    """
+    log_weights = np.array([p.log_weight for p in crowd.particles])
+    if not (log_weights > -np.inf).any():
+        return False
+    ess = diagnostics.effective_sample_size(log_weights)
+    if ess >= threshold * crowd.count * (1.0 - 1e-9):
+        return False
+    weights = diagnostics.normalized_weights(log_weights)
+    mean = diagnostics.log_evidence(log_weights)[0]
+    chosen = [crowd.particles[k] for k in resample(weights, scheme, rng)]
+    # Each carries the mean weight on, less the ratio that it is weighed by from here.
+    crowd.particles = [p.copy(mean - p.ratio) for p in chosen]
+    return True

@@ -1,0 +1,211 @@
+"""Twists: how promising particles are while their strings grow.
+
+A twist ψ is a positive number for each unfinished particle. Particles are resampled by their weight
+times ψ, and carry 1/ψ on from there, so a twist changes the variance of what is found and never the
+answer (Whiteley and Lee 2014, *Twisted particle filters*, arXiv 1210.0220; for language models Zhao
+et al. 2024, arXiv 2404.17546).
+
+Evidence meets all particles at the same time. A string that ends early would otherwise pay for the
+ending that is observed after it (some −17 nats) while the unfinished ones still stand at 0, and be
+resampled away. So a factor counts once every particle has met it, would meet it if its string
+ended here, or has nothing more to meet.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from langppl.distributions import LMString
+from langppl.inference.particles import Crowd, Growing, Particle, View, is_potential, is_steering
+from langppl.program import Program
+from langppl.program.statements import Potential
+
+UserTwist = Callable[[str, str], float]
+"""Site and text so far → log ψ, nats."""
+
+TWISTS = ("lookahead", "flow")
+
+
+class Twist(ABC):
+    """Weighs particles whose strings grow."""
+
+    def needs_turns(self, crowd: Crowd) -> bool:
+        """Whether weights can differ before strings are whole."""
+        return True
+
+    @abstractmethod
+    def weigh(self, crowd: Crowd) -> bool:
+        """Sets each particle's `ratio`; False if there is nothing to tell them apart by yet."""
+
+
+def make_twist(twist: str | UserTwist | None, program: Program) -> Twist:
+    """A twist by name; a user's function as one.
+
+    Raises:
+        ValueError: for an unknown name, or `"flow"` where it is not known.
+        TypeError: for anything else.
+    """
+    if twist is None:
+        return Plain()
+    if twist == "lookahead":
+        return Lookahead()
+    if twist == "flow":
+        fns = [program.sites[n].fn for n in program.latents]
+        if len(fns) != 1 or not isinstance(fns[0], LMString):
+            raise ValueError(
+                f'twist="flow" is the flow of one latent string, and the latents here are '
+                f'{", ".join(map(repr, program.latents)) or "none"}; use twist="lookahead"'
+            )
+        return Flow()
+    if isinstance(twist, str):
+        raise ValueError(f"unknown twist {twist!r}; twists are: {', '.join(TWISTS)}, or a function")
+    if not callable(twist):
+        raise TypeError(f"a twist is a name or a function of site and text, got {twist!r}")
+    return User(twist)
+
+
+class Plain(Twist):
+    """No twist: the model over the proposal, and the model's own potentials."""
+
+    def needs_turns(self, crowd: Crowd) -> bool:
+        """See `Twist.needs_turns`."""
+        growing = [g for _, g in crowd.growing()]
+        return _has_potentials(crowd.program) or not all(g.is_prior for g in growing)
+
+    def weigh(self, crowd: Crowd) -> bool:
+        """See `Twist.weigh`."""
+        if _has_potentials(crowd.program):
+            crowd.look_ahead(is_potential)
+        _weigh(crowd)
+        return True
+
+
+class Lookahead(Twist):
+    """The evidence as if the string ended here, without the probability that it does."""
+
+    def weigh(self, crowd: Crowd) -> bool:
+        """See `Twist.weigh`."""
+        crowd.look_ahead(is_steering)
+        _weigh(crowd)
+        return True
+
+
+class User(Twist):
+    """A user's function of the text so far.
+
+    Args:
+        fn: site and text → log ψ, nats; −inf and unfinished characters are passed over.
+    """
+
+    def __init__(self, fn: UserTwist) -> None:
+        self.fn = fn
+
+    def weigh(self, crowd: Crowd) -> bool:
+        """See `Twist.weigh`.
+
+        Raises:
+            ValueError: if the function gives NaN or +inf.
+        """
+        if _has_potentials(crowd.program):
+            crowd.look_ahead(is_potential)
+        for particle, g in crowd.growing():
+            found = float(self.fn(g.name, g.text))
+            if math.isnan(found) or found == math.inf:
+                raise ValueError(
+                    f"site {g.name!r}: the twist of {g.text!r} is {found}; it must be a number "
+                    "below infinity"
+                )
+            if found > -math.inf:
+                particle.growing = replace(g, twist=found)
+        _weigh(crowd)
+        return True
+
+
+class Flow(Twist):
+    """The guide's own flow, F(z₁..t) = R(z₁..t ⊤) / q(⊤ | z₁..t).
+
+    Over prefixes that cannot end it is carried as F(z₁..s) · q(z_{s+1}..z_t | z₁..s). Of a guide
+    that is trained, F(z₁..t) / q(z₁..t) is the evidence wherever t stands.
+    """
+
+    def weigh(self, crowd: Crowd) -> bool:
+        """See `Twist.weigh`."""
+        crowd.look_ahead(lambda site: True)
+        log_p, log_ending = crowd.log_p(), crowd.log_q_ending()
+        for particle, g in crowd.growing():
+            of_text, of_ending = log_p[id(particle)]
+            known, view = particle.of_latents, g.view
+            if g.is_ended:
+                rest = 0.0 if view is None else sum(view.factors.values())
+                particle.ratio = known + of_text - g.log_q + rest
+                continue
+            can_end = g.ended_here() is not None and view is not None and view.is_over
+            if can_end and view is not None:
+                flow = known + of_text + of_ending - log_ending[id(particle)] - g.log_q
+                flow += sum(view.factors.values())
+                if math.isfinite(flow):
+                    particle.growing = replace(g, flow=flow)
+        growing = crowd.growing()
+        for particle, g in growing:
+            if not g.is_ended and g.flow is not None:
+                particle.ratio = g.flow
+        return all(g.is_ended or g.flow is not None for _, g in growing)
+
+
+def weigh_at_rest(crowd: Crowd) -> None:
+    """Sets each particle's `ratio` where no string grows."""
+    counted = _counted([p.view for p in crowd.particles if not p.is_dead])
+    for particle in crowd.particles:
+        particle.ratio = -math.inf
+        if not particle.is_dead:
+            particle.ratio = particle.of_latents + _sum(particle.view, counted)
+
+
+def _weigh(crowd: Crowd) -> None:
+    """Sets each particle's `ratio` by the model over the proposal, its twist and its view."""
+    growing = crowd.growing()
+    drawn = [(p, g) for p, g in growing if not g.is_prior]
+    log_p = crowd.log_p() if drawn else {}
+    views = {id(p): _view(p, p.growing) for p in crowd.particles if not p.is_dead}
+    counted = _counted(views.values())
+    for particle in crowd.particles:
+        g = particle.growing
+        if particle.is_dead:
+            particle.ratio = -math.inf
+            continue
+        own = 0.0
+        if g is not None:
+            own = g.twist
+            if not g.is_prior:
+                own += log_p[id(particle)][0] - g.log_q
+            elif g.is_ended and g.fn.why_impossible(g.value) is not None:
+                own = -math.inf
+        particle.ratio = particle.of_latents + own + _sum(views[id(particle)], counted)
+
+
+def _view(particle: Particle, g: Growing | None) -> View:
+    met = particle.view
+    if g is None:
+        return met
+    if g.view is None:
+        return View(met.factors, False)
+    return View({**met.factors, **g.view.factors}, g.view.is_over)
+
+
+def _counted(views: Iterable[View]) -> set[str]:
+    """The factors that every particle has met, unless it will meet no more."""
+    own = list(views)
+    everything = {name for view in own for name in view.factors}
+    open_ = [view.factors for view in own if not view.is_over]
+    return {name for name in everything if all(name in factors for factors in open_)}
+
+
+def _sum(view: View, counted: set[str]) -> float:
+    return float(sum(v for name, v in view.factors.items() if name in counted))
+
+
+def _has_potentials(program: Program) -> bool:
+    return any(isinstance(s.fn, Potential) for s in program.sites.values())
