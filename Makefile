@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.langppl-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench peers
+.PHONY: help env demo test lint bench peers truth
 
 help:
 	@echo "make demo   the posterior of a missing sentence, on a real language model"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   ruff, mypy and the import contracts"
 	@echo "make bench  every benchmark, beside what one would use instead"
 	@echo "make peers  particles beside llamppl and genlm-control, in an environment of its own"
+	@echo "make truth  is SMC unbiased? the whole grid of programs, guides, twists and schemes"
 	@echo "make env    the environment alone, in $(VENV)"
 
 env: $(STAMP)
@@ -45,6 +46,9 @@ bench: $(STAMP)
 	for name in prefix_rewards step decoding limit growth precision page; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
+
+truth: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/truth.py
 
 PEERS := .venv-peers
 

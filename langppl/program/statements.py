@@ -137,7 +137,7 @@ def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -
         >>> potential("short words", lambda t: -float(len(t) > 40), z)  # doctest: +SKIP
     """
     value = _log_weight(f"potential {name!r}", fn(text))
-    unit = Potential(value)
+    unit: Any = Potential(value)  # type: ignore[no-untyped-call]
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True})
 
 
