@@ -64,7 +64,17 @@ def main() -> None:
     args = options.parse_args()
     lm = lp.LM(args.lm)
     rows = [measure(lm, name, args.draws, args.batch) for name in CASES]
-    columns = ["grammar", "draws", "whole", "broken", "decode s", "mask s", "mask %", "masks"]
+    columns = [
+        "grammar",
+        "draws",
+        "whole",
+        "broken",
+        "decode s",
+        "mask s",
+        "mask %",
+        "masks",
+        "runs",
+    ]
     common.report("grammars", columns, rows, args)
 
 
@@ -91,7 +101,9 @@ def measure(lm: lp.LM, name: str, draws: int, batch: int) -> dict[str, Any]:
     whole = broken = 0
     seconds = 0.0
     bound.step, bound._masked_step = timed, counted  # type: ignore[method-assign]
-    for first in range(-batch, draws, batch):  # the first batch is a warm-up, checked but not timed
+    for first in range(
+        -batch, draws, batch
+    ):  # the first batch is run twice, to warm up; it counts once
         keys = range(first, min(first + batch, draws)) if first >= 0 else range(batch)
         requests = [DrawRequest(lm, ids, bound, most, ("grammars", name, k)) for k in keys]
         if first <= 0:
@@ -115,6 +127,7 @@ def measure(lm: lp.LM, name: str, draws: int, batch: int) -> dict[str, Any]:
         "mask s": in_steps,
         "mask %": 100 * in_steps / seconds,
         "masks": masks,
+        "runs": 1,
     }
 
 

@@ -26,7 +26,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,7 @@ _NEVER = 99  # more tokens than any UTF-8 fragment needs
 STEP_BYTES = 64 * 2**20
 """Most bytes, about, of the steps that a string's rules remember under a grammar."""
 
-_STEP_OVERHEAD = 1024
+_STATE_BYTES = 1024
 _MOST_TRIED, _MOST_FOLLOWERS = 256, 64
 _Kind = tuple[bool, int, bytes, bytes]
 
@@ -147,6 +147,11 @@ class StringRules:
         """Whether the string is the event "the text goes on like this"."""
         return self.max_tokens is None and not self.stop and self.grammar is None
 
+    @property
+    def without_grammar(self) -> StringRules:
+        """The same rules for any text."""
+        return replace(self, grammar=None, truncate="keep")
+
     def bind(self, vocabulary: Vocabulary) -> BoundRules:
         """These rules as an automaton over the tokens of one vocabulary."""
         return BoundRules(self, vocabulary)
@@ -241,21 +246,28 @@ class BoundRules:
     Args:
         rules: the rules.
         vocabulary: the tokens.
+        free: of rules with a grammar, `rules.without_grammar` over the same vocabulary, if it is
+            made already.
 
     Raises:
         ValueError: if a ban or an allowed string matches no token, a stop can never be produced,
             or no string of the grammar is found to fit the other rules.
     """
 
-    def __init__(self, rules: StringRules, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, rules: StringRules, vocabulary: Vocabulary, free: BoundRules | None = None
+    ) -> None:
         self.rules = rules
         self.vocabulary = vocabulary
         self.stops = tuple(s.encode("utf-8") for s in rules.stop)
-        self.allowed = ~vocabulary.special & self._filtered()
         self._steps: dict[_Kind, Step] = {}
         self._cost: dict[bytes, int] = {b"": 0}
-        self._check_stops()
-        if rules.grammar is not None:
+        if rules.grammar is None:
+            self.allowed = ~vocabulary.special & self._filtered()
+            self._check_stops()
+        else:
+            self._free = free or rules.without_grammar.bind(vocabulary)
+            self.allowed = self._free.allowed
             self._matcher = rules.grammar.matcher(tokenizer_of(vocabulary))
             # By state, the latest only; states in which the same is legal share one step.
             self._recent: OrderedDict[tuple[bool, int, bytes, bytes, bytes], Step] = OrderedDict()
@@ -346,13 +358,17 @@ class BoundRules:
     def step(self, state: State) -> Step:
         """The legal actions of a state with at least one action left."""
         if self.rules.grammar is None:
-            return self._free_step(state)
+            kind = self._kind(state)
+            if kind not in self._steps:
+                self._steps[kind] = self._make_step(*kind)
+            return self._steps[kind]
         key = (*self._kind(state), state.text)
         step = self._recent.pop(key, None)
         if step is None:
-            step = self._masked_step(self._free_step(state), state)
+            step = self._masked_step(self._free.step(state), state)
         self._recent[key] = step
-        if len(self._recent) * (self.vocabulary.size + _STEP_OVERHEAD) > STEP_BYTES:
+        masks = len(self._by_name) * self.vocabulary.size
+        if masks + len(self._recent) * _STATE_BYTES > STEP_BYTES:
             self._recent.popitem(last=False)
         return step
 
@@ -360,13 +376,6 @@ class BoundRules:
         """All that the legal actions depend on, but for a grammar."""
         remaining = _NEVER if state.remaining is None else min(state.remaining, 8)
         return (state.count >= self.rules.min_tokens, remaining, state.tail, state.fragment)
-
-    def _free_step(self, state: State) -> Step:
-        """The legal actions without the grammar."""
-        kind = self._kind(state)
-        if kind not in self._steps:
-            self._steps[kind] = self._make_step(*kind)
-        return self._steps[kind]
 
     def advance(self, state: State, token: int) -> State:
         """The state after a legal token that does not end the string."""
@@ -657,7 +666,7 @@ class BoundRules:
                 f"{self.rules.min_tokens}"
             )
         grammar = self.rules.grammar
-        if grammar is not None and self._free_step(state).legal[token]:
+        if grammar is not None and self._free.step(state).legal[token]:
             return f"{shown} breaks the grammar {grammar.shown}"
         return f"{shown} leaves bytes that are not valid UTF-8 in the tokens that remain"
 

@@ -384,6 +384,20 @@ def test_states_in_which_the_same_is_legal_share_a_step() -> None:
     assert one is two
 
 
+def test_grammars_without_end_are_forgotten() -> None:
+    lm = tiny_lm("ab.", seed=3)
+    free = lp.LMString(lm, "a", max_tokens=4).bound
+    first = lp.LMString(lm, "a", max_tokens=4, grammar=lp.regex("a"))
+    bound = first.bound
+    assert first.bound is bound
+    for k in range(40):
+        made = lp.LMString(lm, "a", max_tokens=4, grammar=lp.one_of(["a", f"b{k}"]))
+        assert made.bound._free is free
+    assert len(lm._masked) == 32
+    assert first.bound is not bound
+    assert float(first.log_prob("a")) == pytest.approx(0.0, abs=1e-6)
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
