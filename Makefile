@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	for name in prefix_rewards step decoding limit growth precision page; do \
+	for name in prefix_rewards step decoding grammars limit growth precision page; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 

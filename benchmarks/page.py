@@ -38,6 +38,12 @@ run again in the backward pass: less memory, more work.""",
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
 langppl.""",
+    "grammars": """## Grammars
+
+Strings under a JSON schema and under a regex, in batches of 32; those that end are checked with
+Python's `json` and `re`. Masks: tokens' masks that llguidance made, one for each text met; their
+seconds, and all else that the rules do at a token, are within those of decoding. Broken: draws
+that end and break their grammar. The share counts: other work ran on the same core.""",
     "particles": """## Infilling by particles
 
 N particles of a missing sentence with its ending observed. langppl runs its importance sampler

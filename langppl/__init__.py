@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from langppl.guides import (
         GFlowNetGuide,
         Guide,
+        MaskedGuide,
         PriorGuide,
         PromptedGuide,
         RewardSchedule,
     )
     from langppl.inference import compare, infer
-    from langppl.lm import LM
+    from langppl.lm import LM, Grammar, json_schema, lark, log_matches, one_of, regex
     from langppl.posterior import ABSENT, Posterior
     from langppl.program import (
         Program,
@@ -37,12 +38,13 @@ _HOMES = {
     "langppl.guides": (
         "GFlowNetGuide",
         "Guide",
+        "MaskedGuide",
         "PriorGuide",
         "PromptedGuide",
         "RewardSchedule",
     ),
     "langppl.inference": ("compare", "infer"),
-    "langppl.lm": ("LM",),
+    "langppl.lm": ("LM", "Grammar", "json_schema", "lark", "log_matches", "one_of", "regex"),
     "langppl.posterior": ("ABSENT", "Posterior"),
     "langppl.program": (
         "Program",
@@ -62,10 +64,12 @@ __all__ = [
     "ABSENT",
     "LM",
     "GFlowNetGuide",
+    "Grammar",
     "Guide",
     "JoinWarning",
     "LMChoice",
     "LMString",
+    "MaskedGuide",
     "Posterior",
     "PriorGuide",
     "Program",
@@ -81,7 +85,12 @@ __all__ = [
     "do",
     "factor",
     "infer",
+    "json_schema",
+    "lark",
+    "log_matches",
+    "one_of",
     "potential",
+    "regex",
     "sample",
     "testing",
 ]

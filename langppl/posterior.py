@@ -666,7 +666,7 @@ class Posterior:
             text += "The site that failed is not recorded. "
         text += (
             "Try: check that an observed value there can be produced under its site's rules "
-            "(stop, max_tokens, min_tokens, ban, allow), and that a latent with "
+            "(stop, max_tokens, min_tokens, ban, allow, grammar), and that a latent with "
             'truncate="reject" has room to finish'
         )
         if not self._exact:

@@ -370,6 +370,8 @@ class _Forced:
             at = fn.options.index(self.forced)
             return self.forced, float(scaled[at] - np.logaddexp.reduce(scaled))
         request = fn.request(self.forced, prompt=prompt, adapter=adapter)
+        if request is None:  # a guide that masks more than the model
+            return self.forced, -math.inf
         request = dataclasses.replace(request, temperature=request.temperature * temperature)
         (reply,) = perform([request])
         assert isinstance(reply, ScoreReply)

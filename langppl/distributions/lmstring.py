@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from langppl.distributions import sites
 from langppl.distributions.base import Key, Pending, StringDistribution
 from langppl.distributions.text import Text
+from langppl.lm.grammars import Grammar
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt, check_prompt
 from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
@@ -29,9 +31,9 @@ class LMString(StringDistribution):
     """Strings that an LM writes after a prompt.
 
     A string ends with the LM's end token or with a stop; the probabilities of all token sequences
-    that the rules allow sum to one (minus what `truncate="reject"` rejects). Without `stop` and
-    `max_tokens` it is *open*: the event "the text goes on like this", which can be observed but
-    not sampled.
+    that the rules allow sum to one (minus what `truncate="reject"` or a grammar rejects). Without
+    `stop`, `max_tokens` and `grammar` it is *open*: the event "the text goes on like this", which
+    can be observed but not sampled.
 
     Args:
         lm: the LM.
@@ -47,11 +49,16 @@ class LMString(StringDistribution):
         allow: the only tokens: a predicate on a token's text, or strings of which a token's text
             must be put together (`allow="0123456789"` as a list of characters: digits only).
         ban: tokens to leave out: a predicate, or strings that a token's text must not contain.
-        grammar: a constraint on the whole string; not available yet.
+        grammar: what the whole text, a stop included, must belong to (`regex`, `json_schema`,
+            `lark`, `one_of`). It masks tokens, whatever their spelling of a text, and the rest is
+            renormalised at each token: another prior than the LM conditioned on the grammar, for
+            which see `log_matches`. A string may end only where the grammar is complete, and one
+            that is unfinished at `max_tokens` or comes to a dead end has weight zero, whatever
+            `truncate` says. With a grammar and no `max_tokens`, the context window is the limit.
 
     Raises:
         ValueError: for rules that no string can follow.
-        TypeError: for a prompt that is neither a string nor a chat.
+        TypeError: for a prompt that is neither a string nor a chat, or a grammar that is none.
 
     Example:
         >>> name = LMString(lm, "My name is", stop=[".", ","], max_tokens=8)  # doctest: +SKIP
@@ -70,11 +77,11 @@ class LMString(StringDistribution):
         temperature: float = 1.0,
         allow: TokenFilter | Sequence[str] | str | None = None,
         ban: TokenFilter | Sequence[str] | str | None = None,
-        grammar: None = None,
+        grammar: Grammar | None = None,
     ) -> None:
-        if grammar is not None:
-            raise ValueError("grammar is not available yet; leave it None")
         stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        if grammar is not None and truncate == "keep":
+            truncate = "reject"  # what is cut is no whole text of the grammar
         rules = StringRules(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -83,8 +90,11 @@ class LMString(StringDistribution):
             temperature=temperature,
             allow=allow,  # type: ignore[arg-type]
             ban=ban,  # type: ignore[arg-type]
+            grammar=grammar,
         )
         self._setup(lm, check_prompt(prompt), rules)
+        if grammar is not None:
+            lm.bind(rules)  # an impossible constraint is an error here
 
     def _setup(self, lm: LM, prompt: Prompt, rules: StringRules) -> None:
         self.lm = lm
@@ -99,8 +109,8 @@ class LMString(StringDistribution):
 
     def with_rules(self, rules: StringRules) -> LMString:
         """The same prompt under other rules."""
-        other = LMString.__new__(LMString)
-        other._setup(self.lm, self.prompt, rules)
+        other = copy.copy(self)
+        other.rules = rules
         return other
 
     @property

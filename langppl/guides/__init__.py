@@ -4,6 +4,7 @@ from langppl.guides.base import Guide, PriorGuide
 from langppl.guides.context import ContextInfo, default_context
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.history import History
+from langppl.guides.masked import MaskedGuide
 from langppl.guides.prompted import PromptedGuide
 from langppl.guides.schedules import RewardSchedule
 
@@ -12,6 +13,7 @@ __all__ = [
     "GFlowNetGuide",
     "Guide",
     "History",
+    "MaskedGuide",
     "PriorGuide",
     "PromptedGuide",
     "RewardSchedule",

@@ -96,10 +96,13 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
             most = None if fn.is_open else fn.limit(len(fn.prompt_ids()))
         if most is None or fn.rules.max_tokens is None:
             raise ValueError(f"site {name!r} has no max_tokens, so its strings cannot be listed")
-        number = enumeration.count(fn.bound, most)
+        number = enumeration.count(fn.bound, most, room)
         if number > room:
+            has = f"{Decimal(number):.4g} strings"
+            if fn.rules.grammar is not None:
+                has = f"more than {room} strings, or texts that they begin with"
             raise ValueError(
-                f"site {name!r} alone has {Decimal(number):.4g} strings, and the limit of exact "
+                f"site {name!r} alone has {has}, and the limit of exact "
                 f"inference is {limit} executions; shorten it, raise the limit, or use another "
                 "method"
             )

@@ -16,7 +16,7 @@ import torch
 
 from langppl.lm import adapters
 from langppl.lm.requests import ScoreReply, ScoreRequest
-from langppl.lm.rules import Path
+from langppl.lm.rules import Step
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -42,7 +42,7 @@ class Memo:
             raise ValueError(f"a memo's capacity must be at least 0 bytes, got {capacity}")
         self.capacity = capacity
         self.hits = self.misses = self._bytes = 0
-        self._found: OrderedDict[object, tuple[ScoreReply, Path, int]] = OrderedDict()
+        self._found: OrderedDict[object, tuple[ScoreReply, tuple[Step, ...], int]] = OrderedDict()
 
     def __len__(self) -> int:
         """How many scores are remembered."""
@@ -85,8 +85,9 @@ class Memo:
         size = _OVERHEAD + 8 * ids + reply.tokens.nbytes + reply.canonical.nbytes
         for row in (reply.tokens, reply.canonical):
             row.setflags(write=False)
-        # The path keeps its steps alive, whose identities are in the key.
-        self._found[key] = (reply, request.path, size)
+        # Steps whose identities are in the key are kept alive.
+        alive = tuple(step for step in request.path.steps if step.name is None)
+        self._found[key] = (reply, alive, size)
         self._bytes += size
         while self._bytes > self.capacity:
             _, (_, _, size) = self._found.popitem(last=False)
@@ -98,7 +99,7 @@ def _key(request: ScoreRequest) -> tuple[object, ...]:
     return (
         request.prompt,
         path.tokens,
-        tuple(id(step) for step in path.steps),
+        tuple(step.name or id(step) for step in path.steps),
         path.ending,
         tuple(path.ending_ids.tolist()),
         request.temperature,

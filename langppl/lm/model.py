@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
+MOST_GRAMMARS = 32
+"""String rules with a grammar that an LM keeps, each with steps (`langppl.lm.rules.STEP_BYTES`)."""
 
 
 class LM:
@@ -116,6 +119,7 @@ class LM:
         self.memo = Memo()
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}
+        self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self.packs: Packing | None = probe(self)
 
@@ -193,9 +197,19 @@ class LM:
 
     def bind(self, rules: StringRules) -> BoundRules:
         """A string's rules over this LM's tokens, made once."""
-        if rules not in self._rules:
-            self._rules[rules] = rules.bind(self.vocabulary)
-        return self._rules[rules]
+        if rules.grammar is None:
+            if rules not in self._rules:
+                self._rules[rules] = rules.bind(self.vocabulary)
+            return self._rules[rules]
+        # Grammars may be made from latents, so there is no end of them: the latest are kept.
+        bound = self._masked.pop(rules, None)
+        if bound is None:
+            free = self.bind(rules.without_grammar)
+            bound = BoundRules(rules, self.vocabulary, free)
+        self._masked[rules] = bound
+        if len(self._masked) > MOST_GRAMMARS:
+            self._masked.popitem(last=False)
+        return bound
 
     # -- the transformer ----------------------------------------------------------------------
 

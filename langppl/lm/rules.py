@@ -14,25 +14,40 @@ actions sum to one.
     >>> bound = rules.bind(lm.vocabulary)            # doctest: +SKIP
     >>> state = bound.start(limit=20)                # doctest: +SKIP
     >>> bound.step(state).legal.sum()                # doctest: +SKIP
+
+With a grammar a token must also keep the text to it, and an ending action must complete it: the
+masks are intersected. The state then holds the text, and steps are remembered by it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from langppl.lm.grammars import Grammar
+from langppl.lm.matcher import tokenizer_of
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
 
 TokenFilter = tuple[str, ...] | Callable[[str], bool]
-EndingKind = Literal["end", "stop", "cut", "open"]
+EndingKind = Literal["end", "stop", "cut", "dead", "open"]
 
 _NEVER = 99  # more tokens than any UTF-8 fragment needs
+
+STEP_BYTES = 64 * 2**20
+"""Most bytes, about, of the steps that a string's rules remember under a grammar."""
+
+_STATE_BYTES = 1024
+_MOST_TRIED, _MOST_FOLLOWERS = 256, 64
+_Kind = tuple[bool, int, bytes, bytes]
 
 
 def _positive_int(name: str, value: object, least: int) -> None:
@@ -67,6 +82,8 @@ class StringRules:
             text must be put together.
         ban: tokens to leave out, as a predicate or as strings that a token's text must not
             contain. A token is judged whole, also where a stop would cut it.
+        grammar: what the whole text, a stop included, must belong to, as far as it goes: with
+            `truncate="keep"`, which only proposals have, what is cut need not be whole.
     """
 
     max_tokens: int | None = None
@@ -76,6 +93,7 @@ class StringRules:
     temperature: float = 1.0
     allow: TokenFilter | None = None
     ban: TokenFilter | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a tokenizer."""
@@ -98,10 +116,20 @@ class StringRules:
                 )
         if self.truncate not in ("keep", "reject"):
             raise ValueError(f'truncate must be "keep" or "reject", got {self.truncate!r}')
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise TypeError(
+                "grammar must be made by lp.regex, lp.json_schema, lp.lark or lp.one_of, got "
+                f"{self.grammar!r}"
+            )
         if self.truncate == "reject":
             if self.is_open:
                 raise ValueError(
                     'truncate="reject" needs max_tokens or a stop: an open string never ends'
+                )
+            if self.min_tokens == self.max_tokens and self.grammar is not None:
+                raise ValueError(
+                    f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
+                    "action, and with a grammar an unfinished string is rejected; raise max_tokens"
                 )
             if self.min_tokens == self.max_tokens:
                 raise ValueError(
@@ -117,7 +145,12 @@ class StringRules:
     @property
     def is_open(self) -> bool:
         """Whether the string is the event "the text goes on like this"."""
-        return self.max_tokens is None and not self.stop
+        return self.max_tokens is None and not self.stop and self.grammar is None
+
+    @property
+    def without_grammar(self) -> StringRules:
+        """The same rules for any text."""
+        return replace(self, grammar=None, truncate="keep")
 
     def bind(self, vocabulary: Vocabulary) -> BoundRules:
         """These rules as an automaton over the tokens of one vocabulary."""
@@ -135,6 +168,8 @@ class State(NamedTuple):
     """The longest end of the text that begins a stop."""
     fragment: bytes
     """The unfinished UTF-8 character at the end of the text."""
+    text: bytes = b""
+    """The whole text under a grammar, else empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +184,9 @@ class Step:
         canonical: ids of the canonical ending action, empty where no string can end: the first
             stop that one token can complete, else the end of the text.
         canonical_token: the id that stands for it in a value, or None for the end of the text.
+        is_dead: whether nothing is legal.
+        name: under a grammar, a digest of all of this: such steps are made anew when they were
+            forgotten. None for a step that lives as long as its rules.
     """
 
     legal: torch.Tensor
@@ -158,6 +196,7 @@ class Step:
     canonical: torch.Tensor
     canonical_token: int | None
     is_dead: bool
+    name: bytes | None = None
     _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def legal_on(self, device: torch.device) -> torch.Tensor:
@@ -174,25 +213,24 @@ class Path:
     Attributes:
         tokens: the tokens that go on.
         steps: the legal actions before each of them, and before the ending action; one longer
-            than `tokens` unless the ending is forced (`"cut"`, `"open"`).
-        ending: `"end"` (end of the text), `"stop"`, `"cut"` (at `max_tokens`, probability one) or
-            `"open"` (no ending at all).
-        ending_ids: ids of the ending action, empty for `"cut"` and `"open"`.
-        rejected: whether the string was cut where the rules reject that.
+            than `tokens` unless the ending is forced (`"cut"`, `"dead"`, `"open"`).
+        ending: `"end"` (end of the text), `"stop"`, `"cut"` (at `max_tokens`, probability one),
+            `"dead"` (no action is legal) or `"open"` (no ending at all).
+        ending_ids: ids of the ending action, empty where it is forced.
+        reason: why the string has weight zero though it can be drawn: it was cut where the rules
+            reject that, or came to a dead end. None if it may have weight.
     """
 
     tokens: tuple[int, ...]
     steps: tuple[Step, ...]
     ending: EndingKind
     ending_ids: torch.Tensor
-    rejected: bool = False
+    reason: str | None = None
 
     @property
-    def reason(self) -> str | None:
-        """Why the string has weight zero, or None if it may have weight."""
-        if self.rejected:
-            return f'it is unfinished after {len(self.tokens)} tokens, and truncate="reject"'
-        return None
+    def rejected(self) -> bool:
+        """Whether the string has weight zero though it can be drawn."""
+        return self.reason is not None
 
 
 @dataclass(frozen=True)
@@ -208,20 +246,33 @@ class BoundRules:
     Args:
         rules: the rules.
         vocabulary: the tokens.
+        free: of rules with a grammar, `rules.without_grammar` over the same vocabulary, if it is
+            made already.
 
     Raises:
-        ValueError: if a ban or an allowed string matches no token, or a stop can never be
-            produced.
+        ValueError: if a ban or an allowed string matches no token, a stop can never be produced,
+            or no string of the grammar is found to fit the other rules.
     """
 
-    def __init__(self, rules: StringRules, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, rules: StringRules, vocabulary: Vocabulary, free: BoundRules | None = None
+    ) -> None:
         self.rules = rules
         self.vocabulary = vocabulary
         self.stops = tuple(s.encode("utf-8") for s in rules.stop)
-        self.allowed = ~vocabulary.special & self._filtered()
-        self._steps: dict[tuple[bool, int, bytes, bytes], Step] = {}
+        self._steps: dict[_Kind, Step] = {}
         self._cost: dict[bytes, int] = {b"": 0}
-        self._check_stops()
+        if rules.grammar is None:
+            self.allowed = ~vocabulary.special & self._filtered()
+            self._check_stops()
+        else:
+            self._free = free or rules.without_grammar.bind(vocabulary)
+            self.allowed = self._free.allowed
+            self._matcher = rules.grammar.matcher(tokenizer_of(vocabulary))
+            # By state, the latest only; states in which the same is legal share one step.
+            self._recent: OrderedDict[tuple[bool, int, bytes, bytes, bytes], Step] = OrderedDict()
+            self._by_name: weakref.WeakValueDictionary[bytes, Step] = weakref.WeakValueDictionary()
+            self._check_possible(rules.grammar)
 
     # -- which tokens exist at all ---------------------------------------------------------
 
@@ -261,6 +312,35 @@ class BoundRules:
                     "spell it are banned, not allowed, or not in this LM's vocabulary"
                 )
 
+    def _check_possible(self, grammar: Grammar) -> None:
+        """Raises ValueError if a short search shows that no string can be finished."""
+        pending = [self.start(self.rules.max_tokens)]
+        tried: set[tuple[bytes, int | None]] = set()
+        while pending:
+            state = pending.pop()
+            if (state.text, state.remaining) in tried:
+                continue
+            tried.add((state.text, state.remaining))
+            if state.remaining == 0:
+                if self.rules.truncate == "keep" and self._matcher.accepts(state.text):
+                    return
+                continue
+            step = self.step(state)
+            if step.groups or len(step.end_ids):
+                return
+            tokens = step.legal.nonzero()[:, 0].tolist()
+            if len(tokens) > _MOST_FOLLOWERS or len(tried) >= _MOST_TRIED:
+                return
+            # The longest are tried first.
+            tokens.sort(key=lambda t: len(self.vocabulary.bytes[t]))
+            pending += [self.advance(state, token) for token in tokens]
+        first = "; no first token is legal" if len(tried) == 1 else ""
+        raise ValueError(
+            f"no string of the grammar {grammar.shown} fits the other rules (max_tokens="
+            f"{self.rules.max_tokens}, which counts the ending action, min_tokens="
+            f"{self.rules.min_tokens}, stops, bans, what is allowed) in this LM's tokens{first}"
+        )
+
     # -- walking ----------------------------------------------------------------------------
 
     def limit(self, prompt_length: int, window: int | None) -> int | None:
@@ -277,11 +357,25 @@ class BoundRules:
 
     def step(self, state: State) -> Step:
         """The legal actions of a state with at least one action left."""
+        if self.rules.grammar is None:
+            kind = self._kind(state)
+            if kind not in self._steps:
+                self._steps[kind] = self._make_step(*kind)
+            return self._steps[kind]
+        key = (*self._kind(state), state.text)
+        step = self._recent.pop(key, None)
+        if step is None:
+            step = self._masked_step(self._free.step(state), state)
+        self._recent[key] = step
+        masks = len(self._by_name) * self.vocabulary.size
+        if masks + len(self._recent) * _STATE_BYTES > STEP_BYTES:
+            self._recent.popitem(last=False)
+        return step
+
+    def _kind(self, state: State) -> _Kind:
+        """All that the legal actions depend on, but for a grammar."""
         remaining = _NEVER if state.remaining is None else min(state.remaining, 8)
-        key = (state.count >= self.rules.min_tokens, remaining, state.tail, state.fragment)
-        if key not in self._steps:
-            self._steps[key] = self._make_step(*key)
-        return self._steps[key]
+        return (state.count >= self.rules.min_tokens, remaining, state.tail, state.fragment)
 
     def advance(self, state: State, token: int) -> State:
         """The state after a legal token that does not end the string."""
@@ -293,7 +387,10 @@ class BoundRules:
                     tail = stop[:k]
                     break
         remaining = None if state.remaining is None else state.remaining - 1
-        return State(state.count + 1, remaining, tail, self._leaves(state.fragment, token))
+        whole = b""
+        if self.rules.grammar is not None:
+            whole = state.text + self.vocabulary.bytes[token]
+        return State(state.count + 1, remaining, tail, self._leaves(state.fragment, token), whole)
 
     def _leaves(self, fragment: bytes, token: int) -> bytes:
         head = self.vocabulary.heads[token]
@@ -412,22 +509,64 @@ class BoundRules:
         legal[list(ends)] = True
 
         as_tensors = {text: torch.tensor(ids) for text, ids in groups.items()}
-        canonical, token_of = torch.tensor(ends, dtype=torch.long), None
+        end_ids = torch.tensor(ends, dtype=torch.long)
+        return self._step_of(legal, kept, as_tensors, end_ids, tail)
+
+    def _step_of(
+        self,
+        legal: np.ndarray,
+        kept: dict[int, bytes],
+        groups: dict[bytes, torch.Tensor],
+        end_ids: torch.Tensor,
+        tail: bytes,
+        name: bytes | None = None,
+    ) -> Step:
+        canonical, token_of = end_ids, None
         for stop in self.stops:
             endings = [stop[k:] for k in range(len(stop)) if k == 0 or tail.endswith(stop[:k])]
-            text = next((text for text in endings if text in as_tensors), None)
+            text = next((text for text in endings if text in groups), None)
             if text is not None:
-                canonical, token_of = as_tensors[text], self.representative(text, groups[text])
+                canonical = groups[text]
+                token_of = self.representative(text, canonical.tolist())
                 break
         return Step(
             legal=torch.from_numpy(legal),
             kept=kept,
-            groups=as_tensors,
-            end_ids=torch.tensor(ends, dtype=torch.long),
+            groups=groups,
+            end_ids=end_ids,
             canonical=canonical,
             canonical_token=token_of,
             is_dead=not legal.any(),
+            name=name,
         )
+
+    def _masked_step(self, free: Step, state: State) -> Step:
+        """What of a step's actions the grammar allows after the state's text."""
+        legal: np.ndarray = free.legal.numpy() & self._matcher.legal(state.text)
+        legal[list(free.kept)] = False
+        # An ending action is judged by the text that it leaves, not by what its tokens go on with.
+        groups = {
+            kept: ids
+            for kept, ids in free.groups.items()
+            if self._matcher.accepts(state.text + kept)
+        }
+        for ids in groups.values():
+            legal[ids.numpy()] = True
+        end_ids = free.end_ids
+        if len(end_ids) and not self._matcher.accepts(state.text):
+            end_ids = end_ids[:0]
+        legal[end_ids.numpy()] = True
+        digest = hashlib.blake2b(np.packbits(legal).tobytes(), digest_size=16)
+        # Legal actions that are equal may still be other endings: those of stops.
+        endings = [(kept, ids.tolist()) for kept, ids in groups.items()]
+        digest.update(repr((endings, self.stops, state.tail)).encode())
+        name = digest.digest()
+        step = self._by_name.get(name)
+        if step is None:
+            kept = {token: k for token, k in free.kept.items() if k in groups}
+            step = self._step_of(legal, kept, groups, end_ids, state.tail, name)
+            self._by_name[name] = step
+        return step
 
     def representative(self, kept: bytes, ids: Iterable[int]) -> int:
         """The token that stands for an ending action in a value: the exact one if there is one."""
@@ -473,23 +612,49 @@ class BoundRules:
                     return Violation(f"its tokens spell {spelled.decode(errors='replace')!r}")
                 return Path(ids[:-1], tuple(steps), "stop", step.groups[step.kept[token]])
             state = self.advance(state, token)
-        if self.vocabulary.join(ids) != text:
-            spelled = self.vocabulary.join(ids)
-            return Violation(f"its tokens spell {spelled.decode(errors='replace')!r}")
+        spelled = self.vocabulary.join(ids)
+        shown = spelled.decode(errors="replace")
         none = torch.tensor([], dtype=torch.long)
+        last = None if self.rules.is_open or state.remaining == 0 else self.step(state)
+        # A dead end may lie inside a character, which the text then shows as U+FFFD.
+        if last is not None and last.is_dead and shown.encode() == text:
+            return Path(ids, tuple(steps), "dead", none, self._why_dead(len(ids)))
+        if spelled != text:
+            return Violation(f"its tokens spell {shown!r}")
         if self.rules.is_open:
             return Path(ids, tuple(steps), "open", none)
-        if state.remaining == 0:
-            return Path(ids, tuple(steps), "cut", none, self.rules.truncate == "reject")
-        step = self.step(state)
-        steps.append(step)
-        if not len(step.end_ids):
-            if state.fragment:
-                return Violation("it ends inside a UTF-8 character")
-            return Violation(
-                f"it has {len(ids)} tokens before its end and min_tokens is {self.rules.min_tokens}"
+        if last is None:
+            return Path(ids, tuple(steps), "cut", none, self._why_cut(len(ids)))
+        steps.append(last)
+        if not len(last.end_ids):
+            return Violation(self._why_no_end(state))
+        return Path(ids, tuple(steps), "end", last.end_ids)
+
+    def _why_cut(self, length: int) -> str | None:
+        if self.rules.truncate == "keep":
+            return None
+        if self.rules.grammar is not None:
+            return (
+                f"it is unfinished after {length} tokens (max_tokens counts the ending action), "
+                f"and with the grammar {self.rules.grammar.shown} such strings are rejected"
             )
-        return Path(ids, tuple(steps), "end", step.end_ids)
+        return f'it is unfinished after {length} tokens, and truncate="reject"'
+
+    def _why_dead(self, length: int) -> str:
+        grammar = self.rules.grammar
+        what = "" if grammar is None else f" keeps to the grammar {grammar.shown} and"
+        return f"after its {length} tokens no action{what} is legal under the other rules"
+
+    def _why_no_end(self, state: State) -> str:
+        if state.fragment:
+            return "it ends inside a UTF-8 character"
+        if state.count < self.rules.min_tokens:
+            return (
+                f"it has {state.count} tokens before its end and min_tokens is "
+                f"{self.rules.min_tokens}"
+            )
+        assert self.rules.grammar is not None
+        return f"it is not a whole text of the grammar {self.rules.grammar.shown}"
 
     def begun(self, ids: Iterable[int], limit: int | None) -> Path | None:
         """The actions of a string that goes on after some tokens, as an open path.
@@ -523,11 +688,14 @@ class BoundRules:
         shown = f"token {self.vocabulary.text(token)!r} at position {at}"
         if not self.allowed[token]:
             return f"{shown} is banned or not allowed"
-        if token in self._completions(state.tail):
+        if token in self._completions(state.tail) and state.count < self.rules.min_tokens:
             return (
                 f"{shown} completes a stop after {state.count} tokens and min_tokens is "
                 f"{self.rules.min_tokens}"
             )
+        grammar = self.rules.grammar
+        if grammar is not None and self._free.step(state).legal[token]:
+            return f"{shown} breaks the grammar {grammar.shown}"
         return f"{shown} leaves bytes that are not valid UTF-8 in the tokens that remain"
 
 

@@ -234,7 +234,8 @@ class Program:
 
         Raises:
             ValueError: for an open site without a length, and for programs with `factor`,
-                `Tempered` or `truncate="reject"`, which are not data-generating processes.
+                `Tempered`, `truncate="reject"` or a grammar, which are not data-generating
+                processes.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -302,9 +303,10 @@ class Program:
         def draw(name: str, fn: Any, value: Any = None) -> Any:
             if isinstance(fn, LMString):
                 if fn.rules.truncate == "reject" and not redraw:
+                    mend = 'use truncate="keep"' if fn.rules.grammar is None else "it has a grammar"
                     raise ValueError(
                         f"site {name!r} rejects unfinished strings, so the program cannot be "
-                        'simulated as data; use truncate="keep"'
+                        f"simulated as data; {mend}"
                     )
                 if fn.is_open:
                     if name not in lengths:

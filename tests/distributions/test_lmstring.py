@@ -118,7 +118,6 @@ def test_prompts_of_another_kind(prompt: Any) -> None:
         ({"max_tokens": 1, "min_tokens": 2}, "min_tokens=2 is above max_tokens=1"),
         ({"stop": ""}, "a stop must be a non-empty string"),
         ({"max_tokens": 1, "temperature": 0}, "temperature must be above 0"),
-        ({"grammar": "x"}, "grammar is not available"),
     ],
 )
 def test_bad_rules(rules: dict[str, Any], message: str) -> None:

@@ -1,0 +1,97 @@
+"""A guide whose strings keep to grammars, for programs that are conditioned on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from langppl.diagnostics import InferenceWarning
+from langppl.distributions import LMString
+from langppl.guides.base import Guide, Key
+from langppl.lm.grammars import Grammar
+from langppl.program import Program
+from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+
+
+class MaskedGuide(Guide):
+    """Proposes with the site's own LM, prompt and rules, masked by a grammar.
+
+    The model's own strings stay unmasked: where a `factor` of `log_matches` conditions one on the
+    grammar, this proposes only what the factor allows, and the weights carry the mask's mass. All
+    other latents are drawn from the prior.
+
+    Args:
+        grammars: site → grammar.
+
+    Raises:
+        TypeError: if a value is not a grammar.
+
+    Example:
+        >>> yes_or_no = one_of([" yes", " no"])  # doctest: +SKIP
+        >>> def answer():  # doctest: +SKIP
+        ...     z = sample("z", LMString(lm, "Is it raining?", max_tokens=4))
+        ...     factor("form", log_matches(z, yes_or_no))
+        >>> infer(answer, guide=MaskedGuide({"z": yes_or_no}))  # doctest: +SKIP
+    """
+
+    name = "masked"
+
+    def __init__(self, grammars: Mapping[str, Grammar]) -> None:
+        for site, grammar in grammars.items():
+            if not isinstance(grammar, Grammar):
+                raise TypeError(
+                    "a grammar is made by lp.regex, lp.json_schema, lp.lark or lp.one_of; for "
+                    f"site {site!r} got {grammar!r}"
+                )
+        self.grammars = dict(grammars)
+
+    def chooser(self, program: Program, key: Key) -> Chooser:
+        """See `Guide.chooser`."""
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if name not in self.grammars:
+                return draw_prior(fn, (*key, name))
+            value, log_q = self._masked(name, fn).draw((*key, name))
+            return Choice(value, log_q)
+
+        return choose
+
+    def check(self, program: Program) -> None:
+        """Raises ValueError if a named site is no latent `LMString`, or no string can be drawn."""
+        for name in self.grammars:
+            site = program.sites.get(name)
+            if site is None:
+                problem = (
+                    f"MaskedGuide names the site {name!r}, and no run has met it; latents are: "
+                    + (", ".join(program.latents) or "none")
+                )
+                if program.is_static:
+                    raise ValueError(problem)
+                warnings.warn(problem, InferenceWarning, stacklevel=2)
+            elif site.kind != "latent":
+                raise ValueError(f"MaskedGuide names the site {name!r}, which is {site.kind}")
+            else:
+                self._masked(name, site.fn)
+
+    def _masked(self, name: str, fn: Any) -> LMString:
+        if not isinstance(fn, LMString):
+            raise ValueError(
+                f"MaskedGuide names the site {name!r}, which is no LMString but {fn!r}"
+            )
+        grammar = self.grammars[name]
+        if fn.rules.grammar not in (None, grammar):
+            raise ValueError(
+                f"site {name!r} has the grammar {fn.rules.grammar.shown} of its own, and "
+                f"MaskedGuide gives it {grammar.shown}"
+            )
+        # An open string has no end to propose; its own draw says so.
+        if fn.is_open:
+            return fn
+        masked = fn.with_rules(replace(fn.rules, grammar=grammar))
+        try:
+            fn.lm.bind(masked.rules)
+        except ValueError as error:
+            raise ValueError(f"site {name!r}: {error}") from error
+        return masked
