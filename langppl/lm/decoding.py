@@ -51,13 +51,19 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
 
     Returns:
         One reply for each request, in their order.
+
+    Raises:
+        ValueError: if what a string has begun with is longer than it may be, breaks its rules or
+            ends it.
     """
     if not requests:
         return []
     lm, adapter = requests[0].lm, requests[0].adapter
-    replies: dict[int, DrawReply] = {}
+    full = [k for k, r in enumerate(requests) if r.most_tokens is not None and r.most_tokens < 1]
+    replies = {k: _Row(requests[k]).reply() for k in full}
     order = sorted(
-        range(len(requests)), key=lambda k: (len(requests[k].prompt), requests[k].prompt)
+        (k for k in range(len(requests)) if k not in replies),
+        key=lambda k: (len(requests[k].read), requests[k].read),
     )
     planned = PLANNED_LENGTH
     with torch.no_grad(), lm.adapter(adapter):
@@ -81,7 +87,7 @@ def _batches(
     longest = 0
     for k in order:
         limit = requests[k].most_tokens
-        length = len(requests[k].prompt) + (planned if limit is None else min(limit, planned))
+        length = len(requests[k].read) + (planned if limit is None else min(limit, planned))
         if batch and (len(batch) + 1) * max(longest, length) > lm.token_budget:
             yield batch
             batch, longest = [], 0
@@ -101,6 +107,24 @@ class _Row:
         self.log_prob = 0.0
         self.kept = b""
         self.is_dead = False
+        self._begin(request.begun)
+
+    def _begin(self, begun: tuple[int, ...]) -> None:
+        """Takes the tokens that are there already, and leaves out their random numbers."""
+        if not begun:
+            return
+        most = self.request.most_tokens
+        if most is not None and most < 0:
+            raise ValueError(f"the string has begun with {-most} more tokens than it may have")
+        for at, token in enumerate(begun):
+            step = self.step()
+            goes_on = token not in step.kept and token not in self.request.rules.vocabulary.end_ids
+            if not (0 <= token < len(step.legal) and step.legal[token] and goes_on):
+                why = "is not legal there" if goes_on else "ends the string"
+                raise ValueError(f"the string has begun with {begun}, whose token {at} {why}")
+            self.state = self.request.rules.advance(self.state, token)
+        self.ids = list(begun)
+        self.uniforms.random(len(begun))
 
     def step(self) -> Step:
         return self.request.rules.step(self.state)
@@ -133,10 +157,10 @@ class _Row:
 def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget."""
     if lm.packs is not None and len(requests) > 1:
-        prompts = sorted({r.prompt for r in requests})
+        prompts = sorted({r.read for r in requests})
         layout = lay_out(prompts, lm.node_budget)
         most = [math.inf if r.most_tokens is None else r.most_tokens for r in requests]
-        longest = max(len(r.prompt) + m for r, m in zip(requests, most, strict=True))
+        longest = max(len(r.read) + m for r, m in zip(requests, most, strict=True))
         # Longer strings could outgrow the token budget, and a tree cannot put some of them off.
         is_short = max(most) <= PLANNED_LENGTH
         if len(layout.rows) == 1 and is_short and longest <= lm.packs.window:
@@ -157,7 +181,7 @@ def _draw_packed(
         lm: the LM.
         packing: how it takes the tree's mask.
         requests: the strings.
-        prompts: their different prompts.
+        prompts: their different prompts, with what they have begun with.
         row: the trie of these.
     """
     leaves = np.unique([path[-1] for path in row.paths.values()])
@@ -169,7 +193,7 @@ def _draw_packed(
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), PACKED_ROWS):
         strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
-        at = np.array([place[s.request.prompt] for s in strings])
+        at = np.array([place[s.request.read] for s in strings])
         of_first = logits[torch.from_numpy(at).to(lm.device)]
         tree = Tree.of_row(row)
         own = packed.cache_of(keys)
@@ -225,9 +249,9 @@ def _grow(
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings as rows of a batch, each with a cache of its own."""
     rows = [_Row(r) for r in requests]
-    prompts = sorted({r.prompt for r in requests})
+    prompts = sorted({r.read for r in requests})
     logits, cache, mask = _encode(lm, prompts)
-    owner = torch.tensor([prompts.index(r.prompt) for r in requests], device=lm.device)
+    owner = torch.tensor([prompts.index(r.read) for r in requests], device=lm.device)
     cache.batch_select_indices(owner)
     logits, mask = logits[owner], mask[owner]
 

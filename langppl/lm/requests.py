@@ -77,7 +77,10 @@ class DrawRequest:
         key: what the random numbers depend on; equal keys give equal strings.
         temperature: divides the logits.
         adapter: name of the adapter on the LM, None for the LM itself.
-        length: stop after so many tokens, wherever the string stands.
+        length: stop after so many tokens, those begun with included, wherever the string stands.
+        begun: ids of the string that are there already. The draw goes on after them; each token
+            depends on its place in the whole string, so a string drawn in pieces is the string
+            drawn at once.
     """
 
     lm: LM
@@ -88,11 +91,17 @@ class DrawRequest:
     temperature: float = 1.0
     adapter: str | None = None
     length: int | None = None
+    begun: tuple[int, ...] = ()
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What the LM reads before the first token that is drawn."""
+        return self.prompt + self.begun
 
     @property
     def most_tokens(self) -> int | None:
-        """Most tokens of the string, None for no limit."""
-        known = [n for n in (self.limit, self.length) if n is not None]
+        """Most tokens that are drawn, None for no limit."""
+        known = [n - len(self.begun) for n in (self.limit, self.length) if n is not None]
         return min(known, default=None)
 
 
@@ -101,9 +110,10 @@ class DrawReply:
     """A drawn string.
 
     Attributes:
-        ids: its tokens; the last may run on past the stop that ends the text.
+        ids: its tokens, those begun with included; the last may run on past the stop that ends
+            the text.
         text: its text.
-        log_prob: log-probability of the draw, nats.
+        log_prob: log-probability of what was drawn, nats.
         is_dead: whether it stopped where no action was legal.
     """
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, perform
-from langppl.lm.requests import DrawReply
+from langppl.lm.requests import DrawReply, ScoreReply
 from langppl.testing import tiny_lm
 
 TINY = tiny_lm("ab.", merged=["b.", "ab"], split=["é"])
@@ -152,6 +152,111 @@ def test_strings_of_one_tree_are_those_of_a_padded_batch(
     padded = draw(wanted)
     assert [r.ids for r in tree] == [r.ids for r in padded]
     np.testing.assert_allclose([r.log_prob for r in tree], [r.log_prob for r in padded], atol=2e-5)
+
+
+PIECES: list[dict[str, Any]] = [
+    {"max_tokens": 9},
+    {"stop": ["a.", "."], "max_tokens": 7, "min_tokens": 2},
+    {"ban": "b", "max_tokens": 8, "temperature": 2.0},
+    {"stop": "."},
+]
+
+
+def in_pieces(whole: list[DrawRequest], most: int) -> list[tuple[DrawReply, float]]:
+    """Draws strings at most so many tokens at a time; each with its log-probability."""
+    pieces: list[tuple[DrawReply, float]] = [(DrawReply((), "", 0.0), 0.0)] * len(whole)
+    going = list(range(len(whole)))
+    while going:
+        begun = [pieces[k][0].ids for k in going]
+        wanted = [
+            replace(whole[k], begun=b, length=len(b) + most)
+            for k, b in zip(going, begun, strict=True)
+        ]
+        unfinished = []
+        for k, one, reply in zip(going, wanted, draw(wanted), strict=True):
+            pieces[k] = (reply, pieces[k][1] + reply.log_prob)
+            assert one.length is not None and reply.ids[: len(one.begun)] == one.begun
+            is_stop = reply.text.endswith(whole[k].rules.rules.stop or ("nothing",))
+            if len(reply.ids) == one.length and not is_stop and one.length != one.limit:
+                unfinished.append(k)
+        going = unfinished
+    return pieces
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_string_drawn_in_pieces_is_the_string_drawn_at_once(
+    packs: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs:
+        monkeypatch.setattr(TINY, "packs", None)
+    whole = [
+        request(LMString(TINY, prompt, **rules), ("pieces", k))
+        for k in range(6)
+        for prompt in ["", "ab", "b b"]
+        for rules in PIECES
+    ]
+    at_once, pieces = draw(whole), in_pieces(whole, most)
+    assert [r.ids for r in at_once] == [r.ids for r, _ in pieces]
+    assert [r.text for r in at_once] == [r.text for r, _ in pieces]
+    np.testing.assert_allclose([r.log_prob for r in at_once], [p for _, p in pieces], atol=5e-5)
+
+
+def test_a_piece_goes_on_under_the_rules_of_the_whole() -> None:
+    """What a string has begun with counts for its stops, its lengths and its limit."""
+    dist = LMString(TINY, "a", stop="b.", min_tokens=3, max_tokens=4)
+    (a,), (b,), (dot,) = (TINY.encode_text(t) for t in "ab.")
+    replies = draw([request(dist, ("rules", k), begun=(a, a, b)) for k in range(60)])
+    assert {len(r.ids) for r in replies} == {3, 4}  # it may end at once, and has one action left
+    # The dot that completes the stop is an ending action, which takes all that begin with it.
+    ends = {r.text for r in replies if r.text.startswith("aab.")}
+    assert ends == {"aab."}
+    states = [dist.bound.start(4)]
+    for token in (a, a, b):
+        states.append(dist.bound.advance(states[-1], token))
+    assert dot in dist.bound.step(states[-1]).kept
+    for reply in replies:
+        text = Text(reply.text, reply.ids, TINY.fingerprint)
+        score = dist.request(text)
+        assert score is not None
+        (found,) = perform([score])
+        assert isinstance(found, ScoreReply)
+        rest = float(found.tokens[3:].sum() + found.ending)
+        assert reply.log_prob == pytest.approx(rest, abs=1e-4)
+
+
+def test_a_string_that_has_all_its_tokens_is_answered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched(TINY, monkeypatch)
+    dist = LMString(TINY, "a", max_tokens=3)
+    begun = TINY.encode_text("aba")
+    assert len(begun) == 2
+    full = request(dist, ("full", 0), begun=(*begun, begun[0]))
+    stopped = request(dist, ("full", 0), begun=begun, length=2)
+    replies = draw([full, stopped])
+    assert [(r.ids, r.text, r.log_prob) for r in replies] == [
+        ((*begun, begun[0]), "abaab", 0.0),
+        (begun, "aba", 0.0),
+    ]
+    assert watched.shapes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("aa.", {}, "token 2 ends the string"),
+        ("ba", {}, "token 0 is not legal there"),
+        ("aaaaa", {}, "1 more tokens than it may have"),
+        ("aa", {"length": 1}, "1 more tokens than it may have"),
+    ],
+)
+def test_a_string_that_cannot_have_begun_so_is_an_error(
+    text: str, options: dict[str, Any], said: str
+) -> None:
+    dist = LMString(TINY, "a", stop=".", ban="b", max_tokens=4)
+    with pytest.raises(ValueError, match=said):
+        draw([request(dist, ("bad", 0), begun=TINY.encode_text(text), **options)])
 
 
 @pytest.mark.parametrize("packs", [True, False])
