@@ -9,11 +9,12 @@ from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
+from langppl.inference.mh import mh
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
 GUIDES = ("prior", "prompted", "gflownet")
-METHODS = ("importance", "exact")
+METHODS = ("importance", "exact", "mh")
 EXACT_LIMIT = 100_000
 
 
@@ -26,6 +27,10 @@ def infer(
     seed: int = 0,
     progress: bool = True,
     limit: int = EXACT_LIMIT,
+    chains: int = 8,
+    warmup: int | None = None,
+    thin: int = 1,
+    tail_share: float = 0.5,
 ) -> Posterior:
     """The posterior over a program's latents, given its observations.
 
@@ -35,11 +40,22 @@ def infer(
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
             the observations), `"gflownet"` (that, trained on these very observations first), or a
             guide object.
-        method: `"importance"`, or `"exact"`, which lists all latents and takes no guide.
-        num_samples: how many samples to draw and weight.
+        method: `"importance"`; `"exact"`, which lists all latents and takes no guide; or `"mh"`,
+            Metropolis–Hastings: Markov chains that move one latent at a time, with the guide as
+            proposal. Its samples are equally weighted, it does not estimate the evidence, and
+            `.chains` says how far to believe it (see `langppl.inference.kernels`).
+        num_samples: how many samples to draw and weight; for `"mh"`, of all chains together,
+            rounded up so that all have as many.
         seed: equal seeds give equal results.
         progress: whether to show progress bars on a terminal.
         limit: for `method="exact"`, most executions to list.
+        chains: for `method="mh"`, how many chains; they move together, so the LM sees batches of
+            this size.
+        warmup: for `method="mh"`, steps of each chain to leave out first; None for as many as are
+            sampled.
+        thin: for `method="mh"`, steps from one sample to the next.
+        tail_share: for `method="mh"`, the share of the moves of an `LMString` that keep its
+            beginning and redraw the rest; the others redraw it whole.
 
     Returns:
         The posterior. If no sample explains the observations, its evidence is −inf, with a
@@ -47,7 +63,7 @@ def infer(
 
     Raises:
         ValueError: for an unknown guide or method, fewer than one sample, or a model without
-            sites.
+            sites; for `method="mh"`, if no possible execution is found to begin at.
 
     Example:
         >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
@@ -63,9 +79,20 @@ def infer(
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
-    return importance(
-        program, make_guide(guide, program, seed, progress), num_samples, seed, progress
-    )
+    made = make_guide(guide, program, seed, progress)
+    if method == "mh":
+        return mh(
+            program,
+            made,
+            num_samples,
+            seed,
+            progress,
+            chains=chains,
+            warmup=warmup,
+            thin=thin,
+            tail_share=tail_share,
+        )
+    return importance(program, made, num_samples, seed, progress)
 
 
 def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:
