@@ -38,7 +38,7 @@ from langppl.lm.decoding import generator
 from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.rules import Path
 from langppl.program import Program, run_together
-from langppl.program.execution import Choice, Execution, draw_prior, given, score
+from langppl.program.execution import Choice, Execution, Site, draw_prior, given, score
 
 MoveKind = Literal["site", "tail"]
 
@@ -149,6 +149,9 @@ class _Move:
 
     def weigh(self, execution: Execution) -> Execution:
         """Scores the proposed execution and finds the acceptance ratio; within the scheduler."""
+        for site in execution.sites.values():
+            if site.log_prob is None:
+                site.log_prob = _log_prob_before(site, self.state.sites.get(site.name))
         score(execution)
         if self._is_possible and execution.log_joint > -math.inf:
             self.log_ratio = self._ratio(execution)
@@ -195,6 +198,18 @@ class _Move:
 
 def _latents(execution: Execution) -> list[str]:
     return [s.name for s in execution.sites.values() if s.kind == "latent"]
+
+
+def _log_prob_before(site: Site, old: Site | None) -> float | None:
+    """Log-probability (nats) of a string that is as it was, under the distribution that it had."""
+    if old is None or not (site.is_string and type(site.fn) is type(old.fn)):
+        return None
+    if site.mask is not None or old.mask is not None or site.scale != 1.0 or old.scale != 1.0:
+        return None
+    is_same = site.value == old.value and site.fn.fields() == old.fn.fields()
+    # One text may have several spellings in tokens.
+    is_same &= getattr(site.value, "ids", None) == getattr(old.value, "ids", None)
+    return old.log_prob if is_same else None
 
 
 def _before(execution: Execution, name: str) -> Execution:

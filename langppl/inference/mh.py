@@ -14,14 +14,14 @@ import torch
 
 from langppl.chains import Chains, agreement, chain_notes
 from langppl.diagnostics import Array, InferenceWarning
-from langppl.distributions import LMString
+from langppl.distributions import LMChoice, LMString
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
 from langppl.inference.kernels import move
 from langppl.inference.sites import site_log_probs
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.execution import Execution, score
+from langppl.program.execution import Execution, Site, score
 from langppl.progress import bar
 
 STARTS = 100
@@ -173,8 +173,8 @@ def _record(
 def _summaries(chains: Sequence[Sequence[Execution]]) -> dict[str, Array]:
     """Real-valued summaries of the samples, each of shape [chains, draws].
 
-    The log joint; the tokens of each string, 0 where it is absent; the numbers of each numeric
-    latent that is never absent.
+    The log joint; of each string its length in tokens, 0 where it is absent, and of each choice
+    the number of its option; the numbers of each numeric latent that is never absent.
     """
     # A value that is drawn again is scored again: rounding is no movement.
     found = {"the log joint": np.round([[e.log_joint for e in row] for row in chains], 4)}
@@ -183,8 +183,9 @@ def _summaries(chains: Sequence[Sequence[Execution]]) -> dict[str, Array]:
     for name in dict.fromkeys(latents):
         sites = [e.sites.get(name) for e in executions]
         if any(s is not None and s.is_string for s in sites):
-            lengths = [0 if s is None or not s.is_string else _length(s.fn, s.value) for s in sites]
-            found[f"the length of {name!r}"] = np.array(lengths, dtype=np.float64)
+            is_choice = any(s is not None and isinstance(s.fn, LMChoice) for s in sites)
+            label = f"the {'option' if is_choice else 'length'} of {name!r}"
+            found[label] = np.array([_number_of(s) for s in sites], dtype=np.float64)
             continue
         values = [None if s is None else torch.as_tensor(s.value).flatten() for s in sites]
         sizes = {None if v is None else v.numel() for v in values}
@@ -197,7 +198,9 @@ def _summaries(chains: Sequence[Sequence[Execution]]) -> dict[str, Array]:
     return {name: values.reshape(len(chains), -1) for name, values in found.items()}
 
 
-def _length(fn: Any, value: str) -> int:
-    if isinstance(fn, LMString):
-        return len(fn.tokens_of(value))
-    return len(fn.text(fn.options.index(value)).ids)
+def _number_of(site: Site | None) -> int:
+    if site is not None and isinstance(site.fn, LMString):
+        return len(site.fn.tokens_of(site.value))
+    if site is not None and isinstance(site.fn, LMChoice):
+        return 1 + site.fn.options.index(site.value)
+    return 0
