@@ -18,7 +18,7 @@ from langppl.lm.decoding import generator
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, StateReply, StateRequest, perform
 from langppl.program import Program
-from langppl.program.execution import Choice, Execution, draw_prior, mixed
+from langppl.program.execution import Choice, Execution, draw_prior, mixed, seed_torch
 from langppl.program.execution import given as given_values
 
 
@@ -169,7 +169,7 @@ def run_pyro_guide(guide: Callable[..., Any], args: tuple[Any, ...], key: Key) -
     runtime._PYRO_STACK[:] = []
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(int(generator(key).integers(2**62)))
+            seed_torch(int(generator(key).integers(2**62)))
             with poutine.trace() as traced:
                 guide(*args)
         nodes = traced.trace.nodes
