@@ -94,10 +94,16 @@ def plot_log_weights(posteriors: Mapping[str, Posterior], ax: Axes | None = None
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if there is no posterior.
+        ValueError: if there is no posterior, or one is of chains, whose samples have no weights.
     """
     if not posteriors:
         raise ValueError("plot_log_weights needs at least one posterior")
+    for name, posterior in posteriors.items():
+        if posterior.chains is not None:
+            raise ValueError(
+                f"the samples of {name!r} (method {posterior.method}) are equally weighted, so "
+                "there are no log weights to draw; leave it out"
+            )
     figure, ax = _target(ax, 8.0, 4.5)
     finite = {
         name: posterior.log_weights[np.isfinite(posterior.log_weights)]

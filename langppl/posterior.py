@@ -35,6 +35,7 @@ import rich.text
 import torch
 
 from langppl import diagnostics
+from langppl.chains import Chains
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions.text import Text
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
@@ -88,7 +89,7 @@ class Posterior:
             for numbers. A site that an execution did not reach is missing from its dict.
         log_weights: shape [n], nats; −inf marks an impossible sample.
         log_evidence: nats; by default the log of the mean weight (of the sum for
-            `method="exact"`). NaN says that the method does not estimate it.
+            `method="exact"`). NaN says that the method does not estimate it, and so do chains.
         log_evidence_error: its standard error, nats; by default the delta method's, 0 for
             `method="exact"`, and NaN (unknown) where `log_evidence` is given without it.
         method: the inference method. With `"exact"` the samples are all points of the support and
@@ -108,6 +109,8 @@ class Posterior:
             particle that each descends from. ESS, Pareto k and the error of the evidence then
             count the descendants of one as one sample.
         resampled: how often they were resampled.
+        chains: what is known of the Markov chains behind the samples, which are then equally
+            weighted.
 
     Raises:
         ValueError: if there are no samples, lengths differ, or a log weight is NaN or +inf.
@@ -122,10 +125,12 @@ class Posterior:
     """Shape [n], float64, nats."""
     sites: tuple[str, ...]
     """Names of the latent sites."""
-    log_evidence: float
-    """Estimate of log p(observations), nats."""
-    log_evidence_error: float
-    """Its standard error, nats; to be trusted where `.reliable`."""
+    log_evidence: float | None
+    """Estimate of log p(observations), nats; None if the method does not estimate it."""
+    log_evidence_error: float | None
+    """Its standard error, nats; to be trusted where `.reliable`. None if there is no estimate."""
+    chains: Chains | None
+    """The Markov chains behind the samples, None if these are independent."""
 
     def __init__(
         self,
@@ -146,8 +151,10 @@ class Posterior:
         notes: Sequence[str] = (),
         ancestors: Sequence[int] | None = None,
         resampled: int = 0,
+        chains: Chains | None = None,
     ) -> None:
         """Checks the arguments; see the class."""
+        self.chains = chains
         self.samples = [dict(sample) for sample in samples]
         self.method = method
         self.guide = guide
@@ -180,24 +187,29 @@ class Posterior:
         self.resampled = resampled
         self._check_length("ancestors", self.ancestors)
         self._possible = bool((self.log_weights > -np.inf).any())
-        if log_evidence is not None:
+        if chains is not None or (log_evidence is not None and math.isnan(log_evidence)):
+            self.log_evidence = self.log_evidence_error = None
+        elif log_evidence is not None:
             self.log_evidence = float(log_evidence)
             self.log_evidence_error = (
                 math.nan if log_evidence_error is None else float(log_evidence_error)
             )
         else:
-            self.log_evidence, self.log_evidence_error = diagnostics.log_evidence(self.log_weights)
-            if self._exact and self._possible:
-                self.log_evidence += math.log(self.num_samples)
-                self.log_evidence_error = 0.0
-            if self.ancestors is not None:
-                self.log_evidence_error = diagnostics.log_evidence_error(
-                    self.log_weights, self.ancestors, resampled
-                )
+            self._estimate_evidence()
             if log_evidence_error is not None:
                 self.log_evidence_error = float(log_evidence_error)
         if not self._possible:
             warnings.warn(self._failure(), InferenceWarning, stacklevel=2)
+
+    def _estimate_evidence(self) -> None:
+        evidence, spread = diagnostics.log_evidence(self.log_weights)
+        if self._exact and self._possible:
+            evidence, spread = evidence + math.log(self.num_samples), 0.0
+        if self.ancestors is not None:
+            spread = diagnostics.log_evidence_error(
+                self.log_weights, self.ancestors, self.resampled
+            )
+        self.log_evidence, self.log_evidence_error = evidence, spread
 
     @property
     def num_samples(self) -> int:
@@ -225,55 +237,63 @@ class Posterior:
     def ess(self) -> float:
         """Effective sample size, between 1 and n; 0 if no sample has weight.
 
-        For `method="exact"`, whose points are not draws: inf.
+        For `method="exact"`, whose points are not draws: inf. For chains: the smallest of
+        `chains.ess_of`, NaN if it is not known.
         """
         if self._exact and self._possible:
             return math.inf
+        if self.chains is not None:
+            return self.chains.ess
         return diagnostics.effective_sample_size(self._independent)
 
     @functools.cached_property
     def pareto_k(self) -> float:
-        """The shape of the weights' tail, see `diagnostics.pareto_k`; −inf for `method="exact"`."""
+        """The shape of the weights' tail, see `diagnostics.pareto_k`.
+
+        −inf for `method="exact"`, NaN for chains, whose samples are not weighted.
+        """
         if self._exact and self._possible:
             return -math.inf
+        if self.chains is not None:
+            return math.nan
         return diagnostics.pareto_k(self._independent)
 
     @property
     def reliable(self) -> bool:
-        """Whether the error of the evidence can be trusted.
+        """Whether the error of the evidence can be trusted; of chains, whether they agree.
 
         True if Pareto k is at most min(0.7, 1 − 1/log₁₀ n), and for `method="exact"`. False where k
         cannot be estimated (n ≤ 20) and where no sample has weight.
         """
         if not self._possible:
             return False
+        if self.chains is not None:
+            return self.chains.agree
         return self._exact or self.pareto_k <= diagnostics.pareto_k_threshold(self.num_samples)
 
     @property
-    def elbo(self) -> float:
+    def elbo(self) -> float | None:
         """The mean log weight, nats: the guide's own lower bound on the log evidence.
 
         −inf if any draw is impossible. For `method="exact"`, where the proposal is the posterior
-        itself, the log evidence; NaN for samples that were resampled, whose weights are not
-        the guide's.
+        itself, the log evidence. None for chains and for samples that were resampled, whose
+        weights are not the guide's.
         """
-        if self.ancestors is not None:
-            return math.nan
-        if self._exact or self.impossible_share == 0.0:
+        if self._exact or self.ancestors is not None or self.impossible_share == 0.0:
             return self.elbo_possible
         return -math.inf
 
     @property
-    def elbo_possible(self) -> float:
+    def elbo_possible(self) -> float | None:
         """The mean log weight of the possible draws, nats; −inf if there are none.
 
         Not a lower bound on the log evidence by itself: that takes
-        log(1 − `impossible_share`) more.
+        log(1 − `impossible_share`) more. None where `elbo` is.
         """
+        if self.chains is not None or self.ancestors is not None:
+            return None
         if self._exact:
             return self.log_evidence
-        if self.ancestors is not None:
-            return math.nan
         possible = self.log_weights[self.log_weights > -np.inf]
         return float(possible.mean()) if possible.size else -math.inf
 
@@ -471,13 +491,14 @@ class Posterior:
             "method": self.method,
             "guide": self.guide,
             "sites": list(self.sites),
-            "log_evidence": _number(self.log_evidence),
-            "log_evidence_error": _number(self.log_evidence_error),
+            "log_evidence": _optional(self.log_evidence),
+            "log_evidence_error": _optional(self.log_evidence_error),
             "elapsed": self.elapsed,
             "failed_sites": self.failed_sites,
             "notes": notes,
             "ancestors": self.ancestors,
             "resampled": self.resampled,
+            "chains": None if self.chains is None else self.chains.to_json(),
             "log_weights": _numbers(self.log_weights),
             "log_joint": _numbers(self.log_joint),
             "log_q": _numbers(self.log_q),
@@ -516,14 +537,16 @@ class Posterior:
                 f"this langppl reads version {_VERSION}"
             )
         try:
+            chains = content.get("chains")
+            evidence, spread = content["log_evidence"], content["log_evidence_error"]
             fields = dict(
                 samples=[
                     {site: decode(value) for site, value in sample.items()}
                     for sample in content["samples"]
                 ],
                 log_weights=_floats(content["log_weights"]),
-                log_evidence=float(content["log_evidence"]),
-                log_evidence_error=float(content["log_evidence_error"]),
+                log_evidence=math.nan if evidence is None else float(evidence),
+                log_evidence_error=None if spread is None else float(spread),
                 method=content["method"],
                 guide=content["guide"],
                 sites=content["sites"],
@@ -541,6 +564,7 @@ class Posterior:
                 notes=content["notes"],
                 ancestors=content.get("ancestors"),
                 resampled=content.get("resampled", 0),
+                chains=None if chains is None else Chains.from_json(chains),
             )
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -552,9 +576,10 @@ class Posterior:
 
     def __repr__(self) -> str:
         """One line: method, guide, size, evidence."""
+        evidence = "None" if self.log_evidence is None else f"{self.log_evidence:.3f}"
         return (
             f"Posterior(method={self.method!r}, guide={self.guide!r}, n={self.num_samples}, "
-            f"sites={list(self.sites)!r}, log_evidence={self.log_evidence:.3f})"
+            f"sites={list(self.sites)!r}, log_evidence={evidence})"
         )
 
     def __str__(self) -> str:
@@ -613,19 +638,21 @@ class Posterior:
         lines = [] if self._possible else [self._failure()]
         if self._possible:
             lines.append(self._evidence_line())
-            if not self._exact:
+            if self.chains is not None:
+                lines += self.chains.lines()
+            elif not self._exact:
                 lines.append(
                     f"ESS {self.ess:.1f} of {self.num_samples} samples, "
                     f"Pareto k {_unknown(self.pareto_k)}"
                 )
-                if self.resampled:
-                    left = len(set(self.ancestors or ()))
-                    lines.append(
-                        f"resampled {self.resampled} times: the samples descend from {left} of "
-                        f"{self.num_samples} first particles, which is what ESS counts"
-                    )
-                if self.impossible_share > 0.0:
-                    lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
+            if self.resampled:
+                left = len(set(self.ancestors or ()))
+                lines.append(
+                    f"resampled {self.resampled} times: the samples descend from {left} of "
+                    f"{self.num_samples} first particles, which is what ESS counts"
+                )
+            if self.impossible_share > 0.0:
+                lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
         elapsed = "" if self.elapsed is None else f", {self.elapsed:.1f} s"
         lines.append(
             f"method {self.method}, guide {self.guide}, {self.num_samples} {kind}{elapsed}"
@@ -634,7 +661,7 @@ class Posterior:
 
     def _evidence_line(self) -> str:
         """The evidence, and in words whether its error can be trusted."""
-        if math.isnan(self.log_evidence):
+        if self.log_evidence is None or self.log_evidence_error is None:
             return f"log evidence is not estimated by method {self.method}"
         value = f"log evidence {self.log_evidence:.3f}"
         if self._exact:
@@ -751,6 +778,10 @@ def _counts(failed_sites: Mapping[str, int]) -> str:
 def _number(value: float) -> float | str:
     """A float in strict JSON, which has no infinities: "-inf", "inf", "nan"."""
     return float(value) if math.isfinite(value) else str(float(value))
+
+
+def _optional(value: float | None) -> float | str | None:
+    return None if value is None else _number(value)
 
 
 def _numbers(values: Iterable[float] | None) -> list[float | str] | None:

@@ -157,6 +157,7 @@ def test_given_evidence() -> None:
     assert "log evidence -3.000 nats (its error is not known)" in " ".join(str(posterior).split())
     assert one_to_three(log_evidence=-3.0, log_evidence_error=0.1).log_evidence_error == 0.1
     unknown = one_to_three(log_evidence=math.nan, method="mh")
+    assert unknown.log_evidence is None and unknown.log_evidence_error is None
     assert "log evidence is not estimated by method mh" in str(unknown)
 
 

@@ -161,6 +161,33 @@ class LMString(StringDistribution):
         Raises:
             ValueError: if the string is open.
         """
+        return self.draw_on((), key, prompt=prompt, adapter=adapter, temperature=temperature)
+
+    def draw_on(
+        self,
+        begun: tuple[int, ...],
+        key: Key,
+        *,
+        prompt: tuple[int, ...] | None = None,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Text, float]:
+        """Draws the rest of a string that has begun.
+
+        Args:
+            begun: the ids that are there already, none of them an ending action.
+            key: what the random numbers depend on; with the key of a whole string and its first
+                ids, the rest is that of the whole string.
+            prompt: ids to read in place of the distribution's own prompt (a guide's context).
+            adapter: adapter on the LM.
+            temperature: divides the logits, on top of the distribution's own.
+
+        Returns:
+            The whole string, and the log-probability (nats) of what was drawn.
+
+        Raises:
+            ValueError: if the string is open, or what it has begun with breaks its rules.
+        """
         if self.is_open:
             raise ValueError(
                 f"{sites.where()}an open string cannot be sampled: it has no end. Give its "
@@ -174,13 +201,19 @@ class LMString(StringDistribution):
         read = own if prompt is None else prompt
         if prompt is not None:
             self._check_fits(len(prompt), self.rules.max_tokens or 1)
-        reply = self._draw(read, limit, key, adapter, temperature)
+        reply = self._draw(read, limit, key, adapter, temperature, begun)
         return self.text_of(reply), reply.log_prob
 
     def _draw(
-        self, prompt: tuple[int, ...], limit: int, key: Key, adapter: str | None, temp: float
+        self,
+        prompt: tuple[int, ...],
+        limit: int,
+        key: Key,
+        adapter: str | None,
+        temp: float,
+        begun: tuple[int, ...],
     ) -> DrawReply:
-        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, adapter)
+        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, adapter, begun=begun)
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
         return reply

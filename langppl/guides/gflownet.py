@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from langppl.guides.base import Guide, Key
-from langppl.guides.context import ContextFunction, default_context
+from langppl.guides.base import Guide, Key, Scorer
+from langppl.guides.context import ContextFunction, context_ids, default_context
 from langppl.guides.heads import Heads
 from langppl.guides.history import History
 from langppl.guides.keeping import Keeper
@@ -37,7 +37,7 @@ from langppl.guides.workers import Workers
 from langppl.lm.model import LM
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.execution import Chooser
+from langppl.program.execution import Chooser, Execution
 
 GUIDE_FILE = "guide.json"
 REPLAYED = 16_384
@@ -200,6 +200,19 @@ class GFlowNetGuide(Guide):
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
         return Policy(self.proposer, program, key, defensive=self.defensive)
+
+    def scorer(self, program: Program, key: Key) -> Scorer:
+        """See `Guide.scorer`."""
+        return Policy(self.proposer, program, key, defensive=self.defensive).log_q
+
+    def reads(
+        self, program: Program, name: str, fn: Any, execution: Execution
+    ) -> tuple[tuple[int, ...] | None, str | None]:
+        """See `Guide.reads`; without the share of the prior that `defensive` mixes in."""
+        own = self.proposer
+        if not own.covers(fn):
+            return None, None
+        return context_ids(program, name, fn, execution, own.context, own.lm), own.adapter
 
     # -- training -----------------------------------------------------------------------------
 

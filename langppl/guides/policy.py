@@ -11,14 +11,14 @@ import torch
 from pyro.poutine import runtime
 
 from langppl.distributions import LMChoice, StringDistribution
-from langppl.guides.base import Key
+from langppl.guides.base import Key, log_prior
 from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.decoding import generator
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, StateReply, StateRequest, perform
 from langppl.program import Program
-from langppl.program.execution import Choice, Execution, draw_prior, mixed
+from langppl.program.execution import Choice, Execution, draw_prior, mixed, seed_torch
 from langppl.program.execution import given as given_values
 
 
@@ -91,6 +91,19 @@ class Policy:
             return self._elsewhere(name, fn, key)
         return self._propose(name, fn, key)
 
+    def log_q(self, name: str, fn: Any, value: Any, execution: Execution) -> float:
+        """See `langppl.guides.base.Scorer`; at temperature 1."""
+        own = self.proposer
+        if not own.covers(fn):
+            site = self._site_elsewhere(name, fn)
+            return log_prior(fn if site is None else site["fn"], value)
+        prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
+        if isinstance(fn, StringDistribution):
+            log_q = raw_log_prob(fn, value, prompt, own.adapter)
+        else:
+            log_q = log_prior(self._head(fn, prompt), value)
+        return mixed(log_q, log_prior(fn, value), self.defensive) if self.defensive else log_q
+
     def _propose(self, name: str, fn: Any, key: Key) -> Choice:
         own, prompt = self.proposer, self.contexts[name]
         if not isinstance(fn, StringDistribution):
@@ -111,13 +124,17 @@ class Policy:
         # A string that is rejected has no log_prob, but the prior does propose it.
         return Choice(value, mixed(log_q, raw_log_prob(fn, value), self.defensive))
 
-    def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
+    def _head(self, fn: Any, prompt: tuple[int, ...]) -> Any:
+        """The distribution that a head proposes for a number."""
         own = self.proposer
         assert own.heads is not None
         (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
         assert isinstance(reply, StateReply)
         with torch.no_grad():
-            made = own.heads.proposal(fn, torch.from_numpy(reply.state))
+            return own.heads.proposal(fn, torch.from_numpy(reply.state))
+
+    def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
+        made = self._head(fn, prompt)
         if self.defensive and generator((*key, "defence")).random() < self.defensive:
             value = draw_prior(fn, (*key, "prior")).value
         else:
@@ -129,17 +146,21 @@ class Policy:
 
     def _elsewhere(self, name: str, fn: Any, key: Key) -> Choice:
         """A latent that is not the policy's: from the user's guide, else from the prior."""
-        if self.proposer.numeric is None or isinstance(fn, StringDistribution):
-            return draw_prior(fn, key)
-        if self._proposed is None:
-            self._proposed = run_pyro_guide(
-                self.proposer.numeric, self.program.shown_args, (*self.key, "pyro")
-            )
-        site = self._proposed.get(name)
+        site = self._site_elsewhere(name, fn)
         if site is None:
             return draw_prior(fn, key)
         value = site["value"]
         return Choice(value, float(site["fn"].log_prob(value).sum()))
+
+    def _site_elsewhere(self, name: str, fn: Any) -> Any:
+        """A latent's site in the user's guide, None where the prior proposes it."""
+        if self.proposer.numeric is None or isinstance(fn, StringDistribution):
+            return None
+        if self._proposed is None:
+            self._proposed = run_pyro_guide(
+                self.proposer.numeric, self.program.shown_args, (*self.key, "pyro")
+            )
+        return self._proposed.get(name)
 
 
 def run_pyro_guide(guide: Callable[..., Any], args: tuple[Any, ...], key: Key) -> Mapping[str, Any]:
@@ -148,7 +169,7 @@ def run_pyro_guide(guide: Callable[..., Any], args: tuple[Any, ...], key: Key) -
     runtime._PYRO_STACK[:] = []
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(int(generator(key).integers(2**62)))
+            seed_torch(int(generator(key).integers(2**62)))
             with poutine.trace() as traced:
                 guide(*args)
         nodes = traced.trace.nodes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from langppl.distributions import StringDistribution
-from langppl.guides.base import Guide, Key
+from langppl.guides.base import Guide, Key, Scorer, log_prior
 from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.lm.requests import perform
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
 
@@ -29,8 +30,26 @@ class PromptedGuide(Guide):
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             if not isinstance(fn, StringDistribution):
                 return draw_prior(fn, (*key, name))
-            prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
+            prompt, _ = self.reads(program, name, fn, execution)
             value, log_q = fn.draw((*key, name), prompt=prompt)
             return Choice(value, log_q)
 
         return choose
+
+    def scorer(self, program: Program, key: Key) -> Scorer:
+        """See `Guide.scorer`."""
+
+        def log_q(name: str, fn: Any, value: Any, execution: Execution) -> float:
+            if not isinstance(fn, StringDistribution):
+                return log_prior(fn, value)
+            prompt, _ = self.reads(program, name, fn, execution)
+            wanted = fn.pending(value, prompt=prompt)
+            return wanted.finish(perform(wanted.requests))
+
+        return log_q
+
+    def reads(
+        self, program: Program, name: str, fn: Any, execution: Execution
+    ) -> tuple[tuple[int, ...] | None, str | None]:
+        """See `Guide.reads`."""
+        return context_ids(program, name, fn, execution, self.context, fn.lm), None

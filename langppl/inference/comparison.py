@@ -43,12 +43,12 @@ class Comparison:
             trusted = "" if row["reliable"] else " (?)"
             table.add_row(
                 row["guide"],
-                f"{row['log_evidence']:.2f}",
-                f"{row['error']:.2f}{trusted}",
-                f"{row['elbo_possible']:.2f}",
-                f"{row['sd']:.2f}",
+                _fixed(row["log_evidence"]),
+                _fixed(row["error"]) + trusted,
+                _fixed(row["elbo_possible"]),
+                _fixed(row["sd"]),
                 f"{row['ess']:.1f}",
-                f"{row['pareto_k']:.2f}",
+                _fixed(row["pareto_k"]),
                 f"{row['impossible']:.1%}",
                 str(row["distinct"]),
             )
@@ -66,9 +66,15 @@ class Comparison:
         return capture.get().rstrip()
 
 
+def _fixed(number: float | None) -> str:
+    return "–" if number is None else f"{number:.2f}"
+
+
 def figures(name: str, posterior: Posterior) -> dict[str, Any]:
-    """What a table says of one posterior."""
+    """What a table says of one posterior; None where chains have no such figure."""
     finite = posterior.log_weights[np.isfinite(posterior.log_weights)]
+    sd = float(finite.std(ddof=1)) if finite.size > 1 else math.nan
+    is_weighted = posterior.chains is None
     keys = {tuple((k, str(v)) for k, v in s.items()) for s in posterior.samples}
     return {
         "guide": name,
@@ -76,9 +82,9 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
         "error": posterior.log_evidence_error,
         "elbo": posterior.elbo,
         "elbo_possible": posterior.elbo_possible,
-        "sd": float(finite.std(ddof=1)) if finite.size > 1 else math.nan,
+        "sd": sd if is_weighted else None,
         "ess": posterior.ess,
-        "pareto_k": posterior.pareto_k,
+        "pareto_k": posterior.pareto_k if is_weighted else None,
         "reliable": posterior.reliable,
         "impossible": posterior.impossible_share,
         "distinct": len(keys),

@@ -9,13 +9,14 @@ from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
+from langppl.inference.mh import mh
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
 GUIDES = ("prior", "prompted", "gflownet")
-METHODS = ("importance", "smc", "exact")
+METHODS = ("importance", "smc", "mh", "exact")
 EXACT_LIMIT = 100_000
 
 
@@ -32,6 +33,10 @@ def infer(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    chains: int = 8,
+    warmup: int | None = None,
+    thin: int = 1,
+    tail_share: float = 0.5,
 ) -> Posterior:
     """The posterior over a program's latents, given its observations.
 
@@ -41,12 +46,23 @@ def infer(
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
             the observations), `"gflownet"` (that, trained on these very observations first), or a
             guide object.
-        method: `"importance"`; `"smc"`, whose particles are resampled on the way; or `"exact"`,
-            which lists all latents and takes no guide.
-        num_samples: how many samples to draw and weight.
+        method: `"importance"`; `"smc"`, whose particles are resampled on the way; `"exact"`, which
+            lists all latents and takes no guide; or `"mh"`, Metropolis–Hastings: Markov chains
+            that move one latent at a time, with the guide as proposal. Its samples are equally
+            weighted, it does not estimate the evidence, and `.chains` says how far to believe it
+            (see `langppl.inference.kernels`).
+        num_samples: how many samples to draw and weight; for `"mh"`, of all chains together,
+            rounded up so that all have as many.
         seed: equal seeds give equal results.
         progress: whether to show progress bars on a terminal.
         limit: for `method="exact"`, most executions to list.
+        chains: for `method="mh"`, how many chains; they move together, so the LM sees batches of
+            this size.
+        warmup: for `method="mh"`, steps of each chain to leave out first; None for as many as are
+            sampled.
+        thin: for `method="mh"`, steps from one sample to the next.
+        tail_share: for `method="mh"`, the share of the moves of an `LMString` that keep its
+            beginning and redraw the rest; the others redraw it whole.
         twist: for `method="smc"`, how promising an unfinished string is: None for the model over
             the guide alone, `"lookahead"` (the observations as if it ended there), `"flow"` (a
             GFlowNet guide's own flow; one latent string), or a function of the site's name and the
@@ -63,7 +79,7 @@ def infer(
 
     Raises:
         ValueError: for an unknown guide or method, fewer than one sample, or a model without
-            sites.
+            sites; for `method="mh"`, if no possible execution is found to begin at.
 
     Example:
         >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
@@ -91,6 +107,18 @@ def infer(
             resampling=resampling,
             ess_threshold=ess_threshold,
             every=every,
+        )
+    if method == "mh":
+        return mh(
+            program,
+            made,
+            num_samples,
+            seed,
+            progress,
+            chains=chains,
+            warmup=warmup,
+            thin=thin,
+            tail_share=tail_share,
         )
     return importance(program, made, num_samples, seed, progress)
 

@@ -29,6 +29,8 @@ from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls
 from langppl.program.templates import fill_all, signatures
 
+After = Callable[[Execution], Execution]
+
 _MOST_ATTEMPTS = 200
 
 
@@ -367,19 +369,23 @@ def _is_value_of(argument: Any, site: Site) -> bool:
 
 def run_together(
     pairs: Sequence[tuple[Program, Chooser]],
-    after: Callable[[Execution], Execution] = lambda execution: execution,
+    after: After | Sequence[After] = lambda execution: execution,
 ) -> list[Execution]:
     """Runs programs once for each chooser, all at once, whatever programs they are.
 
     Args:
         pairs: a program, and what decides its latents.
-        after: what to do at the end of each execution, such as scoring it.
+        after: what to do at the end of each execution, such as scoring it; one for all, or one
+            for each.
     """
 
-    def task(program: Program, choose: Chooser) -> Execution:
-        return after(program.run_once(choose))
+    def task(program: Program, choose: Chooser, end: After) -> Execution:
+        return end(program.run_once(choose))
 
-    return run([partial(task, program, choose) for program, choose in pairs])
+    ends = [after] * len(pairs) if callable(after) else after
+    return run(
+        [partial(task, p, choose, end) for (p, choose), end in zip(pairs, ends, strict=True)]
+    )
 
 
 def compile(model: Model, *args: Any, seed: int = 0) -> Program:
