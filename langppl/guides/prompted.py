@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from langppl.distributions import StringDistribution
-from langppl.guides.base import Guide, Key
+from langppl.guides.base import Guide, Key, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids, default_context
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.program.execution import given as given_values
 
 
 class PromptedGuide(Guide):
@@ -32,5 +34,18 @@ class PromptedGuide(Guide):
             prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
             value, log_q = fn.draw((*key, name), prompt=prompt)
             return Choice(value, log_q)
+
+        return choose
+
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """See `Guide.given`."""
+        take = given_values(values)
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            value = take(name, fn, execution).value
+            prompt = None
+            if isinstance(fn, StringDistribution):
+                prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
+            return Choice(value, raw_log_prob(fn, value, prompt))
 
         return choose
