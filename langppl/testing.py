@@ -24,7 +24,7 @@ from langppl.lm import enumeration
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, perform
 from langppl.program import Program, compile
-from langppl.program.execution import Choice, Execution, run_many, run_once, score
+from langppl.program.execution import Choice, Execution, run_many, score
 from langppl.program.scheduler import run
 
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
@@ -463,7 +463,7 @@ def _list_executions(guide: Guide, program: Program, most: int) -> list[Executio
             return Choice(choice.value, choice.log_q, defence=choice.defence)
 
         try:
-            return score(run_once(program.model, program.args, choose))
+            return score(program._run_once(choose))
         except _Unlisted as stop:
             return stop
 
