@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         PromptedGuide,
         RewardSchedule,
     )
-    from langppl.inference import compare, infer
+    from langppl.inference import calibrate, compare, evidence_bounds, infer
     from langppl.lm import LM
     from langppl.posterior import ABSENT, Posterior
     from langppl.program import Program, call, compile, condition, deterministic, do, factor, sample
@@ -31,7 +31,7 @@ _HOMES = {
         "PromptedGuide",
         "RewardSchedule",
     ),
-    "langppl.inference": ("compare", "infer"),
+    "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer"),
     "langppl.lm": ("LM",),
     "langppl.posterior": ("ABSENT", "Posterior"),
     "langppl.program": (
@@ -62,12 +62,14 @@ __all__ = [
     "RewardSchedule",
     "Tempered",
     "Text",
+    "calibrate",
     "call",
     "compare",
     "compile",
     "condition",
     "deterministic",
     "do",
+    "evidence_bounds",
     "factor",
     "infer",
     "sample",
