@@ -51,17 +51,20 @@ class Agreement:
             either is not known.
         evidence_deviations: that, in standard errors of both together; None where either is not
             known.
+        trusted: whether Pareto k allows to trust both of these errors.
         site: the common latent with the most distinct values; None if there is none.
         total_variation: distance of its probabilities, 0 to 1: half of the sum of their absolute
             differences. Numbers with many values are compared over ten bins.
         noise: about what it is for two samples of these effective sizes from one distribution.
         agrees: whether the evidences are within 3 standard errors, and the distance is within
-            twice its noise, as far as they are known; None if neither is.
+            twice its noise, as far as they are known; None if neither is. Noise above a half
+            leaves the distance nothing to say.
     """
 
     other: str
     evidence_difference: float | None
     evidence_deviations: float | None
+    trusted: bool
     site: str | None
     total_variation: float | None
     noise: float | None
@@ -253,12 +256,13 @@ def _agreement(one: Posterior, other: Posterior) -> Agreement:
     checks = []
     if deviations is not None:
         checks.append(abs(deviations) <= _DEVIATIONS)
-    if distance is not None and noise is not None:
+    if distance is not None and noise is not None and noise <= 0.5:
         checks.append(distance <= 2.0 * noise + 1e-3)
     return Agreement(
         other=f"{other.method}, {other.guide}",
         evidence_difference=difference,
         evidence_deviations=deviations,
+        trusted=bool(one.reliable and other.reliable),
         site=site,
         total_variation=distance,
         noise=noise,
@@ -320,12 +324,14 @@ def _comparison(a: Agreement) -> str:
     if a.evidence_difference is not None:
         part = f"log evidence differs by {a.evidence_difference:+.3f} nats"
         if a.evidence_deviations is not None:
-            part += f" ({abs(a.evidence_deviations):.1f} standard errors)"
+            doubt = "" if a.trusted else ", not to be trusted"
+            part += f" ({abs(a.evidence_deviations):.1f} standard errors{doubt})"
         said.append(part)
-    if a.total_variation is not None:
+    if a.total_variation is not None and a.noise is not None:
+        few = ", too few samples to tell" if a.noise > 0.5 else ""
         said.append(
             f"total variation {a.total_variation:.3f} on {a.site!r} (about {a.noise:.3f} would be "
-            "noise)"
+            f"noise{few})"
         )
     verdict = {True: "they agree", False: "they disagree", None: "nothing to compare"}[a.agrees]
     return "; ".join([*said, verdict])

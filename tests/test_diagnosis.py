@@ -163,3 +163,14 @@ def test_continuous_numbers_are_compared_over_bins() -> None:
     assert same.agrees and same.total_variation is not None and same.total_variation < 0.15
     # Between Normal(0, 1) and Normal(1, 1) it is 0.38.
     assert other.agrees is False and other.total_variation == pytest.approx(0.38, abs=0.06)
+
+
+def test_too_few_samples_to_compare() -> None:
+    one, other = (Posterior([{"z": f"{name}{i}"} for i in range(30)], [0.0] * 30) for name in "ab")
+    (beside,) = one.diagnose(other).agreements
+    assert beside.total_variation == pytest.approx(1.0)
+    assert beside.noise is not None and beside.noise > 0.5 and beside.agrees is True
+    assert "too few samples to tell" in str(one.diagnose(other))
+    heavy = of_weights([0.0, *[-9.0] * 99])
+    assert heavy.diagnose(of_weights([0.0] * 100)).agreements[0].trusted is False
+    assert "not to be trusted); total" in str(heavy.diagnose(heavy)).replace("\n", " ")

@@ -497,7 +497,9 @@ def _shape(ranks: Sequence[int], draws: int) -> str:
     if max(abs(shift), abs(spread)) < 3.0:
         return "no lean, no bulge"
     if abs(shift) >= abs(spread):
-        return "high: the draws are too low" if shift > 0 else "low: the draws are too high"
+        return (
+            "lean high: the draws are too low" if shift > 0 else "lean low: the draws are too high"
+        )
     if spread > 0:
         return "at both ends: the draws are too narrow"
     return "in the middle: the draws are too wide"

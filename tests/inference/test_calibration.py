@@ -149,7 +149,7 @@ def test_the_test_is_chi_square_on_the_ranks() -> None:
     assert first.p_value == pytest.approx(chisquare(counts).pvalue)
     assert first.adjusted == pytest.approx(min(1.0, 2 * first.p_value))
     assert second.p_value < 1e-100
-    assert second.words == "low: the draws are too high"
+    assert second.words == "lean low: the draws are too high"
     # With 20 simulations, bins of at least 5: ranks 0 and 1 together, and so on.
     few = Calibration("prior", "exact", 20, 7, 1, {"a": ranks[:20]}, None).tests[0]
     assert few.expected == (5.0, 5.0, 5.0, 5.0)
@@ -161,7 +161,7 @@ def test_the_test_is_chi_square_on_the_ranks() -> None:
     [
         ([0] * 50 + [7] * 50, "at both ends: the draws are too narrow"),
         ([3] * 50 + [4] * 50, "in the middle: the draws are too wide"),
-        ([6, 7] * 50, "high: the draws are too low"),
+        ([6, 7] * 50, "lean high: the draws are too low"),
         (list(range(8)) * 12, "no lean, no bulge"),
     ],
 )
