@@ -97,7 +97,9 @@ def test_a_method_without_evidence() -> None:
     posterior.log_evidence = None  # type: ignore[assignment]
     posterior.log_evidence_error = None  # type: ignore[assignment]
     assert posterior.diagnose(posterior) == posterior.diagnose(posterior)
-    (beside,) = posterior.diagnose(of_weights([0.0] * 100)).agreements
+    few, known = (Posterior([{"z": "a"}, {"z": "b"}] * 50, [0.0] * 100) for _ in range(2))
+    few.log_evidence = math.nan
+    (beside,) = few.diagnose(known).agreements
     assert beside.evidence_difference is None and beside.agrees is True
     unknown = of_weights([0.0] * 100, log_evidence=-3.0).diagnose()
     assert unknown.log_evidence == -3.0 and unknown.log_evidence_error is None
@@ -170,7 +172,7 @@ def test_too_few_samples_to_compare() -> None:
     (beside,) = one.diagnose(other).agreements
     assert beside.total_variation == pytest.approx(1.0)
     assert beside.noise is not None and beside.noise > 0.5 and beside.agrees is True
-    assert "too few samples to tell" in str(one.diagnose(other))
+    assert "too few samples to tell" in " ".join(str(one.diagnose(other)).split())
     heavy = of_weights([0.0, *[-9.0] * 99])
     assert heavy.diagnose(of_weights([0.0] * 100)).agreements[0].trusted is False
-    assert "not to be trusted); total" in str(heavy.diagnose(heavy)).replace("\n", " ")
+    assert "standard errors, not to be trusted" in " ".join(str(heavy.diagnose(heavy)).split())
