@@ -25,9 +25,8 @@ import numpy as np
 import langppl as lp
 from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide, PromptedGuide
-from langppl.guides.context import context_ids
+from langppl.guides.base import log_q_together
 from langppl.inference.importance import log_weight
-from langppl.lm.requests import perform
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, score
 from langppl.program.scheduler import run
@@ -126,14 +125,6 @@ def resampled_endings(prior: Sequence[Draws], seed: int) -> float:
             share = np.exp(d.log_weights - np.logaddexp.reduce(d.log_weights))
             found.append(d.log_endings[rng.choice(len(share), p=share / share.sum())])
     return float(np.mean(found))
-
-
-def log_q(guide: Any, program: Program, value: Text) -> float:
-    """The guide's log-probability (nats) of a fourth sentence."""
-    fn, lm = program.sites["middle"].fn, program.sites["middle"].fn.lm
-    ids = context_ids(program, "middle", fn, Execution(), guide.context, lm)
-    (reply,) = perform([fn.request(value, prompt=ids, adapter=getattr(guide, "adapter", None))])
-    return float(reply.log_prob)
 
 
 def of_unseen(
@@ -283,11 +274,7 @@ def finish(
     rows = []
     for name, guide in guides.items():
         row = of_unseen(drawn[name], references, {"way": name, "steps": steps[name]})
-        if name == "prior":
-            own = [p.sites["middle"].fn for _, p in pairs]
-            qs = [float(f.log_prob(x["middle"])) for f, (x, _) in zip(own, pairs, strict=True)]
-        else:
-            qs = [log_q(guide, p, x["middle"]) for x, p in pairs]
+        qs = log_q_together(guide, [(p, x) for x, p in pairs])
         forward = [j - z - q for j, z, q in zip(log_joints, evidence, qs, strict=True)]
         row["KL(p‖q) ≤"] = float(np.mean(forward))
         rows.append(row)

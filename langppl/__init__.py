@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         PromptedGuide,
         RewardSchedule,
     )
-    from langppl.inference import compare, infer
+    from langppl.inference import calibrate, compare, evidence_bounds, infer
     from langppl.lm import LM, Grammar, json_schema, lark, log_matches, one_of, regex
     from langppl.posterior import ABSENT, Posterior
     from langppl.program import (
@@ -43,7 +43,7 @@ _HOMES = {
         "PromptedGuide",
         "RewardSchedule",
     ),
-    "langppl.inference": ("compare", "infer"),
+    "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer"),
     "langppl.lm": ("LM", "Grammar", "json_schema", "lark", "log_matches", "one_of", "regex"),
     "langppl.posterior": ("ABSENT", "Posterior"),
     "langppl.program": (
@@ -77,12 +77,14 @@ __all__ = [
     "RewardSchedule",
     "Tempered",
     "Text",
+    "calibrate",
     "call",
     "compare",
     "compile",
     "condition",
     "deterministic",
     "do",
+    "evidence_bounds",
     "factor",
     "infer",
     "json_schema",

@@ -29,8 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from langppl.guides.schedules import RewardSchedule
+    from langppl.inference.calibration import Calibration
 
-__all__ = ["plot_log_weights", "plot_posterior", "plot_schedule", "plot_training", "save_figure"]
+__all__ = [
+    "plot_calibration",
+    "plot_log_weights",
+    "plot_posterior",
+    "plot_schedule",
+    "plot_training",
+    "save_figure",
+]
 
 _TOP_VALUES = 10
 _LONGEST_LABEL = 48
@@ -208,6 +216,56 @@ def plot_schedule(schedule: RewardSchedule, steps: int, ax: Axes | None = None) 
     ax.set_title("Reward schedule")
     ax.set_xlabel("step")
     ax.set_ylabel("power of the reward")
+    return figure
+
+
+def plot_calibration(calibration: Calibration, level: float = 0.01) -> Figure:
+    """Draws the rank histogram of each summary, with the band in which a right method's lie.
+
+    Under a calibrated method the count of each bin is binomial. The band holds it, in all bins of
+    all pictures together, with a probability of at least 1 − `level` (Bonferroni). Ranks at both
+    ends are of draws that are too narrow, in the middle of such that are too wide.
+
+    Args:
+        calibration: what to draw.
+        level: probability with which a bar of a calibrated method leaves the band.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: unless the level is between 0 and 1.
+    """
+    from scipy.stats import binom
+
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+    tests = calibration.tests
+    columns = min(len(tests), 3)
+    rows = math.ceil(len(tests) / columns)
+    figure = _figure(4.0 * columns, 2.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    number = sum(len(t.counts) for t in tests)
+    for ax, test in zip(grid.flat, tests, strict=False):
+        n, places = calibration.simulations, np.arange(len(test.counts))
+        shares = np.array(test.expected) / n
+        tail = level / 2 / number
+        low, high = binom.ppf(tail, n, shares), binom.ppf(1.0 - tail, n, shares)
+        # One step for each bin, edge to edge.
+        edges = np.repeat(np.append(places, len(places)) - 0.5, 2)[1:-1]
+        ax.fill_between(
+            edges, np.repeat(low, 2), np.repeat(high, 2), color="lightgray", label="expected"
+        )
+        ax.bar(places, test.counts, width=0.8, color="tab:blue", alpha=0.8)
+        ax.step(edges, np.repeat(test.expected, 2), color="black", lw=0.8)
+        ax.set_title(f"{test.name} (p = {test.p_value:.2g})", fontsize=9, parse_math=False)
+        ax.set_xlabel(f"rank among {calibration.draws} draws, in bins", fontsize=8)
+        ax.set_xticks([])
+        ax.set_ylabel("simulations", fontsize=8)
+    for ax in grid.flat[len(tests) :]:
+        ax.set_visible(False)
+    figure.suptitle(f"Calibration of {calibration.method}, guide {calibration.guide}")
     return figure
 
 

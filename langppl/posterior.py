@@ -34,8 +34,9 @@ import rich.table
 import rich.text
 import torch
 
-from langppl import diagnostics
+from langppl import diagnosis, diagnostics
 from langppl.chains import Chains
+from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions.text import Text
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
@@ -423,6 +424,20 @@ class Posterior:
             return {**new, "_RETURN": execution.returned}
 
         return run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
+
+    def diagnose(self, *others: Posterior) -> Diagnosis:
+        """What these samples are worth, in words and figures, and what to do about it.
+
+        Args:
+            *others: posteriors of the same program and observations, to compare with.
+
+        Returns:
+            The report; print it. See `langppl.diagnosis`.
+
+        Raises:
+            ValueError: if another posterior has latents and none of them in common with this one.
+        """
+        return diagnosis.diagnose(self, others)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The samples as a table, one row each, impossible ones included.

@@ -24,7 +24,7 @@ from langppl.lm import enumeration
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, perform
 from langppl.program import Program, compile
-from langppl.program.execution import Choice, Execution, run_many, run_once, score
+from langppl.program.execution import Choice, Execution, run_many, score
 from langppl.program.scheduler import run
 
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
@@ -228,8 +228,9 @@ def check_guide(
     """Checks that a guide knows with which probability it proposes, by listing all it could.
 
     The probabilities q of all latents sum to one; draws come with the log q of their value and as
-    often as it says; every possible value can be proposed; and the evidence from `samples`
-    importance weights is within 5 standard errors of the exact one.
+    often as it says; every possible value can be proposed; the evidence from `samples` importance
+    weights is within 5 standard errors of the exact one; and `Guide.log_q`, where the guide has it,
+    says the same of all latents as its draws do.
 
     Args:
         guide: the guide. It must draw strings by their distribution's `draw`, as all of langppl's
@@ -284,6 +285,72 @@ def check_guide(
             f"the evidence from {samples} draws is {estimate:.4g}, and exactly it is "
             f"{evidence:.4g}: {abs(estimate - evidence) / max(error, 1e-300):.1f} standard errors"
         )
+    # A guide without `log_q` is a guide all the same.
+    if type(guide).log_q is not Guide.log_q or type(guide).given is not Guide.given:
+        _check_log_q(guide, program, [*listed, *drawn])
+
+
+def check_log_q(
+    guide: Guide,
+    model: Callable[..., Any] | Program,
+    *args: Any,
+    samples: int = 100,
+    seed: int = 0,
+) -> None:
+    """Checks that a guide's `log_q` agrees with what its own draws record.
+
+    Latents of any kind will do, and any that depend on one another. What a string's rules forbid
+    must have a log q of −inf.
+
+    Args:
+        guide: the guide.
+        model: a model function, or a compiled `Program`.
+        *args: the model's arguments.
+        samples: draws.
+        seed: of the draws.
+
+    Raises:
+        AssertionError: naming the draw for which they differ.
+        NotImplementedError: if the guide has no `log_q`.
+
+    Example:
+        >>> from langppl import PromptedGuide, sample
+        >>> lm = tiny_lm()
+        >>> def story():
+        ...     word = sample("word", LMString(lm, "a", max_tokens=2))
+        ...     sample("end", LMString(lm, f"a{word}"), obs=".")
+        >>> check_log_q(PromptedGuide(), story, samples=10)
+    """
+    program = model if isinstance(model, Program) else compile(model, *args)
+    guide.check(program)
+    choosers = [guide.chooser(program, (seed, "check", i)) for i in range(samples)]
+    drawn = program.run(choosers, score)
+    _check_log_q(guide, program, drawn)
+    for name in program.latents:
+        fn = program.sites[name].fn
+        if isinstance(fn, StringDistribution):
+            for value in _impossible(fn):
+                found = float(guide.log_q(program, [{**drawn[0].latents, name: value}])[0])
+                if name in drawn[0].sites and found != -math.inf:
+                    raise AssertionError(
+                        f"{value!r} cannot be drawn at {name!r}, but log_q gives it {found:.4f}"
+                    )
+
+
+def _check_log_q(guide: Guide, program: Program, executions: Sequence[Execution]) -> None:
+    found = guide.log_q(program, [e.latents for e in executions])
+    if found.shape != (len(executions),):
+        raise AssertionError(
+            f"log_q of {len(executions)} rows has shape {found.shape}, not ({len(executions)},)"
+        )
+    for execution, own in zip(executions, found, strict=True):
+        recorded = execution.log_q
+        # Of equal infinities there is no difference.
+        if not (own == recorded or abs(own - recorded) <= _LOG_PROB_TOLERANCE):
+            raise AssertionError(
+                f"log_q of {execution.latents} is {own:.4f}, but the guide drew it with "
+                f"{recorded:.4f}"
+            )
 
 
 def _values(dist: Any, most: int) -> Iterator[tuple[Text, bool]]:
@@ -398,7 +465,7 @@ def _list_executions(guide: Guide, program: Program, most: int) -> list[Executio
             return Choice(choice.value, choice.log_q, defence=choice.defence)
 
         try:
-            return score(run_once(program.model, program.args, choose))
+            return score(program.run_once(choose))
         except _Unlisted as stop:
             return stop
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from langppl.program import Program
-from langppl.program.execution import Chooser, Execution, draw_prior
+import numpy as np
+
+from langppl.diagnostics import Array
+from langppl.distributions import LMChoice, StringDistribution
+from langppl.lm.requests import ScoreReply, perform
+from langppl.program import Program, run_together
+from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
+from langppl.program.execution import given as given_values
 
 Key = tuple[int | str, ...]
 
@@ -20,6 +27,9 @@ Takes the latent's name, its distribution, the value, and the execution before i
 
 class Guide(ABC):
     """Proposes values for a program's latents.
+
+    A guide of your own needs `chooser`; with `given` it also has `log_q`, by which the bounds of
+    `langppl.evidence_bounds` are made.
 
     Attributes:
         name: shown in tables.
@@ -39,23 +49,69 @@ class Guide(ABC):
             key: what the random numbers of this execution depend on.
         """
 
-    def scorer(self, program: Program, key: Key) -> Scorer:
-        """What tells how likely the chooser of the same key is to propose a value.
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """What takes given latents instead of drawing them.
 
-        Metropolis–Hastings asks it for the way back, from the value proposed to the one before. A
-        guide that draws random numbers to make its proposal makes it with the same ones here.
+        Each `Choice` it makes carries `log_q`, the log-probability (nats) with which `chooser`
+        would have drawn the value: −inf if it cannot.
 
         Args:
             program: the program.
-            key: the chooser's key.
+            values: latent → value.
 
         Raises:
-            NotImplementedError: if the guide does not know.
+            NotImplementedError: if the guide does not know it.
         """
         raise NotImplementedError(
-            f"guide {self.name!r} cannot tell with which probability it proposes a given value, "
-            'which method="mh" needs for the way back; implement its scorer()'
+            f"guide {self.name!r} ({type(self).__name__}) does not say with which probability it "
+            "draws given latents; implement its `given`, or `log_q`"
         )
+
+    def log_q(self, program: Program, rows: Sequence[Mapping[str, Any]]) -> Array:
+        """Log-probability with which the guide draws given latents.
+
+        Args:
+            program: the program.
+            rows: latent → value, one mapping for each draw; a `Text` counts by its tokens.
+
+        Returns:
+            Shape [n], nats; −inf for what the guide cannot draw. A string that is drawn unfinished
+            and rejected by the program has a finite one. A `defensive` share of the prior counts.
+
+        Raises:
+            NotImplementedError: if the guide implements neither this nor `given`.
+            ValueError: if a latent has no value, or a log-probability is NaN or +inf.
+            TypeError: for a single mapping.
+
+        Example:
+            >>> guide.log_q(program, program.simulate(8))  # doctest: +SKIP
+        """
+        if isinstance(rows, Mapping):
+            raise TypeError("log_q takes a list of mappings (latent → value), got one mapping")
+        self.check(program)
+        return log_q_together(self, [(program, row) for row in rows])
+
+    def scorer(self, program: Program, key: Key) -> Scorer:
+        """What tells how likely the chooser of the same key is to propose a value.
+
+        Metropolis–Hastings asks it for the way back, from the value proposed to the one before.
+
+        Args:
+            program: the program.
+            key: the chooser's key; a guide that draws random numbers to make its proposal makes it
+                with the same ones here.
+
+        Raises:
+            NotImplementedError: when asked, if the guide implements neither this nor `given`.
+        """
+
+        def log_q(name: str, fn: Any, value: Any, execution: Execution) -> float:
+            values = {**execution.latents, name: value}
+            found = self.given(program, values)(name, fn, execution).log_q
+            assert found is not None
+            return found
+
+        return log_q
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution
@@ -87,11 +143,68 @@ class PriorGuide(Guide):
         """See `Guide.chooser`."""
         return lambda name, fn, execution: draw_prior(fn, (*key, name))
 
-    def scorer(self, program: Program, key: Key) -> Scorer:
-        """See `Guide.scorer`."""
-        return lambda name, fn, value, execution: log_prior(fn, value)
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """See `Guide.given`."""
+        take = given_values(values)
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            value = take(name, fn, execution).value
+            return Choice(value, raw_log_prob(fn, value))
+
+        return choose
 
 
-def log_prior(fn: Any, value: Any) -> float:
-    """Log-probability (nats) of a value under a site's own distribution."""
-    return float(fn.log_prob(value).sum())
+def log_q_together(guide: Guide, pairs: Sequence[tuple[Program, Mapping[str, Any]]]) -> Array:
+    """Log q of latents of several programs, all at once where the guide has `given`.
+
+    Args:
+        guide: the guide.
+        pairs: a program, and latent → value.
+
+    Returns:
+        Shape [n], nats; see `Guide.log_q`.
+    """
+    if type(guide).log_q is not Guide.log_q:
+        return np.array([guide.log_q(p, [row])[0] for p, row in pairs], dtype=np.float64)
+    executions = run_together([(p, guide.given(p, row)) for p, row in pairs])
+    for execution in executions:
+        for site in execution.sites.values():
+            check_number(site.name, site.log_q)
+    return np.array([e.log_q for e in executions], dtype=np.float64)
+
+
+def raw_log_prob(
+    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+) -> float:
+    """Log-probability with which a value is drawn, rejected strings included.
+
+    Args:
+        fn: a site's distribution.
+        value: the value.
+        prompt: ids that are read in place of a string's own prompt.
+        adapter: adapter on the LM.
+
+    Returns:
+        Nats; −inf for a value that is never drawn.
+    """
+    if not isinstance(fn, StringDistribution):
+        return density(fn, value)
+    if isinstance(fn, LMChoice):
+        if value not in fn.options:
+            return -math.inf
+        return float(fn.log_probs(prompt=prompt, adapter=adapter)[fn.options.index(value)])
+    request = fn.request(value, prompt=prompt, adapter=adapter)  # type: ignore[attr-defined]
+    if request is None:
+        return -math.inf
+    (reply,) = perform([request])
+    assert isinstance(reply, ScoreReply)
+    return reply.log_prob
+
+
+def density(fn: Any, value: Any) -> float:
+    """Log-density (nats) of one of Pyro's distributions; −inf outside of its support."""
+    try:
+        inside = bool(fn.support.check(value).all())
+    except NotImplementedError:  # a distribution that does not say what its support is
+        inside = True
+    return float(fn.log_prob(value).sum()) if inside else -math.inf

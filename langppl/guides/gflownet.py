@@ -28,7 +28,7 @@ from langppl.guides.heads import Heads
 from langppl.guides.history import History
 from langppl.guides.keeping import Keeper
 from langppl.guides.observations import GivenLatents, Observation
-from langppl.guides.policy import Policy, Proposer
+from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, check_objective
@@ -200,6 +200,14 @@ class GFlowNetGuide(Guide):
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
         return Policy(self.proposer, program, key, defensive=self.defensive)
+
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """See `Guide.given`.
+
+        Raises:
+            ValueError: when run, if a Pyro guide draws something that is no given latent.
+        """
+        return GivenPolicy(self.proposer, program, values, self.defensive)
 
     def scorer(self, program: Program, key: Key) -> Scorer:
         """See `Guide.scorer`."""

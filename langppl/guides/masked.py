@@ -9,10 +9,11 @@ from typing import Any
 
 from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMString
-from langppl.guides.base import Guide, Key
+from langppl.guides.base import Guide, Key, raw_log_prob
 from langppl.lm.grammars import Grammar
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.program.execution import given as given_values
 
 
 class MaskedGuide(Guide):
@@ -55,6 +56,17 @@ class MaskedGuide(Guide):
                 return draw_prior(fn, (*key, name))
             value, log_q = self._masked(name, fn).draw((*key, name))
             return Choice(value, log_q)
+
+        return choose
+
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """See `Guide.given`."""
+        take = given_values(values)
+
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            value = take(name, fn, execution).value
+            own = self._masked(name, fn) if name in self.grammars else fn
+            return Choice(value, raw_log_prob(own, value))
 
         return choose
 

@@ -10,16 +10,17 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine import runtime
 
-from langppl.distributions import LMChoice, StringDistribution
-from langppl.guides.base import Key, log_prior
+from langppl.distributions import StringDistribution
+from langppl.guides.base import Key, density, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.decoding import generator
 from langppl.lm.model import LM
-from langppl.lm.requests import ScoreReply, StateReply, StateRequest, perform
+from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.program import Program
 from langppl.program.execution import Choice, Execution, draw_prior, mixed, seed_torch
 from langppl.program.execution import given as given_values
+from langppl.program.statements import as_value
 
 
 @dataclass
@@ -96,13 +97,15 @@ class Policy:
         own = self.proposer
         if not own.covers(fn):
             site = self._site_elsewhere(name, fn)
-            return log_prior(fn if site is None else site["fn"], value)
+            return density(fn if site is None else site["fn"], value)
         prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, own.adapter)
         else:
-            log_q = log_prior(self._head(fn, prompt), value)
-        return mixed(log_q, log_prior(fn, value), self.defensive) if self.defensive else log_q
+            log_q = density(self._made(fn, prompt), value)
+        if self.defensive:
+            log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
+        return log_q
 
     def _propose(self, name: str, fn: Any, key: Key) -> Choice:
         own, prompt = self.proposer, self.contexts[name]
@@ -124,17 +127,8 @@ class Policy:
         # A string that is rejected has no log_prob, but the prior does propose it.
         return Choice(value, mixed(log_q, raw_log_prob(fn, value), self.defensive))
 
-    def _head(self, fn: Any, prompt: tuple[int, ...]) -> Any:
-        """The distribution that a head proposes for a number."""
-        own = self.proposer
-        assert own.heads is not None
-        (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
-        assert isinstance(reply, StateReply)
-        with torch.no_grad():
-            return own.heads.proposal(fn, torch.from_numpy(reply.state))
-
     def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
-        made = self._head(fn, prompt)
+        made = self._made(fn, prompt)
         if self.defensive and generator((*key, "defence")).random() < self.defensive:
             value = draw_prior(fn, (*key, "prior")).value
         else:
@@ -143,6 +137,15 @@ class Policy:
         if self.defensive:
             log_q = mixed(log_q, float(fn.log_prob(value).sum()), self.defensive)
         return Choice(value, log_q)
+
+    def _made(self, fn: Any, prompt: tuple[int, ...]) -> Any:
+        """What the heads propose for a number after a context."""
+        own = self.proposer
+        assert own.heads is not None
+        (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
+        assert isinstance(reply, StateReply)
+        with torch.no_grad():
+            return own.heads.proposal(fn, torch.from_numpy(reply.state))
 
     def _elsewhere(self, name: str, fn: Any, key: Key) -> Choice:
         """A latent that is not the policy's: from the user's guide, else from the prior."""
@@ -163,30 +166,82 @@ class Policy:
         return self._proposed.get(name)
 
 
-def run_pyro_guide(guide: Callable[..., Any], args: tuple[Any, ...], key: Key) -> Mapping[str, Any]:
-    """The sites of one run of a Pyro guide, which no handler of the model sees."""
+class GivenPolicy(Policy):
+    """Takes given latents, and knows with which probability the policy would have drawn them.
+
+    Args:
+        proposer: the guide's means.
+        program: the program.
+        values: latent → value.
+        defensive: share of proposals that are drawn from the prior.
+    """
+
+    def __init__(
+        self, proposer: Proposer, program: Program, values: Mapping[str, Any], defensive: float
+    ) -> None:
+        super().__init__(proposer, program, (), values=values, defensive=defensive)
+
+    def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
+        """See `langppl.program.execution.Chooser`."""
+        value = super().__call__(name, fn, execution).value
+        if not self.proposer.covers(fn):
+            return Choice(value, self._log_q_elsewhere(name, fn, value))
+        prompt = self.contexts[name]
+        if isinstance(fn, StringDistribution):
+            log_q = raw_log_prob(fn, value, prompt, self.proposer.adapter)
+        else:
+            log_q = density(self._made(fn, prompt), value)
+        if self.defensive:
+            log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
+        return Choice(value, log_q)
+
+    def _log_q_elsewhere(self, name: str, fn: Any, value: Any) -> float:
+        own = self.proposer
+        if own.numeric is None or isinstance(fn, StringDistribution):
+            return raw_log_prob(fn, value)
+        if self._proposed is None:
+            assert self.values is not None
+            numbers = {k: as_value(v) for k, v in self.values.items() if not isinstance(v, str)}
+            self._proposed = run_pyro_guide(own.numeric, self.program.shown_args, (), numbers)
+            unknown = sorted(self._proposed.keys() - self.values.keys())
+            if unknown:
+                raise ValueError(
+                    f"the Pyro guide draws {unknown[0]!r}, which the given latents "
+                    f"({', '.join(self.values)}) lack, so it does not know their probability"
+                )
+        site = self._proposed.get(name)
+        return density(fn if site is None else site["fn"], value)
+
+
+def run_pyro_guide(
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    key: Key,
+    values: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any]:
+    """The sites of one run of a Pyro guide, which no handler of the model sees.
+
+    Args:
+        guide: the Pyro guide.
+        args: the model's arguments.
+        key: what the random numbers depend on.
+        values: of sites that are not drawn.
+    """
+    known = dict(values or {})
     outer = list(runtime._PYRO_STACK)
     runtime._PYRO_STACK[:] = []
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             seed_torch(int(generator(key).integers(2**62)))
-            with poutine.trace() as traced:
+            with poutine.trace() as traced, poutine.condition(data=known):
                 guide(*args)
         nodes = traced.trace.nodes
     finally:
         runtime._PYRO_STACK[:] = outer
     return {
-        n: site for n, site in nodes.items() if site["type"] == "sample" and not site["is_observed"]
+        n: site
+        for n, site in nodes.items()
+        if site["type"] == "sample"
+        and type(site["fn"]).__name__ != "_Subsample"
+        and (n in known or not site["is_observed"])
     }
-
-
-def raw_log_prob(
-    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
-) -> float:
-    """Log-probability (nats) with which a latent is drawn, rejected strings included."""
-    if isinstance(fn, LMChoice):
-        return float(fn.log_probs(prompt=prompt, adapter=adapter)[fn.options.index(value)])
-    request = fn.request(value, prompt=prompt, adapter=adapter)
-    (reply,) = perform([request])
-    assert isinstance(reply, ScoreReply)
-    return reply.log_prob

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from langppl.distributions import StringDistribution
-from langppl.guides.base import Guide, Key, Scorer, log_prior
+from langppl.guides.base import Guide, Key, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids, default_context
-from langppl.lm.requests import perform
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
+from langppl.program.execution import given as given_values
 
 
 class PromptedGuide(Guide):
@@ -36,17 +37,18 @@ class PromptedGuide(Guide):
 
         return choose
 
-    def scorer(self, program: Program, key: Key) -> Scorer:
-        """See `Guide.scorer`."""
+    def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+        """See `Guide.given`."""
+        take = given_values(values)
 
-        def log_q(name: str, fn: Any, value: Any, execution: Execution) -> float:
-            if not isinstance(fn, StringDistribution):
-                return log_prior(fn, value)
-            prompt, _ = self.reads(program, name, fn, execution)
-            wanted = fn.pending(value, prompt=prompt)
-            return wanted.finish(perform(wanted.requests))
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            value = take(name, fn, execution).value
+            prompt = None
+            if isinstance(fn, StringDistribution):
+                prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
+            return Choice(value, raw_log_prob(fn, value, prompt))
 
-        return log_q
+        return choose
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution

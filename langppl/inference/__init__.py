@@ -1,6 +1,16 @@
-"""Inference: from a model and its observations to a posterior."""
+"""Inference: from a model and its observations to a posterior, and how far to believe it."""
 
+from langppl.inference.bounds import EvidenceBounds, evidence_bounds
+from langppl.inference.calibration import Calibration, calibrate
 from langppl.inference.comparison import Comparison, compare
 from langppl.inference.methods import infer
 
-__all__ = ["Comparison", "compare", "infer"]
+__all__ = [
+    "Calibration",
+    "Comparison",
+    "EvidenceBounds",
+    "calibrate",
+    "compare",
+    "evidence_bounds",
+    "infer",
+]

@@ -15,7 +15,7 @@ from langppl.inference.sites import site_log_probs
 from langppl.lm import enumeration
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.execution import Choice, Execution, given, run_many, run_once, score_all
+from langppl.program.execution import Choice, Execution, given, run_many, score_all
 from langppl.progress import bar
 
 BATCH = 4096
@@ -79,7 +79,7 @@ def _run(program: Program, batch: Sequence[Mapping[str, Any]]) -> list[Execution
             raise _Undecided(name, fn)
 
         try:
-            return run_once(program.model, program.args, given(values, undecided))
+            return program.run_once(given(values, undecided))
         except _Undecided as stop:
             return stop
 

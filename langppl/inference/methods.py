@@ -90,8 +90,7 @@ def infer(
         raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
     if not isinstance(guide, str | Guide):
         raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}")
+    check_count("num_samples", num_samples, 1)
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
@@ -130,6 +129,31 @@ def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed:
     if args:
         raise TypeError("a compiled Program has its arguments already; give none")
     return model
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless a number is an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def given_guide(guide: str | Guide) -> Guide:
+    """A guide for many observations: one that needs no training, or is trained already."""
+    if isinstance(guide, Guide):
+        return guide
+    if guide == "prior":
+        return PriorGuide()
+    if guide == "prompted":
+        return PromptedGuide()
+    if guide == "gflownet":
+        raise ValueError(
+            'guide="gflownet" is trained for one observation, and here many are simulated; train '
+            'a GFlowNetGuide on the model\'s own data (fit(..., objective="forward_kl"), or '
+            "simulated_share) and give it"
+        )
+    if not isinstance(guide, str):
+        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+    raise ValueError(f"unknown guide {guide!r}; here it is: prior, prompted, or an object")
 
 
 def make_guide(guide: str | Guide, program: Program, seed: int, progress: bool) -> Guide:

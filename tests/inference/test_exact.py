@@ -8,7 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 
-from langppl import LMChoice, LMString, infer, sample
+from langppl import LMChoice, LMString, compile, infer, sample
 from langppl.lm import enumeration
 from langppl.testing import enumerate_strings, tiny_lm
 
@@ -110,3 +110,13 @@ def test_a_continuous_latent_cannot_be_listed() -> None:
 
     with pytest.raises(ValueError, match="site 'p' is Beta, which has no list of values"):
         infer(model, method="exact", progress=False)
+
+
+def test_other_observations_are_the_ones_that_count() -> None:
+    def story(ending: str) -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=2))
+        sample("ending", LMString(LM, f"a{z}"), obs=ending)
+
+    other = infer(compile(story, "a").observing({"ending": "bb"}), method="exact", progress=False)
+    direct = infer(story, "bb", method="exact", progress=False)
+    assert other.log_evidence == pytest.approx(direct.log_evidence, abs=1e-5)

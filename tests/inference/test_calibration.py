@@ -1,0 +1,237 @@
+"""Simulation-based calibration passes what is right and finds what is not."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+from scipy.stats import chisquare
+
+from langppl import LMChoice, LMString, calibrate, compile, sample
+from langppl.guides import Guide, PriorGuide
+from langppl.inference import Calibration
+from langppl.inference.calibration import LIKELIHOOD
+from langppl.plots import plot_calibration
+from langppl.program import Program
+from langppl.program.execution import Choice, Chooser
+from langppl.testing import tiny_lm
+
+LM = tiny_lm("abcd.", seed=1)
+SIMULATIONS = 300
+LEVEL = 0.01
+
+
+def story(seen: str) -> None:
+    rules: dict[str, Any] = {"stop": ".", "max_tokens": 2, "allow": list("abcd.")}
+    z = sample("z", LMString(LM, "a", **rules))
+    sample("seen", LMString(LM, z, temperature=0.8), obs=seen)
+
+
+PROGRAM = compile(story, "ab")
+
+
+class Overconfident(Guide):
+    """The LM at half its temperature, which does not look at the observations."""
+
+    name = "overconfident"
+
+    def chooser(self, program: Program, key: Any) -> Chooser:
+        def choose(name: str, fn: Any, execution: Any) -> Choice:
+            return Choice(*fn.draw((*key, name), temperature=0.5))
+
+        return choose
+
+
+@functools.cache
+def found(method: str, confident: bool = False) -> Calibration:
+    return calibrate(
+        PROGRAM,
+        guide=Overconfident() if confident else PriorGuide(),
+        method=method,
+        simulations=SIMULATIONS,
+        num_samples=40,
+        draws=7,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("method", ["importance", "exact"])
+def test_right_methods_pass(method: str) -> None:
+    calibration = found(method)
+    assert calibration.passes(LEVEL), str(calibration)
+    assert "as uniform as" in str(calibration)
+    assert calibration.guide == ("enumeration" if method == "exact" else "prior")
+
+
+@pytest.mark.parametrize("confident", [False, True])
+def test_unweighted_draws_fail(confident: bool) -> None:
+    calibration = found("raw", confident)
+    assert not calibration.passes(LEVEL), str(calibration)
+    failed = {t.name for t in calibration.tests if t.adjusted <= LEVEL}
+    # Averaged over data, the posterior is the prior: only what looks at the data can tell them.
+    assert failed >= {"z: log p"} if confident else failed == {LIKELIHOOD}
+    worst = min(calibration.tests, key=lambda t: t.p_value)
+    assert "Not calibrated" in str(calibration) and repr(worst.name) in str(calibration)
+    assert calibration.median_ess is None
+
+
+def test_weights_mend_an_overconfident_guide() -> None:
+    calibration = calibrate(
+        PROGRAM,
+        guide=Overconfident(),
+        simulations=100,
+        num_samples=80,
+        draws=7,
+        progress=False,
+    )
+    assert calibration.passes(LEVEL), str(calibration)
+
+
+def test_numbers_and_choices() -> None:
+    def model() -> None:
+        mean = sample("mean", dist.Normal(0.0, 1.0))
+        both = sample("both", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        kind = sample("kind", LMChoice(LM, "a", ["a", "b"]))
+        sample("x", dist.Normal(mean + both.sum(), 1.0), obs=0.0)
+        sample("text", LMString(LM, kind), obs="a")
+
+    right = calibrate(model, simulations=40, num_samples=25, draws=3, progress=False)
+    assert list(right.ranks) == [
+        "mean",
+        "both[0]",
+        "both[1]",
+        "kind: tokens",
+        "kind: log p",
+        LIKELIHOOD,
+    ]
+    assert right.passes(LEVEL)
+    wrong = calibrate(model, method="raw", simulations=40, draws=3, progress=False)
+    assert not wrong.passes(LEVEL)
+
+
+def test_summaries_of_ones_own() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def letters(latents: dict[str, Any]) -> int:
+        seen.append(latents)
+        return len(latents["z"])
+
+    calibration = calibrate(
+        PROGRAM,
+        method="raw",
+        simulations=10,
+        draws=3,
+        summaries={"letters": letters, "always 1": lambda _: 1.0},
+        progress=False,
+    )
+    assert list(calibration.ranks) == ["letters", "always 1"]
+    assert set(seen[0]) == {"z"}
+    # What is always equal has a random rank.
+    assert len(set(calibration.ranks["always 1"])) > 1
+    with pytest.raises(ValueError, match="summary 'bad' is NaN"):
+        calibrate(PROGRAM, simulations=2, summaries={"bad": lambda _: math.nan}, progress=False)
+    with pytest.raises(TypeError, match="summary 'z' must be one number, but is '"):
+        calibrate(PROGRAM, simulations=2, summaries={"z": lambda s: str(s["z"])}, progress=False)
+    with pytest.raises(ValueError, match="summaries are empty"):
+        calibrate(PROGRAM, simulations=2, summaries={}, progress=False)
+
+
+def test_the_test_is_chi_square_on_the_ranks() -> None:
+    ranks = tuple(int(r) for r in np.random.default_rng(0).integers(0, 8, size=200))
+    calibration = Calibration("prior", "exact", 200, 7, 1, {"a": ranks, "b": (0,) * 200}, None)
+    first, second = calibration.tests
+    counts = np.bincount(ranks, minlength=8)
+    assert first.counts == tuple(counts)
+    assert first.p_value == pytest.approx(chisquare(counts).pvalue)
+    assert first.adjusted == pytest.approx(min(1.0, 2 * first.p_value))
+    assert second.p_value < 1e-100
+    assert second.words == "lean low: the draws are too high"
+    # With 20 simulations, bins of at least 5: ranks 0 and 1 together, and so on.
+    few = Calibration("prior", "exact", 20, 7, 1, {"a": ranks[:20]}, None).tests[0]
+    assert few.expected == (5.0, 5.0, 5.0, 5.0)
+    assert few.counts == tuple(np.bincount(np.array(ranks[:20]) // 2, minlength=4))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([0] * 50 + [7] * 50, "at both ends: the draws are too narrow"),
+        ([3] * 50 + [4] * 50, "in the middle: the draws are too wide"),
+        ([6, 7] * 50, "lean high: the draws are too low"),
+        (list(range(8)) * 12, "no lean, no bulge"),
+    ],
+)
+def test_the_shape_is_put_into_words(ranks: list[int], words: str) -> None:
+    calibration = Calibration("g", "raw", len(ranks), 7, 7, {"a": tuple(ranks)}, None)
+    assert calibration.tests[0].words == words
+
+
+def test_uniform_ranks_pass_as_often_as_the_level_says() -> None:
+    rng = np.random.default_rng(1)
+    failed = 0
+    for _ in range(400):
+        ranks = {name: tuple(rng.integers(0, 16, size=160)) for name in "abc"}
+        failed += not Calibration("g", "raw", 160, 15, 15, ranks, None).passes(0.05)
+    # Binomial(400, at most 0.05): its mean is 20 and its standard deviation 4.4.
+    assert 3 <= failed <= 33
+
+
+def test_it_is_reproducible_and_tabulated() -> None:
+    one, two = (
+        calibrate(PROGRAM, method="raw", simulations=12, draws=3, seed=4, progress=False)
+        for _ in range(2)
+    )
+    assert one == two
+    frame = one.to_pandas()
+    assert list(frame.columns) == ["z: tokens", "z: log p", LIKELIHOOD]
+    assert frame.shape == (12, 3)
+    assert frame.to_numpy().min() >= 0 and frame.to_numpy().max() <= 3
+
+
+def test_its_picture() -> None:
+    figure = found("exact").plot()
+    axes = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title().split(" (p = ")[0] for ax in axes] == list(found("exact").ranks)
+    for ax, test in zip(axes, found("exact").tests, strict=True):
+        assert [bar.get_height() for bar in ax.patches] == list(test.counts)  # type: ignore[attr-defined]
+        # A calibrated method's bars end within the band.
+        (band,) = ax.collections
+        edges = band.get_paths()[0].vertices[:, 1]
+        assert edges.min() >= 0.0 and max(test.counts) <= edges.max()
+    with pytest.raises(ValueError, match="level must be between"):
+        plot_calibration(found("exact"), level=0.0)
+
+
+def test_few_effective_samples_are_said() -> None:
+    few = calibrate(PROGRAM, simulations=5, num_samples=4, draws=7, progress=False)
+    assert "before the ranks mean anything" in str(few)
+
+
+def test_bad_input() -> None:
+    def no_latents() -> None:
+        sample("x", LMString(LM, "a"), obs="a")
+
+    quick: dict[str, Any] = {"simulations": 4, "progress": False}
+    with pytest.raises(ValueError, match="no latents"):
+        calibrate(no_latents, **quick)
+    with pytest.raises(ValueError, match="unknown method 'magic'; methods are: importance, raw"):
+        calibrate(PROGRAM, method="magic", **quick)
+    with pytest.raises(ValueError, match="trained for one observation"):
+        calibrate(PROGRAM, guide="gflownet", **quick)
+    with pytest.raises(ValueError, match="simulations must be an integer of at least 2, got 1"):
+        calibrate(PROGRAM, simulations=1)
+    with pytest.raises(ValueError, match="draws must be an integer of at least 1, got 0"):
+        calibrate(PROGRAM, draws=0, **quick)
+    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+        found("exact").passes(1.5)
+
+    def rarely(seen: str) -> None:
+        z = sample("z", LMString(LM, "a", max_tokens=2, truncate="reject"))
+        sample("seen", LMString(LM, f"a{z}"), obs=seen)
+
+    with pytest.raises(ValueError, match=r"in simulation \d, none of the 1 samples explains"):
+        calibrate(rarely, "a", num_samples=1, **quick)
