@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
-CPU_GRADIENT_NODE_BUDGET = 128
+CPU_GRADIENT_NODE_BUDGET = 256
 
 
 class LM:
@@ -46,7 +46,7 @@ class LM:
         node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
         gradient_node_budget: most tokens of one row of a packed pass with gradients, besides what
             all its strings begin with; never more than `node_budget`. Fewer take less memory and
-            more work: all rows but one are run twice. 128 on the CPU, where rows as small are as
+            more work: all rows but one are run twice. 256 on the CPU, where rows as small are as
             fast; elsewhere `node_budget`'s own default.
         memo: the scores it remembers (see `langppl.lm.memo`).
         splits_head: whether logits are the output layer's product with the model's last states,
