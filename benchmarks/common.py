@@ -106,14 +106,16 @@ def product_rate(lm: lp.LM, rows: int = 512, runs: int = 1) -> float:
     return 2 * rows * sum(m.weight.numel() for m in layers) / best
 
 
-def plain_model(name: str) -> Any:
+def plain_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """The same weights as transformers gives them, untouched by langppl."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve(name), dtype=torch.float32, use_safetensors=True
-    )
-    return model.eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, use_safetensors=True)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def peak_memory() -> float:

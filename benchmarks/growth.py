@@ -19,18 +19,19 @@ import langppl as lp
 BEGINNING, ENDING = "The door bell rang.", " It was the mailman."
 
 
+def story(lm: lp.LM) -> None:
+    """The model: a missing sentence."""
+    z = lp.sample("z", lp.LMString(lm, BEGINNING, stop=".", max_tokens=20, truncate="reject"))
+    lp.sample("y", lp.LMString(lm, f"{BEGINNING}{z}"), obs=ENDING)
+
+
 def one(args) -> dict[str, float]:
     """One inference, timed."""
     lm = lp.LM(args.lm)
-
-    def story() -> None:
-        z = lp.sample("z", lp.LMString(lm, BEGINNING, stop=".", max_tokens=20, truncate="reject"))
-        lp.sample("y", lp.LMString(lm, f"{BEGINNING}{z}"), obs=ENDING)
-
-    lp.infer(story, num_samples=4, progress=False)
+    lp.infer(story, lm, num_samples=4, progress=False)
     before = common.peak_memory()
     started = time.perf_counter()
-    lp.infer(story, num_samples=args.only, seed=1, progress=False)
+    lp.infer(story, lm, num_samples=args.only, seed=1, progress=False)
     return {
         "seconds": time.perf_counter() - started,
         "peak GiB": common.peak_memory(),

@@ -32,8 +32,9 @@ prefix. Plain: the paper's procedure with transformers and peft, token by token 
 kept through the cache, the prompt repeated over the batch, a full forward pass for the reward
 of each prefix.""",
     "step_memory": """Peak memory of one such step in a process of its own, Python, torch and
-weights included. With fewer nodes to a row than the gradient needs (`lm.node_budget`), rows are
-run again in the backward pass: less memory, more work.""",
+weights included, and the processor's time for the gradient part of later ones. With fewer nodes
+to a row than the gradient needs (`lm.gradient_node_budget`, the default first), rows but the last
+are run again in the backward pass: less memory, more work.""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
@@ -69,6 +70,15 @@ too low on average; KL(p‖q) is over latents and endings simulated from the mod
 
 What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,
 differences in nats (bfloat16 less float32). Whether it is faster depends on the processor.""",
+    "gpu_step": """## On a GPU
+
+One GFlowNet step as above. The shapes of GPT-2 XL (1.5 B) and GPT-J (6 B) have random weights,
+LoRA of rank 64 on all linear layers. Route: how langppl's rows go through the model, attention in
+blocks, under a dense mask, or in padded batches. Peak: most memory of the device that tensors
+took, weights included, with the device to one way alone.""",
+    "gpu_prefix_rewards": """Rewards of all prefixes on the GPU.""",
+    "gpu_decoding": """Decoding on the GPU.""",
+    "gpu_growth": """Importance sampling of a missing sentence on the GPU.""",
 }
 
 
@@ -84,9 +94,9 @@ def section(name: str, content: dict[str, Any]) -> str:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in content["rows"]),
         "",
-        f"{content['lm']}, {machine['processor']}, {machine['threads']} threads, "
-        f"{machine['capability']}, torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}, commit {machine['commit']}, {machine['date']}; "
+        f"{content['lm']}, {where(name, machine)}, torch {machine['versions']['torch']}, "
+        f"transformers {machine['versions']['transformers']}, commit {machine['commit']}, "
+        f"{machine['date']}; "
         + (
             "medians of as many runs as the table says."
             if "runs" in columns
@@ -94,6 +104,13 @@ def section(name: str, content: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def where(name: str, machine: dict[str, Any]) -> str:
+    """The device, else the processor."""
+    if name.startswith("gpu_"):
+        return str(machine["device"])
+    return f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}"
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ def sequence_log_probs(
         never: tokens that no text holds, to be left out of the normaliser.
     """
     found: list[Tensor] = []
+    device = getattr(model, "device", None)
     for first in range(0, len(sequences), batch):
         rows = sequences[first : first + batch]
         longest = max(map(len, rows))
-        ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+        ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
         start = min(len(r) - c for r, c in zip(rows, counts[first:], strict=False)) - 1
         # Logits of the continuation alone, which is as far as a careful script would go.
         out = model(
@@ -48,8 +49,8 @@ def sequence_log_probs(
         log_probs = out.logits.float().log_softmax(-1)
         for k, row in enumerate(rows):
             count = counts[first + k]
-            at = torch.arange(len(row) - count - 1, len(row) - 1) - start
-            targets = torch.tensor(row[len(row) - count :])
+            at = torch.arange(len(row) - count - 1, len(row) - 1, device=device) - start
+            targets = torch.tensor(row[len(row) - count :], device=device)
             scored = log_probs[k, at, targets]
             if stops:
                 every = log_probs[k, at][:, list(stops)].logsumexp(-1)
@@ -96,9 +97,10 @@ def sample_with_gradients(
     Returns:
         Tokens [n, length], their log q [n, length], and log q of the stop [n, length + 1].
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = getattr(model, "device", torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(seed)
     cache = DynamicCache()
-    ids = torch.tensor([list(prompt)] * n)
+    ids = torch.tensor([list(prompt)] * n, device=device)
     tokens, log_q, log_stop = [], [], []
     for _ in range(length):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -117,6 +119,6 @@ def subtb_loss(log_rewards: Tensor, log_q: Tensor, log_stop: Tensor) -> Tensor:
     """Modified sub-trajectory balance over all pairs of prefixes."""
     u = log_rewards - log_stop
     reached = pad(log_q.cumsum(1), (1, 0))
-    i, j = torch.triu_indices(u.shape[1], u.shape[1], 1)
+    i, j = torch.triu_indices(u.shape[1], u.shape[1], 1, device=u.device)
     residual = u[:, i] + reached[:, j] - reached[:, i] - u[:, j]
     return (residual**2).mean()

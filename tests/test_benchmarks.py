@@ -1,10 +1,13 @@
-"""The plain procedure that the benchmarks measure beside langppl computes the same numbers."""
+"""The plain procedure that the benchmarks measure beside langppl computes the same numbers, and
+the GPU's script runs in a small shape."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -113,3 +116,39 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert "| prompt | ratio |\n|---|---|\n| 7 | 1.75 |" in text
     assert "`python benchmarks/decoding.py --runs 5`" in text and "medians of 5 runs" in text
     assert "bfloat16" not in text  # what was not measured is not on the page
+
+
+GPU = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "gpu.py")]
+
+
+def test_the_gpu_script_runs_in_a_small_shape(tmp_path: Path) -> None:
+    sizes = "--samples 4 --length 6 --context 20 --ending 4 --prompts 7 --particles 16 --runs 1"
+    options = ["--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*GPU, "--device", "cpu", "--shape", "tiny", *options, *sizes.split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {
+        name: json.loads((tmp_path / "out" / f"gpu_{name}.json").read_text())["rows"]
+        for name in ("step", "prefix_rewards", "decoding", "growth")
+    }
+    parts = {row["part"]: row for row in found["step"]}
+    assert list(parts) == ["sampling", "reward", "gradient", "step"]
+    assert all(row["route"] == "blocks" and row["model"] == "tiny" for row in parts.values())
+    whole, of_parts = (
+        [parts[p]["langppl s"] for p in names] for names in (["step"], list(parts)[:3])
+    )
+    assert whole[0] == pytest.approx(sum(of_parts))  # of one run each
+    assert parts["step"]["langppl /s"] == pytest.approx(1 / whole[0])
+    assert float(found["prefix_rewards"][0]["largest difference"]) < 1e-3
+    assert found["decoding"][0]["ratio"] > 0 and found["growth"][0]["tokens/s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would measure")
+def test_the_gpu_script_says_where_there_is_none(tmp_path: Path) -> None:
+    done = subprocess.run([*GPU, "--work", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "no CUDA device" in line and not list(tmp_path.iterdir())

@@ -136,8 +136,9 @@ class Heads(nn.Module):
         assert found is not None
         if found[0] not in self.made:
             return fn
-        own = self.numbers(found[0], state)
         base = _base(fn)
+        # The LM may be elsewhere; what is proposed lives where the site's own distribution does.
+        own = self.numbers(found[0], state).to(_device(base))
         shape = (*base.batch_shape, -1)
         own = own.reshape(shape)
         made: Any
@@ -202,6 +203,11 @@ class Heads(nn.Module):
             raise ValueError(f"{path} is corrupt: {error}") from error
         if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
             raise ValueError(f"{path} is corrupt: it holds NaN or infinity")
+
+
+def _device(base: Any) -> torch.device:
+    device: torch.device = getattr(base, next(iter(base.arg_constraints))).device
+    return device
 
 
 def _factor(number: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ class Part:
         if isinstance(fn, LMChoice):
             at = fn.options.index(self.site.value)
             return torch.stack([f.total for f in found]).log_softmax(0)[at]
-        assert heads is not None and found[0].state is not None
-        log_prob: torch.Tensor = heads.proposal(fn, found[0].state).log_prob(self.site.value)
-        return log_prob.sum()
+        state = found[0].state
+        assert heads is not None and state is not None
+        log_prob: torch.Tensor = heads.proposal(fn, state).log_prob(self.site.value)
+        return log_prob.sum().to(state.device)
 
 
 @dataclass

@@ -130,7 +130,7 @@ class _Row:
     def step(self) -> Step:
         return self.request.rules.step(self.state)
 
-    def take(self, token: int, step: Step, log_probs: torch.Tensor) -> bool:
+    def take(self, token: int, log_prob: float, step: Step, log_probs: torch.Tensor) -> bool:
         """Takes the drawn token; True while the string goes on."""
         rules = self.request.rules
         if token in step.kept:
@@ -145,7 +145,7 @@ class _Row:
             self.log_prob += float(log_probs[step.end_ids].logsumexp(-1))
             self.is_ended = True
             return False
-        self.log_prob += float(log_probs[token])
+        self.log_prob += log_prob
         self.ids.append(token)
         self.state = rules.advance(self.state, token)
         self.is_ended = self.state.remaining == 0
@@ -386,13 +386,17 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     # The sum is in double, so that a draw does not depend on how many rows are summed at once.
     cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
     uniforms = torch.tensor([[row.uniforms.random()] for row in rows], device=device)
-    tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0].tolist()
+    drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    # Read for all rows at once: on an accelerator each read waits for it.
+    tokens = drawn[:, 0].tolist()
+    numbers = log_probs.gather(1, drawn.clamp(max=log_probs.shape[1] - 1))[:, 0].tolist()
     chosen: list[int | None] = []
-    for row, step, token, line in zip(rows, steps, tokens, log_probs, strict=True):
+    every = zip(rows, steps, tokens, numbers, log_probs, strict=True)
+    for row, step, token, log_prob, line in every:
         if step.is_dead:
             row.is_dead = True
             chosen.append(None)
-        elif row.take(token, step, line):
+        elif row.take(token, log_prob, step, line):
             chosen.append(token)
         else:
             chosen.append(None)

@@ -3,12 +3,14 @@
 Every node of the trie (`langppl.lm.trie`) is one token of the row; it sees its ancestors and
 itself, and its position is its depth, so its state is that of its own sequence. The trie is cut
 into rows of `lm.node_budget` nodes; what all rows share is run once and read through the KV cache,
-with gradients too. A pass with gradients that takes several rows keeps none of their inner states:
-each row is run again when its turn comes in the backward pass, so that memory stays that of a row.
+with gradients too. A pass with gradients takes smaller rows (`lm.gradient_node_budget`), and keeps
+the inner states of the last one alone, which the backward pass comes to first: each other row is
+run again when its turn comes, so that memory stays that of a row.
 
 Attention goes in blocks (`langppl.lm.attention`) or, where an architecture does not take these,
-under a dense mask. `probe` finds out once for each LM which of the two gives the logits of plain
-passes, by comparing them on a few made-up tokens.
+under a dense mask: bool, or numbers that are added to the scores (GPT-J). `probe` finds out once
+for each LM which of these gives the logits of plain passes, by comparing them on a few made-up
+tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from langppl.lm import attention, kept
 from langppl.lm.attention import Blocks
 from langppl.lm.kept import KeysAndValues, Tree
-from langppl.lm.trie import Ids, Row, lay_out
+from langppl.lm.trie import Ids, Row, lay_out, shared
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -46,11 +48,13 @@ class Packing:
         window: longest sequence that is read as the LM reads it. Under a dense mask it is that of
             the narrowest layer, as a sliding window hides the start of longer ones and the mask
             does not; in blocks, layers that tell their window have it applied.
+        is_added: whether a dense mask is one of numbers, added to the attention scores.
     """
 
     in_blocks: bool
     mask_types: tuple[str, ...]
     window: float
+    is_added: bool = False
 
 
 def states(
@@ -74,11 +78,16 @@ def states(
         if known:
             yield from _after_trees(lm, lm.packs, sequences, first, count, known)
             return
-    layout = lay_out(sequences, lm.node_budget, min(first))
+    most_stem = min(first)
+    budget = lm.node_budget
+    if torch.is_grad_enabled():
+        # The stem stands in none of the rows: a long one should not leave them without room.
+        stem_length = min(shared(min(sequences), max(sequences)), most_stem)
+        budget = min(budget, lm.gradient_node_budget + stem_length)
+    layout = lay_out(sequences, budget, most_stem)
     stem: KeysAndValues | None = None
     if layout.stem:
         stem = keys_and_values(lm.states(torch.tensor([layout.stem]), use_cache=True)[1])
-    again = torch.is_grad_enabled() and len(layout.rows) > 1
     for row in layout.rows:
         wanted = {
             k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()
@@ -90,6 +99,7 @@ def states(
         passed = functools.partial(
             _row_states, lm, lm.packs, row, layout.stem, nodes, stem, lm.active_adapter
         )
+        again = torch.is_grad_enabled() and row is not layout.rows[-1]
         found = checkpoint(passed, use_reentrant=False) if again else passed()
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
 
@@ -206,6 +216,9 @@ def run(
         way: contextlib.AbstractContextManager[None] = attention.in_blocks(lm.model, seen)
     else:
         mask, way = seen.to(lm.device)[None, None], contextlib.nullcontext()
+        if packing.is_added:
+            unseen = torch.finfo(lm.model.dtype).min
+            mask = torch.zeros_like(mask, dtype=lm.model.dtype).masked_fill_(~mask, unseen)
     with way:
         found, _ = lm.states(
             ids[None],
@@ -242,9 +255,9 @@ def probe(lm: LM) -> Packing | None:
     uses = getattr(config, "use_sliding_window", True)
     narrowest = int(sliding) if sliding and uses else None
     reason = "its logits differ"
-    for in_blocks in (True, False):
+    for in_blocks, is_added in ((True, False), (False, False), (False, True)):
         for mask_types in ((), types) if types else ((),):
-            packing = Packing(in_blocks, mask_types, float(narrowest or "inf"))
+            packing = Packing(in_blocks, mask_types, float(narrowest or "inf"), is_added)
             try:
                 windows = _agrees(lm, packing)
             except Exception as error:  # whatever an architecture makes of what it does not know

@@ -22,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
-LOGIT_BYTES = 64 * 2**20
+LOGIT_BYTES = 32 * 2**20
 """Most bytes of logits (float32) at once, unless a single row is larger."""
 
 

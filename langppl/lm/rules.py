@@ -439,6 +439,7 @@ class BoundRules:
 
     def tokens_to_finish(self, fragment: bytes) -> int:
         """Fewest tokens that finish an unfinished character; 99 if none do."""
+        fragment = _short(fragment)
         if fragment not in self._cost:
             edges: dict[bytes, set[bytes]] = {}
             pending = [fragment]
@@ -446,7 +447,7 @@ class BoundRules:
                 at = pending.pop()
                 if at in self._cost or at in edges:
                     continue
-                edges[at] = set(self._followers(at))
+                edges[at] = {_short(left) for left in self._followers(at)}
                 if b"" not in edges[at]:
                     pending.extend(edges[at])
             cost = {at: _NEVER for at in edges}
@@ -723,3 +724,14 @@ def _made_of(data: bytes, pieces: tuple[bytes, ...]) -> bool:
                 if data.startswith(piece, at):
                     reached[at + len(piece)] = True
     return reached[-1]
+
+
+def _short(fragment: bytes) -> bytes:
+    """A shorter fragment that the same bytes finish, so that there are some dozens in all.
+
+    Beyond the second byte of a character any continuation bytes may follow, as many as are missing.
+    """
+    if len(fragment) < 2:
+        return fragment
+    missing = (3 if fragment[0] < 0xF0 else 4) - len(fragment)
+    return b"\xc3" if missing == 1 else b"\xe1"

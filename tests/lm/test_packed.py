@@ -1,6 +1,7 @@
 """Packed scores equal padded ones, with gradients, for several architectures."""
 
 import contextlib
+import itertools
 import warnings
 from dataclasses import replace
 
@@ -52,6 +53,16 @@ def other(family, **changes):
         }
     if family in ("GPTNeoX",):
         sizes.pop("num_key_value_heads")
+    if family == "GPTJ":
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 96,
+            "rotary_dim": 4,
+            "vocab_size": base.vocabulary.size,
+            "initializer_range": 0.2,
+        }
     config = config_class(**sizes, eos_token_id=base.model.config.eos_token_id, bos_token_id=None)
     torch.manual_seed(0)
     name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
@@ -114,6 +125,28 @@ def test_packed_scores_are_the_padded_ones(family, budget, in_blocks, monkeypatc
     lm.node_budget = budget
     wanted = requests(lm, MANY)
     assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+
+
+@pytest.mark.parametrize("budget", [512, 24, 3])
+def test_gpt_j_has_its_mask_added_to_the_scores(budget):
+    lm = other("GPTJ")
+    assert lm.packs is not None and lm.packs.is_added and not lm.packs.in_blocks and lm.splits_head
+    with torch.no_grad():
+        lm.model.lm_head.bias.normal_()
+    lm.node_budget = budget
+    wanted = requests(lm, MANY)
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+    parameters = lm.add_adapter("a", LoraConfig(r=2, target_modules=["q_proj", "fc_out"]))
+    adapted = requests(lm, MANY[:6], adapter="a")
+
+    def gradients(found):
+        return torch.autograd.grad(sum(f.total for f in found), parameters)
+
+    packed = gradients(score_with_gradients(adapted))
+    padded = gradients(without_packing(lm, score_with_gradients, adapted))
+    assert any(float(p.abs().max()) > 0.1 for p in padded)
+    for p, q in zip(packed, padded, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
 
 
 LONG = [("ab ab ab ab ab ab ab ab", "ab a."), ("ab ab ab ab ab ab ab ab", "b"), ("a", "ab")]
@@ -242,4 +275,72 @@ def test_gradients_are_the_padded_ones(budget, target):
     size = max(float(g.abs().max()) for g in padded)
     assert size > 1.0
     for p, q in zip(packed, padded, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5 * size, rtol=1e-4)
+
+
+def passes_of(lm, wanted):
+    """What happens, in turn: passes of the LM (tokens), and gradients that have gone through."""
+    events = []
+
+    def ran(layer, inputs, outputs):
+        events.append(("pass", outputs.shape[1]))
+        if outputs.requires_grad:
+            # Of the first layer's states: nothing of the pass but that layer is left to do.
+            outputs.register_hook(lambda g: events.append(("through", g.shape[1])))
+
+    hook = lm.model.base_model.layers[0].register_forward_hook(ran)
+    sum(f.total for f in score_with_gradients(wanted)).backward()
+    hook.remove()
+    return events
+
+
+def test_all_rows_but_the_last_are_run_again_each_after_the_one_before_has_gone():
+    lm = small(4)
+    lm.add_adapter("a", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    start = "bb bb bb bb bb bb"
+    texts = ["aaaa", "aba", "aab", "baba", "bbb", "a a a"]
+    wanted = requests(lm, [(start, t) for t in texts], adapter="a")
+    stem = len(wanted[0].prompt) - 1
+    lm.gradient_node_budget = 8  # far fewer than the start has
+    assert stem > 8
+    (_, first), *rest = passes_of(lm, wanted)
+    rows = [size for _, size in itertools.takewhile(lambda e: e[0] == "pass", rest)]
+    assert first == stem and len(rows) == 4 and max(rows) <= 8
+    again = [(kind, size) for size in rows[-2::-1] for kind in ("pass", "through")]
+    expected = [("pass", size) for size in rows]
+    assert rest == [*expected, ("through", rows[-1]), *again, ("through", stem)]
+
+
+def test_rows_with_gradients_have_a_budget_of_their_own_within_that_of_all():
+    lm = small(4)
+    lm.add_adapter("a", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    assert (lm.gradient_node_budget, lm.node_budget) == (256, 1024)
+    wanted = requests(lm, MANY, adapter="a")
+
+    def most(events):
+        return max(size for kind, size in events if kind == "pass")
+
+    whole = most(passes_of(lm, wanted))
+    lm.gradient_node_budget = 40
+    assert 24 < most(passes_of(lm, wanted)) <= 40 < whole
+    lm.node_budget = 24
+    assert most(passes_of(lm, wanted)) <= 24
+
+
+@pytest.mark.parametrize("budget", [24, 8])
+def test_gradients_do_not_depend_on_the_rows(budget):
+    lm = small(4)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    parameters = lm.add_adapter("a", config)
+    wanted = requests(lm, [*MANY, *LONG], adapter="a")
+
+    def gradients():
+        return torch.autograd.grad(
+            sum(f.total**2 for f in score_with_gradients(wanted)), parameters
+        )
+
+    whole = gradients()
+    lm.gradient_node_budget = budget
+    size = max(float(g.abs().max()) for g in whole)
+    for p, q in zip(gradients(), whole, strict=True):
         torch.testing.assert_close(p, q, atol=2e-5 * size, rtol=1e-4)

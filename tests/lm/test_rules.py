@@ -14,6 +14,8 @@ from scipy.stats import chisquare
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, StringRules, perform
+from langppl.lm.rules import _short
+from langppl.lm.vocabulary import utf8_fragment
 from langppl.testing import enumerate_strings, tiny_lm
 
 BEGIN, END = 0, 1
@@ -351,3 +353,27 @@ def test_rules_that_this_vocabulary_cannot_follow(rules: dict[str, Any], message
     with pytest.raises(ValueError) as error:
         lm.bind(StringRules(max_tokens=4, **rules))
     assert message in str(error.value)
+
+
+def test_every_byte_a_token_of_its_own_is_no_long_search() -> None:
+    lm = tiny_lm("ab", split=["é", "€", "😀", "\U00010348", "\U0010fffd"])
+    bound = lm.bind(StringRules(max_tokens=5))
+    for char in ("é", "€", "😀", "\U00010348", "\U0010fffd"):
+        data = char.encode()
+        for k in range(1, len(data)):
+            assert bound.tokens_to_finish(data[:k]) == len(data) - k
+    # However many first bytes there are, few fragments are told apart.
+    assert len(bound._cost) <= 10
+
+
+def test_a_short_fragment_is_finished_by_the_same_bytes() -> None:
+    rng = np.random.default_rng(0)
+    for char in map(chr, rng.choice(np.r_[0x80:0xD800, 0xE000:0x110000], 300)):
+        data = char.encode()
+        for k in range(1, len(data)):
+            short = _short(data[:k])
+            for _ in range(20):
+                more = bytes(rng.integers(0x70, 0xD0, rng.integers(1, 4)).tolist())
+                left, expected = utf8_fragment(short + more), utf8_fragment(data[:k] + more)
+                assert (left is None) == (expected is None)
+                assert left is None or (left == b"") == (expected == b"")
