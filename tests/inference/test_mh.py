@@ -283,7 +283,7 @@ def test_a_guide_that_cannot_score_says_so() -> None:
         def chooser(self, program: Program, key: tuple[int | str, ...]) -> Chooser:
             return PriorGuide().chooser(program, key)
 
-    with pytest.raises(NotImplementedError, match="guide 'own' .* does not say"):
+    with pytest.raises(NotImplementedError, match=r"guide 'own' .* does not say"):
         run(compile(plain), guide=Own())
 
 
