@@ -151,31 +151,24 @@ def by_ancestor(log_weights: LogWeights, ancestors: Sequence[int]) -> Array:
     return families
 
 
-def log_evidence_error(log_weights: LogWeights, ancestors: Sequence[int], resampled: int) -> float:
+def log_evidence_error(log_weights: LogWeights, ancestors: Sequence[int]) -> float:
     """Standard error of SMC's log evidence, from one run.
 
-    The relative variance of the evidence is estimated by
-    1 − (n/(n − 1))^(r + 1) · (1 − Σ W²), W the normalised weights of families and r the number of
-    resamplings (Lee and Whiteley 2018, *Variance estimation in the particle filter*,
-    arXiv 1509.00394); without resampling that is the delta method. With few families left it says
-    little.
+    The square root of (n ΣW² − 1) / (n − 1), W the normalised weights of families: the delta
+    method, with families for samples. Lee and Whiteley (2018), *Variance estimation in the particle
+    filter* (arXiv 1509.00394), show that families carry the variance of the whole run; their
+    further factor, for the noise of multinomial resampling, is left out, as under the other schemes
+    it makes the estimate of a small variance negative. So this errs on the large side, and with few
+    families left it says little.
 
     Args:
         log_weights: shape [n], nats.
         ancestors: see `by_ancestor`.
-        resampled: how often particles were resampled.
 
     Returns:
         Nats; inf if no particle has weight, or there is but one.
     """
-    families, _ = _scaled(by_ancestor(log_weights, ancestors))
-    n = families.size
-    if n == 1 or not families.any():
-        return math.inf
-    apart = 1.0 - float((families / families.sum()) ** 2 @ np.ones(n))
-    variance = 1.0 - (n / (n - 1)) ** (resampled + 1) * apart
-    # An estimate of something small, it may fall below 0.
-    return math.sqrt(max(variance, 0.0))
+    return log_evidence(by_ancestor(log_weights, ancestors))[1]
 
 
 def normalized_weights(log_weights: LogWeights) -> Array:

@@ -207,9 +207,7 @@ class Posterior:
         if self._exact and self._possible:
             evidence, spread = evidence + math.log(self.num_samples), 0.0
         if self.ancestors is not None:
-            spread = diagnostics.log_evidence_error(
-                self.log_weights, self.ancestors, self.resampled
-            )
+            spread = diagnostics.log_evidence_error(self.log_weights, self.ancestors)
         self.log_evidence, self.log_evidence_error = evidence, spread
 
     @property
