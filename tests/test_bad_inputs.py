@@ -325,7 +325,7 @@ def test_an_unknown_guide() -> None:
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(ValueError, match="unknown method 'vi'; methods are: importance, exact, mh"):
+    with pytest.raises(ValueError, match="unknown method 'vi'; methods are: importance, smc, mh, exact"):
         lp.infer(story, method="vi")
 
 
