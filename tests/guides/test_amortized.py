@@ -96,7 +96,7 @@ def trained(model: Callable[..., None], lm: LM, objective: str, **options: Any) 
         batch=16,
         schedule=RewardSchedule(start=1.0),
         progress=False,
-        **{"steps": 300, "learning_rate": 1.5e-3, "head_rate": 4.0, **options},
+        **{"steps": 250, "learning_rate": 1.5e-3, "head_rate": 4.0, **options},
     )
 
 
@@ -137,7 +137,8 @@ def mean_divergence(model: Callable[..., None], guide: GFlowNetGuide | None, lm:
 def test_an_amortized_guide_answers_for_unseen_observations(objective: str) -> None:
     lm = make_lm(LETTERS)
     assert mean_divergence(single, None, lm) > 0.3
-    guide = trained(single, lm, objective)
+    # A learned log Z takes longer.
+    guide = trained(single, lm, objective, steps=400 if objective == "tb" else 250)
     assert mean_divergence(single, guide, lm) <= 0.1
 
 
@@ -199,5 +200,5 @@ def test_so_does_one_with_a_number(lm: LM) -> None:
     rows = observations(number, lm)
     unseen = [compile(number, *row) for row in rows[200:]]
     assert np.mean([number_divergence(None, p) for p in unseen]) > 0.8
-    guide = trained(number, lm, "vargrad")
+    guide = trained(number, lm, "vargrad", steps=200)
     assert np.mean([number_divergence(guide, p) for p in unseen]) <= 0.15
