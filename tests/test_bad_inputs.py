@@ -325,7 +325,8 @@ def test_an_unknown_guide() -> None:
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(ValueError, match="unknown method 'vi'; methods are: importance, smc, mh, exact"):
+    methods = "unknown method 'vi'; methods are: importance, smc, mh, exact"
+    with pytest.raises(ValueError, match=methods):
         lp.infer(story, method="vi")
 
 
