@@ -221,6 +221,7 @@ def main() -> None:
     options.add_argument("--trial", type=int, default=3, help="steps by which time is measured")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--work", type=Path, help="folder of checkpoints and guides")
+    options.set_defaults(runs=1)  # the spread is over stories, observations or evidences
     args = options.parse_args()
     args.work = args.work or args.out / "objectives-work"
     lm = lp.LM(args.lm)

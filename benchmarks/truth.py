@@ -157,6 +157,7 @@ def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--evidences", type=int, default=400, help="runs of each cell")
     options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    options.set_defaults(runs=1)  # the spread is over stories, observations or evidences
     args = options.parse_args()
     work = args.out / "truth-work.jsonl"
     work.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,7 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument("--seed", type=int, default=0)
+    options.set_defaults(runs=1)  # the spread is over stories, observations or evidences
     args = options.parse_args()
     lm = lp.LM(args.lm)
     setting = SETTINGS[args.setting]
