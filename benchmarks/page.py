@@ -33,7 +33,7 @@ kept through the cache, the prompt repeated over the batch, a full forward pass 
 of each prefix.""",
     "step_memory": """Peak memory of one such step in a process of its own, Python, torch and
 weights included, and the processor's time for the gradient part of later ones. With fewer nodes
-to a row than the gradient needs (`lm.gradient_node_budget`, the default first), rows but the last
+to a row than the gradient needs (`lm.gradient_node_budget`, 1,024 by default), rows but the last
 are run again in the backward pass: less memory, more work.""",
     "decoding": """## Decoding
 

@@ -26,7 +26,6 @@ import langppl as lp
 from langppl.guides import objectives
 from langppl.guides.trajectories import Batch, make_draws, policy_scores, trajectory
 from langppl.lm.decoding import draw
-from langppl.lm.model import CPU_GRADIENT_NODE_BUDGET
 from langppl.lm.requests import DrawRequest
 from langppl.lm.rules import StringRules
 from langppl.program.execution import given
@@ -122,7 +121,7 @@ def main() -> None:
         "--budgets",
         type=int,
         nargs="+",
-        default=[CPU_GRADIENT_NODE_BUDGET, 1024],
+        default=[1024, 256],
         help="nodes of a row of the gradient's pass, for the memory",
     )
     args = options.parse_args()

@@ -27,7 +27,6 @@ DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
 MOST_GRAMMARS = 32
 """String rules with a grammar that an LM keeps, each with steps (`langppl.lm.rules.STEP_BYTES`)."""
-CPU_GRADIENT_NODE_BUDGET = 256
 
 
 class LM:
@@ -49,8 +48,7 @@ class LM:
         node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
         gradient_node_budget: most tokens of one row of a packed pass with gradients, besides what
             all its strings begin with; never more than `node_budget`. Fewer take less memory and
-            more work: all rows but one are run twice. 256 on the CPU, where rows as small are as
-            fast; elsewhere `node_budget`'s own default.
+            more work: all rows but one are run twice.
         memo: the scores it remembers (see `langppl.lm.memo`).
         splits_head: whether logits are the output layer's product with the model's last states,
             nothing more, so that they can be taken from some states at a time. Found out when
@@ -121,8 +119,7 @@ class LM:
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits_head = self._splits_head()
         self.node_budget = DEFAULT_NODE_BUDGET
-        on_cpu = self.device.type == "cpu"
-        self.gradient_node_budget = CPU_GRADIENT_NODE_BUDGET if on_cpu else DEFAULT_NODE_BUDGET
+        self.gradient_node_budget = DEFAULT_NODE_BUDGET
         self.memo = Memo()
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}

@@ -314,7 +314,7 @@ def test_all_rows_but_the_last_are_run_again_each_after_the_one_before_has_gone(
 def test_rows_with_gradients_have_a_budget_of_their_own_within_that_of_all():
     lm = small(4)
     lm.add_adapter("a", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    assert (lm.gradient_node_budget, lm.node_budget) == (256, 1024)
+    assert (lm.gradient_node_budget, lm.node_budget) == (1024, 1024)
     wanted = requests(lm, MANY, adapter="a")
 
     def most(events):
