@@ -49,6 +49,8 @@ that end and break their grammar. The share counts: other work ran on the same c
 
 N particles of a missing sentence with its ending observed. langppl runs its importance sampler
 here.""",
+    "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
+other token.""",
     "limit": """## Against the limit
 
 Tokens really computed × operations of a token, over the rate of bare matrix products in the

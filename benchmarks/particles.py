@@ -5,8 +5,10 @@ python benchmarks/particles.py --help
 The task is growth's: a beginning, a latent sentence that ends at its first "." within 20 tokens
 (or has weight zero), and an ending that is observed after it. Tokens per second count the tokens
 of the latent sentence, drawn over all particles: the one that completes the sentence included,
-the end-of-text token and the ending's tokens not; sentences of weight zero were drawn too. The
-peers' are counted as they are drawn, so that no copy made by resampling counts twice.
+the end-of-text token and the ending's tokens not; sentences of weight zero were drawn too. They
+are counted as they are drawn, so that no copy made by resampling counts twice.
+
+langppl's SMC (`--twist`) resamples inside the sentence, by the ending as if it ended there.
 
 The peers are used as their documentation shows, with what helps them: the prompt's keys and values
 are kept (`cache_kv`), a batch has room for all particles, and none resamples before the endings
@@ -25,7 +27,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -33,6 +35,9 @@ import numpy as np
 import torch
 
 import langppl as lp
+from langppl.lm import decoding
+from langppl.lm.decoding import draw
+from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.weights import resolve
 
 BEGINNING, ENDING = "The door bell rang.", " It was the mailman."
@@ -44,7 +49,11 @@ Inference = Callable[[str, str, int, int], tuple[int, float]]
 
 
 def langppl_inference(args: argparse.Namespace) -> Inference:
-    """langppl's importance sampler."""
+    """langppl's importance sampler, or its SMC."""
+    options: dict[str, Any] = {}
+    if args.twist != "importance":
+        twist = None if args.twist == "none" else args.twist
+        options = {"method": "smc", "twist": twist, "every": args.every}
     lm = lp.LM(args.lm, device="cpu", dtype=torch.float32)
     check(lm.model)
 
@@ -58,8 +67,22 @@ def langppl_inference(args: argparse.Namespace) -> Inference:
             z = lp.sample("z", fn)
             lp.sample("y", lp.LMString(lm, f"{beginning}{z}"), obs=ending)
 
-        posterior = lp.infer(story, num_samples=particles, seed=seed, progress=False)
-        return sum(len(s["z"].ids) for s in posterior.samples), posterior.log_evidence
+        drawn = 0
+
+        def counting(requests: Sequence[DrawRequest]) -> list[DrawReply]:
+            nonlocal drawn
+            replies = draw(requests)
+            pairs = zip(replies, requests, strict=True)
+            drawn += sum(len(reply.ids) - len(request.begun) for reply, request in pairs)
+            return replies
+
+        decoding.draw = counting
+        try:
+            posterior = lp.infer(story, num_samples=particles, seed=seed, progress=False, **options)
+        finally:
+            decoding.draw = draw
+        assert posterior.log_evidence is not None
+        return drawn, posterior.log_evidence
 
     return run
 
@@ -233,6 +256,7 @@ def measure(system: str, particles: int, seed: int, args: argparse.Namespace) ->
     """
     command = [sys.executable, __file__, "--lm", args.lm, "--only", system]
     command += ["--particles", str(particles), "--seed", str(seed), "--ess", str(args.ess)]
+    command += ["--twist", args.twist, "--every", str(args.every)]
     command += ["--primed"] if args.primed else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -255,6 +279,13 @@ def main() -> None:
         default=0.0,
         help="genlm-control's threshold of resampling, at each token (its README: 0.5)",
     )
+    options.add_argument(
+        "--twist",
+        default="importance",
+        choices=("importance", "none", "lookahead"),
+        help="langppl's importance sampler, or its SMC under this twist",
+    )
+    options.add_argument("--every", type=int, default=2, help="tokens between two looks of SMC")
     options.add_argument("--only", choices=SYSTEMS, help="measure this system, in this process")
     options.add_argument("--particles", type=int, default=16, help="with --only")
     options.add_argument("--seed", type=int, default=1, help="with --only")
@@ -295,6 +326,7 @@ def main() -> None:
                 }
             )
     name = "particles-primed" if args.primed else "particles"
+    name += "" if args.twist == "importance" else f"_{args.twist}"
     common.report(name, [c for c in rows[0] if c not in ("primed", "runs")], rows, args)
 
 
