@@ -21,6 +21,7 @@ import rich.text
 
 from langppl import diagnostics
 from langppl.program.statements import hashable
+from langppl.tables import as_text
 
 if TYPE_CHECKING:
     from langppl.posterior import Posterior
@@ -139,10 +140,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The report as text."""
-        console = rich.console.Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+        return as_text(self, width=100)
 
 
 def diagnose(posterior: Posterior, others: Sequence[Posterior] = ()) -> Diagnosis:

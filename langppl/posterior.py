@@ -18,7 +18,6 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import io
 import json
 import math
 import os
@@ -41,6 +40,7 @@ from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions.text import Text
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
+from langppl.tables import as_text, pandas_for
 
 if TYPE_CHECKING:
     import pandas
@@ -449,12 +449,7 @@ class Posterior:
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            pd = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError(
-                "Posterior.to_pandas needs pandas: pip install 'langppl[plots]'"
-            ) from error
+        pd = pandas_for("Posterior.to_pandas")
         columns: dict[str, Any] = {
             site: [_plain(sample.get(site)) for sample in self.samples] for site in self.sites
         }
@@ -597,12 +592,7 @@ class Posterior:
 
     def __str__(self) -> str:
         """The table of `__rich__` as plain text, as wide as the terminal."""
-        console = rich.console.Console(
-            file=io.StringIO(), color_system=None, force_terminal=False, force_jupyter=False
-        )
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self)
 
     def __rich__(self) -> rich.console.RenderableType:
         """A table of each site's likeliest values, and below it what they are worth."""

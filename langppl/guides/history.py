@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from langppl.tables import pandas_for
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -73,12 +75,7 @@ class History(dict[str, list[float]]):
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            pd = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError(
-                "History.to_pandas needs pandas: pip install 'langppl[plots]'"
-            ) from error
+        pd = pandas_for("History.to_pandas")
         frame: pandas.DataFrame = pd.DataFrame(dict(self))
         return frame.set_index("step") if "step" in self else frame
 

@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from langppl.inference.simulated import (
 from langppl.lm.decoding import generator
 from langppl.program import Program
 from langppl.progress import bar
+from langppl.tables import as_text, pandas_for
 
 if TYPE_CHECKING:
     import pandas
@@ -119,12 +119,7 @@ class EvidenceBounds:
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            pd = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError(
-                "EvidenceBounds.to_pandas needs pandas: pip install 'langppl[plots]'"
-            ) from error
+        pd = pandas_for("EvidenceBounds.to_pandas")
         frame: pandas.DataFrame = pd.DataFrame(dict(self.observations))
         return frame
 
@@ -161,10 +156,7 @@ class EvidenceBounds:
 
     def __str__(self) -> str:
         """The table as text."""
-        console = rich.console.Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+        return as_text(self, width=100)
 
 
 def evidence_bounds(

@@ -46,6 +46,7 @@ from langppl.program import Program
 from langppl.program.execution import Execution
 from langppl.program.statements import hashable
 from langppl.progress import bar
+from langppl.tables import as_text, pandas_for
 
 if TYPE_CHECKING:
     import pandas
@@ -140,12 +141,7 @@ class Calibration:
         Raises:
             ImportError: if pandas is not installed.
         """
-        try:
-            pd = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError(
-                "Calibration.to_pandas needs pandas: pip install 'langppl[plots]'"
-            ) from error
+        pd = pandas_for("Calibration.to_pandas")
         frame: pandas.DataFrame = pd.DataFrame(dict(self.ranks))
         return frame
 
@@ -192,10 +188,7 @@ class Calibration:
 
     def __str__(self) -> str:
         """The table as text."""
-        console = rich.console.Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+        return as_text(self, width=120)
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from langppl.guides import Guide
 from langppl.inference.methods import as_program, infer
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.tables import as_text
 
 __all__ = ["Comparison", "compare"]
 
@@ -60,10 +61,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """The table as text."""
-        console = rich.console.Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return as_text(self, width=100)
 
 
 def _fixed(number: float | None) -> str:
