@@ -21,7 +21,7 @@ from typing import Any
 
 import common
 import numpy as np
-from objectives import make_story, read_stories
+from objectives import make_story, read_stories, whole_story
 
 import langppl as lp
 from langppl.program import Program
@@ -119,7 +119,7 @@ def main() -> None:
     options.add_argument("--every", type=int, default=4, help="tokens between two looks")
     args = options.parse_args()
     lm = lp.LM(args.lm)
-    guide = None if args.guide is None else lp.GFlowNetGuide.load(args.guide, lm)
+    guide = None if args.guide is None else lp.GFlowNetGuide.load(args.guide, lm, context=whole_story)
     own = ways(guide, args.every)
     story = make_story(lm)
     work = args.out / "methods-work.jsonl"

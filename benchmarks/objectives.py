@@ -26,6 +26,7 @@ import langppl as lp
 from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.base import log_q_together
+from langppl.guides.context import ContextInfo
 from langppl.inference.importance import log_weight
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, score
@@ -79,6 +80,12 @@ def make_story(lm: lp.LM) -> Any:
         return middle
 
     return story
+
+
+def whole_story(info: ContextInfo) -> str:
+    """The story with a gap, then its beginning again: what the guides read."""
+    beginning, ending = info.args
+    return f"{beginning} [...] {str(ending).strip()}\n\nThe full story:\n\n{beginning}"
 
 
 def read_stories(folder: Path, split: str, count: int) -> list[tuple[str, str, str]]:
@@ -158,7 +165,7 @@ def train(
     """A guide trained for the time that every way has; and its steps."""
     story = make_story(lm)
     pairs = [(b, e) for b, _, e in rows]
-    guide = lp.GFlowNetGuide(lm, rank=args.rank, seed=args.seed)
+    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=args.seed)
     total = 0
     for k, (objective, share) in enumerate(WAYS[way]):
         options: dict[str, Any] = {
@@ -179,7 +186,9 @@ def train(
             steps = json.loads(known.read_text())["steps"]
         else:
             # How long a step takes is seen on a guide that is thrown away.
-            trial = lp.GFlowNetGuide(lm, rank=args.rank, seed=args.seed + 1)
+            trial = lp.GFlowNetGuide(
+                lm, rank=args.rank, context=whole_story, seed=args.seed + 1
+            )
             trial.fit(story, pairs, steps=2, progress=False, **options)
             started = time.monotonic()
             trial.fit(story, pairs, steps=args.trial, progress=False, **options)
@@ -236,13 +245,16 @@ def main() -> None:
 
     pairs = run([lambda k=k: simulated(k) for k in range(min(args.pairs, len(programs)))])
     log_joints = [float(p.log_joint(latents)) for latents, p in pairs]
-    prior, prompted = PriorGuide(), PromptedGuide()
-    drawn: dict[str, list[Draws]] = {
-        "prior": draw(prior, programs, 10, args.seed),
-        "prompted": draw(prompted, programs, args.samples, args.seed),
+    guides: dict[str, Guide] = {
+        "prior": PriorGuide(),
+        "prompted": PromptedGuide(),
+        "prompted, whole story": PromptedGuide(whole_story),  # where the trainings begin
     }
-    guides: dict[str, Any] = {"prior": prior, "prompted": prompted}
-    steps = {"prior": 0, "prompted": 0}
+    drawn: dict[str, list[Draws]] = {
+        name: draw(guide, programs, 10 if name == "prior" else args.samples, args.seed)
+        for name, guide in guides.items()
+    }
+    steps = dict.fromkeys(guides, 0)
     on_pairs: dict[str, list[np.ndarray]] = {}
     for way in args.ways:
         guides[way], steps[way] = train(lm, way, rows, held_out, args)

@@ -42,6 +42,7 @@ from langppl.lm.weights import resolve
 
 BEGINNING, ENDING = "The door bell rang.", " It was the mailman."
 STOP, LENGTH = ".", 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARM_UP = "The sun was out.", " We went home."  # shares no prefix with the task
 
 # Of a beginning, an ending, a number of particles and a seed: tokens drawn and log evidence.
@@ -54,8 +55,8 @@ def langppl_inference(args: argparse.Namespace) -> Inference:
     if args.twist != "importance":
         twist = None if args.twist == "none" else args.twist
         options = {"method": "smc", "twist": twist, "every": args.every}
-    lm = lp.LM(args.lm, device="cpu", dtype=torch.float32)
-    check(lm.model)
+    lm = lp.LM(args.lm, device="cpu", dtype=DTYPES[args.dtype])
+    check(lm.model, args)
 
     def run(beginning: str, ending: str, particles: int, seed: int) -> tuple[int, float]:
         # No `min_tokens`: the peers do not forbid a sentence to end at once either.
@@ -93,9 +94,9 @@ def llamppl_inference(args: argparse.Namespace) -> Inference:
 
     # `batch_size` goes to the backend; llamppl's examples set it on `lm`, which does nothing.
     lm = CachedCausalLM.from_pretrained(
-        str(resolve(args.lm)), backend="hf", **peer_options(args.particles)
+        str(resolve(args.lm)), backend="hf", **peer_options(args)
     )
-    check(lm.model.model)
+    check(lm.model.model, args)
     drawn = 0
 
     class Story(Model):
@@ -146,9 +147,9 @@ def genlm_control_inference(args: argparse.Namespace) -> Inference:
     """genlm-control's `SMC`, the ending as its critic."""
     from genlm.control import SMC, Potential, PromptedLLM, direct_token_sampler
 
-    llm = PromptedLLM.from_name(str(resolve(args.lm)), backend="hf", **peer_options(args.particles))
+    llm = PromptedLLM.from_name(str(resolve(args.lm)), backend="hf", **peer_options(args))
     backend = llm.model
-    check(backend.model)
+    check(backend.model, args)
     drawn = 0
 
     class Ending(Potential):
@@ -209,20 +210,20 @@ SYSTEMS = {
 PEERS = ("llamppl", "genlm-control")
 
 
-def peer_options(particles: int) -> dict[str, Any]:
+def peer_options(args: argparse.Namespace) -> dict[str, Any]:
     """What both peers hand on to the backend that they share, genlm-backend's."""
     # Twice the particles, as in llamppl's examples: a request of each fits, and some for endings.
     return {
-        "batch_size": 2 * particles,
-        "hf_opts": {"torch_dtype": torch.float32, "device_map": "cpu"},
+        "batch_size": 2 * args.particles,
+        "hf_opts": {"torch_dtype": DTYPES[args.dtype], "device_map": "cpu"},
     }
 
 
-def check(model: torch.nn.Module) -> None:
-    """That a system computes in float32 on the CPU; the peers' own choice is the file's type."""
+def check(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """That a system computes as asked, on the CPU; the peers' own choice is the file's type."""
     kinds = {(p.dtype, p.device.type) for p in model.parameters()}
-    if kinds != {(torch.float32, "cpu")}:
-        raise RuntimeError(f"expected float32 weights on the CPU, found {kinds}")
+    if kinds != {(DTYPES[args.dtype], "cpu")}:
+        raise RuntimeError(f"expected {args.dtype} weights on the CPU, found {kinds}")
 
 
 def cut(sentence: bytes) -> str:
@@ -256,7 +257,7 @@ def measure(system: str, particles: int, seed: int, args: argparse.Namespace) ->
     """
     command = [sys.executable, __file__, "--lm", args.lm, "--only", system]
     command += ["--particles", str(particles), "--seed", str(seed), "--ess", str(args.ess)]
-    command += ["--twist", args.twist, "--every", str(args.every)]
+    command += ["--twist", args.twist, "--every", str(args.every), "--dtype", args.dtype]
     command += ["--primed"] if args.primed else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -286,6 +287,7 @@ def main() -> None:
         help="langppl's importance sampler, or its SMC under this twist",
     )
     options.add_argument("--every", type=int, default=2, help="tokens between two looks of SMC")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="of every system")
     options.add_argument("--only", choices=SYSTEMS, help="measure this system, in this process")
     options.add_argument("--particles", type=int, default=16, help="with --only")
     options.add_argument("--seed", type=int, default=1, help="with --only")
@@ -327,6 +329,7 @@ def main() -> None:
             )
     name = "particles-primed" if args.primed else "particles"
     name += "" if args.twist == "importance" else f"_{args.twist}"
+    name += "" if args.dtype == "float32" else f"_{args.dtype}"
     common.report(name, [c for c in rows[0] if c not in ("primed", "runs")], rows, args)
 
 

@@ -32,6 +32,7 @@ from langppl.program.execution import given
 
 ENDING = " and in the end they were all very happy because the box was full of apples"
 PARTS = ("sampling", "reward", "gradient")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def ours(lm: lp.LM, args) -> dict[str, Callable[[], object]]:
@@ -79,11 +80,11 @@ def theirs(lm: lp.LM, args) -> dict[str, Callable[[], object]]:
     """The parts as a plain script does them."""
     ids = lm.encode_prompt(common.prompt_of(lm, args.context))
     stops, ending = common.stop_ids(lm), lm.encode_text(ENDING)[: args.ending]
-    device, dtype = lm.device, lm.model.dtype
+    device = lm.device
     if args.memory_of:  # a plain script would not hold the weights twice
         lm.model = None
         gc.collect()
-    base = common.plain_model(args.lm, device, dtype)
+    base = common.plain_model(args.lm, device, DTYPES[args.plain_dtype])
     config = LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -124,8 +125,10 @@ def main() -> None:
         default=[1024, 256],
         help="nodes of a row of the gradient's pass, for the memory",
     )
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="langppl's")
+    options.add_argument("--plain-dtype", choices=DTYPES, default="float32", help="the plain way's")
     args = options.parse_args()
-    lm = lp.LM(args.lm)
+    lm = lp.LM(args.lm, dtype=DTYPES[args.dtype])
     makers = {"plain": theirs, "langppl": ours}
     if args.memory_of:
         lm.gradient_node_budget = args.budgets[0]
@@ -179,7 +182,8 @@ def times(lm: lp.LM, makers: dict[str, Callable], args) -> None:
         for name in ways
     }
     rows.append(_row("step", whole["plain"], whole["langppl"]))
-    common.report("step", list(rows[0]), rows, args)
+    name = "step" if args.dtype == "float32" else f"step_{args.dtype}"
+    common.report(name, list(rows[0]), rows, args)
 
 
 def _row(part: str, plain_way: float, own: float) -> dict[str, object]:
