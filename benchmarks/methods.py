@@ -119,7 +119,9 @@ def main() -> None:
     options.add_argument("--every", type=int, default=4, help="tokens between two looks")
     args = options.parse_args()
     lm = lp.LM(args.lm)
-    guide = None if args.guide is None else lp.GFlowNetGuide.load(args.guide, lm, context=whole_story)
+    guide = (
+        None if args.guide is None else lp.GFlowNetGuide.load(args.guide, lm, context=whole_story)
+    )
     own = ways(guide, args.every)
     story = make_story(lm)
     work = args.out / "methods-work.jsonl"

@@ -27,6 +27,7 @@ from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.base import log_q_together
 from langppl.guides.context import ContextInfo
+from langppl.guides.settings import BALANCE
 from langppl.inference.importance import log_weight
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, score
@@ -41,6 +42,7 @@ WAYS: dict[str, list[tuple[str, float]]] = {
     "forward_kl, subtb": [("forward_kl", 0.3), ("subtb", 0.7)],
     "forward_kl, vargrad": [("forward_kl", 0.3), ("vargrad", 0.7)],
     "reverse_kl": [("reverse_kl", 1.0)],
+    "rao_blackwell": [("rao_blackwell", 1.0)],
     "reward": [("reward", 1.0)],
     "rws": [("rws", 1.0)],
     "mle": [("mle", 1.0)],
@@ -173,11 +175,11 @@ def train(
             "observations": args.observations,
             "batch": args.batch,
             "learning_rate": args.learning_rate,
-            "betas": (0.8, 0.95),
+            "betas": (0.9, 0.99),
             "schedule": lp.RewardSchedule(start=1.0),
-            "sampling_temperature": (1.0, 1.3),
-            "every": args.every,
         }
+        if objective in BALANCE:
+            options.update(sampling_temperature=(1.0, 1.3), every=args.every)
         if objective == "mle":
             options["given"] = [{"middle": m} for _, m, _ in rows]
         place = args.work / f"{way.replace(', ', '-')}-{k}"
@@ -186,9 +188,7 @@ def train(
             steps = json.loads(known.read_text())["steps"]
         else:
             # How long a step takes is seen on a guide that is thrown away.
-            trial = lp.GFlowNetGuide(
-                lm, rank=args.rank, context=whole_story, seed=args.seed + 1
-            )
+            trial = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=args.seed + 1)
             trial.fit(story, pairs, steps=2, progress=False, **options)
             started = time.monotonic()
             trial.fit(story, pairs, steps=args.trial, progress=False, **options)

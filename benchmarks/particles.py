@@ -93,9 +93,7 @@ def llamppl_inference(args: argparse.Namespace) -> Inference:
     from llamppl import CachedCausalLM, LMContext, Model, smc_standard
 
     # `batch_size` goes to the backend; llamppl's examples set it on `lm`, which does nothing.
-    lm = CachedCausalLM.from_pretrained(
-        str(resolve(args.lm)), backend="hf", **peer_options(args)
-    )
+    lm = CachedCausalLM.from_pretrained(str(resolve(args.lm)), backend="hf", **peer_options(args))
     check(lm.model.model, args)
     drawn = 0
 

@@ -68,9 +68,12 @@ class GFlowNetGuide(Guide):
             - `"auto"`: subtb for one latent string, vargrad otherwise.
             - `"forward_kl"`: maximum likelihood of latents and data drawn from the model itself;
               needs neither rewards nor posterior samples, but a program that can be simulated.
-            - others to compare with: `"reverse_kl"` (policy gradient on the ELBO), `"reward"` (on
-              the reward alone, which collapses onto a mode), `"rws"` (reweighted wake-sleep) and
-              `"mle"` (maximum likelihood of given latents).
+            - `"rao_blackwell"`: policy gradient on the ELBO, the divergence from the prior exact at
+              each state; for strings whose prior is this guide's LM (see `docs/guides.md`).
+            - others to compare with: `"reverse_kl"` (the same by log q − log p of the draws, as
+              reinforcement learning with a KL penalty has it), `"reward"` (on the reward alone,
+              which collapses onto a mode), `"rws"` (reweighted wake-sleep) and `"mle"` (maximum
+              likelihood of given latents).
 
             See `langppl.guides.objectives`. `fit` may take another than this.
         numeric: what proposes numeric latents: `"head"`, a small network on the LM's state (Beta,

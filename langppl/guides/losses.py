@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from langppl.guides import objectives
 from langppl.guides.heads import Heads
 from langppl.guides.observations import Turn
-from langppl.guides.settings import ON_POLICY, Settings
-from langppl.guides.trajectories import Found, plus, site_trajectory, trajectory
+from langppl.guides.settings import OF_WHOLE_DRAWS, Settings
+from langppl.guides.trajectories import Found, actions_of, plus, site_trajectory, trajectory
+from langppl.lm import LM
 
 
 def loss_of(
@@ -20,6 +22,7 @@ def loss_of(
     settings: Settings,
     heads: Heads,
     power: float,
+    lm: LM,
 ) -> torch.Tensor:
     """The loss of one observation's draws, a scalar with gradients.
 
@@ -30,14 +33,19 @@ def loss_of(
         settings: the objective, and λ.
         heads: the learned flows.
         power: of the reward.
+        lm: the guide's.
     """
     objective, draws = settings.objective, turn.own
     total = torch.stack([q.sum() for q in log_qs])
     if objective == "mle":
         return objectives.likelihood(total)
     reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
-    if objective in ON_POLICY:
-        return ON_POLICY[objective](reward, total)
+    if objective == "rao_blackwell":
+        rest = [power * d.log_rest if d.log_reward > -math.inf else -math.inf for d in draws]
+        actions = actions_of(draws, scores, log_qs, lm)
+        return objectives.rao_blackwell(actions, total.new_tensor(rest))
+    if objective in OF_WHOLE_DRAWS:
+        return OF_WHOLE_DRAWS[objective](reward, total)
     if draws[0].ends:
         return _over_prefixes(turn, scores, settings, power)
     if objective in ("subtb", "db"):

@@ -17,16 +17,19 @@ OBJECTIVES = (
     "tb",
     "forward_kl",
     "reverse_kl",
+    "rao_blackwell",
     "reward",
     "rws",
     "mle",
 )
 BALANCE = ("auto", "subtb", "db", "vargrad", "tb")
-ON_POLICY = {
+ON_POLICY = ("reverse_kl", "rao_blackwell", "reward", "rws")
+OF_WHOLE_DRAWS = {
     "reverse_kl": objectives.reverse_kl,
     "reward": objectives.reward,
     "rws": objectives.wake,
 }
+"""Those of ON_POLICY that need nothing but log R and log q."""
 
 
 def check_objective(objective: str) -> None:

@@ -245,7 +245,8 @@ class Trainer:
     def _descend(self, turns: Sequence[Turn], number: int, power: float) -> list[dict[str, float]]:
         """Leaves the gradients of some observations' losses with the weights; their figures."""
         draws = [d for t in turns for d in (*t.own, *t.simulated)]
-        scores = policy_scores(draws, self.lm, self.guide.adapter)
+        with_states = self.settings.objective == "rao_blackwell"
+        scores = policy_scores(draws, self.lm, self.guide.adapter, with_states)
         heads = self.guide.heads
         log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
         if heads.made and not bool(heads.is_centred):
@@ -263,7 +264,9 @@ class Trainer:
             at += size + pairs
             loss = torch.zeros((), device=self.lm.device)
             if size:
-                loss = loss + loss_of(turn, scores[own], log_qs[own], self.settings, heads, power)
+                loss = loss + loss_of(
+                    turn, scores[own], log_qs[own], self.settings, heads, power, self.lm
+                )
             if pairs:
                 weight = pairs / self.settings.batch
                 total = torch.stack([q.sum() for q in log_qs[others]])

@@ -12,7 +12,8 @@ import torch
 
 from langppl.distributions import LMChoice, LMString, Text
 from langppl.guides.heads import Heads
-from langppl.guides.objectives import Trajectory
+from langppl.guides.objectives import Actions, Trajectory
+from langppl.lm.divergence import step_divergences
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
 from langppl.lm.rules import Path
@@ -386,11 +387,78 @@ Found = list[list[PathLogProbs]]
 """For each part of a draw, for each of its requests, what the policy said."""
 
 
-def policy_scores(draws: Sequence[Draw], lm: LM, adapter: str | None) -> list[Found]:
-    """The policy's log-probabilities and states of some draws, from one packed pass."""
+def policy_scores(
+    draws: Sequence[Draw], lm: LM, adapter: str | None, with_states: bool = False
+) -> list[Found]:
+    """The policy's log-probabilities and states of some draws, from one packed pass.
+
+    Args:
+        draws: the draws.
+        lm: the guide's LM.
+        adapter: the guide's adapter.
+        with_states: whether the state before each action is wanted too.
+    """
     requests = [[p.requests(lm, adapter) for p in d.parts] for d in draws]
-    flat = iter(score_with_gradients([r for d in requests for p in d for r in p]))
+    flat = iter(score_with_gradients([r for d in requests for p in d for r in p], with_states))
     return [[[next(flat) for _ in p] for p in d] for d in requests]
+
+
+def actions_of(
+    draws: Sequence[Draw], scores: Sequence[Found], log_qs: Sequence[torch.Tensor], lm: LM
+) -> list[Actions]:
+    """Draws action by action, with the policy's divergence from the prior at every state.
+
+    It is known of strings whose prior is the guide's own LM; any other part is one action.
+
+    Args:
+        draws: the draws.
+        scores: what the policy said of each, with states.
+        log_qs: log q of each one's parts, shape [parts].
+        lm: the guide's LM.
+    """
+    known: list[tuple[PathLogProbs, ScoreRequest]] = []
+    at: dict[tuple[int, int], int] = {}
+    for k, (draw, found) in enumerate(zip(draws, scores, strict=True)):
+        for n, part in enumerate(draw.parts):
+            fn = part.site.fn
+            if isinstance(fn, LMString) and fn.lm is lm:
+                request = fn.request(part.site.value)
+                assert request is not None  # the policy drew it under the same rules
+                at[k, n] = len(known)
+                known.append((found[n][0], request))
+    with torch.no_grad():
+        priors = score_with_gradients([r for _, r in known], with_states=True)
+    divergences: list[torch.Tensor] = [torch.empty(0)] * len(known)
+    # Strings of one temperature at a time, whatever sites they are of.
+    for temperature in {r.temperature for _, r in known}:
+        members = [i for i, (_, r) in enumerate(known) if r.temperature == temperature]
+        steps = [s for i in members for s in known[i][1].path.steps]
+        own = [s for i in members if (s := known[i][0].states) is not None]
+        other = [s for i in members if (s := priors[i].states) is not None]
+        kls = step_divergences(lm, steps, torch.cat(own), torch.cat(other), temperature)
+        pieces = kls.split([len(known[i][1].path.steps) for i in members])
+        for i, piece in zip(members, pieces, strict=True):
+            divergences[i] = piece
+    actions = []
+    for k, (draw, own_log_q) in enumerate(zip(draws, log_qs, strict=True)):
+        log_q: list[torch.Tensor] = []
+        divergence: list[torch.Tensor] = []
+        sampled: list[torch.Tensor] = []
+        for n, part in enumerate(draw.parts):
+            if (k, n) in at:
+                i = at[k, n]
+                path = known[i][0]
+                ends = len(divergences[i]) > len(path.tokens)
+                log_q += [path.tokens, *([path.ending[None]] if ends else [])]
+                divergence.append(divergences[i])
+                sampled.append(torch.zeros_like(divergences[i]))
+            else:
+                log_q.append(own_log_q[n : n + 1])
+                divergence.append(torch.zeros_like(own_log_q[n : n + 1]))
+                log_p = part.site.log_prob or 0.0
+                sampled.append(own_log_q[n : n + 1].detach() - log_p)
+        actions.append(Actions(torch.cat(log_q), torch.cat(divergence), torch.cat(sampled)))
+    return actions
 
 
 def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:

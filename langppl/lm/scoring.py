@@ -35,12 +35,14 @@ class PathLogProbs:
         canonical: shape [T + 1], nats; of the canonical ending action before each token and at
             the end, −inf where no string may end.
         state: shape [width] (see `LM.states`); after the prompt, None if nothing was read there.
+        states: shape [actions, width]; before each action, if they were asked for.
     """
 
     tokens: torch.Tensor
     ending: torch.Tensor
     canonical: torch.Tensor
     state: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
     @property
     def total(self) -> torch.Tensor:
@@ -84,11 +86,13 @@ def states(requests: Sequence[StateRequest]) -> list[StateReply]:
 
 def score_with_gradients(
     requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
+    with_states: bool = False,
 ) -> list[PathLogProbs]:
     """Scores strings, with gradients to the adapter's weights where torch records them.
 
     Args:
         requests: strings of one LM under one adapter; of a text alone the state is given.
+        with_states: whether to give the state before each action as well.
 
     Returns:
         One result for each request, in their order; float32.
@@ -102,7 +106,8 @@ def score_with_gradients(
             ending = forced if m.ending is None else ends[m.ending]
             canonical = ends[torch.tensor(m.canonical, device=device)]
             state = None if m.state is None else found[m.state]
-            results[m.request] = PathLogProbs(own, ending, canonical, state)
+            states = found[torch.tensor(m.rows, device=device)] if with_states else None
+            results[m.request] = PathLogProbs(own, ending, canonical, state, states)
     return [results[at] for at in range(len(requests))]
 
 
@@ -117,6 +122,7 @@ class _Member:
         ending: place of its ending among the ends, None where that is forced or open.
         canonical: places of the canonical ending actions; the last end is −inf.
         state: row of the state after the prompt, None if it was not asked for.
+        rows: of the state before each action.
     """
 
     request: int
@@ -125,6 +131,7 @@ class _Member:
     ending: int | None
     canonical: list[int]
     state: int | None
+    rows: list[int]
 
 
 def _score(
@@ -174,7 +181,7 @@ def _read(
         request = requests[at]
         after_prompt = int(own[0]) if len(own) else None
         if isinstance(request, StateRequest):
-            members.append(_Member(at, len(tokens), 0, None, [-1], after_prompt))
+            members.append(_Member(at, len(tokens), 0, None, [-1], after_prompt, []))
             continue
         path = request.path
         mine = []
@@ -187,7 +194,8 @@ def _read(
         ]
         canonical += [-1] * (len(path.tokens) + 1 - len(canonical))
         ending = end(mine[-1], path.ending_ids) if path.ending in ("end", "stop") else None
-        members.append(_Member(at, len(tokens), len(path.tokens), ending, canonical, after_prompt))
+        first, count = len(tokens), len(path.tokens)
+        members.append(_Member(at, first, count, ending, canonical, after_prompt, own.tolist()))
         token_slots += mine[: len(path.tokens)]
         tokens += path.tokens
     never = torch.full((1,), -torch.inf, device=device)

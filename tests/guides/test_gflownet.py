@@ -259,7 +259,7 @@ def test_impossible_draws_are_counted_and_survived() -> None:
     assert np.mean(shares[-10:]) < np.mean(shares[:10])
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "rws"])
+@pytest.mark.parametrize("objective", ["reverse_kl", "rao_blackwell", "rws"])
 def test_baselines_learn_too(objective: str) -> None:
     program = compile(story, make_lm(1), SEEDS[1])
     guide = GFlowNetGuide(
