@@ -139,23 +139,25 @@ def compare(
 
     from langppl import scripts
     from langppl.inference import compare as side_by_side
-    from langppl.lm import LM, weights
+    from langppl.lm import weights
     from langppl.program import compile
 
     if json is not None and not json.expanduser().parent.is_dir():
         _fail(ValueError(f"there is no folder for {str(json)!r}"), code=2)
     try:
-        with scripts.model_in(spec, None if lm is None else lambda: LM(lm)) as model:
+        asked = scripts.rows_of(method or ("importance",), guide or ("prior", "prompted"))
+        with scripts.model_in(spec, lm) as model:
             program = compile(model, *scripts.arguments(model, arg or ()), seed=seed)
-            rows = scripts.rows_of(
-                method or ("importance",), guide or ("prior", "prompted"), program
-            )
             found = side_by_side(
-                program, rows=rows, num_samples=num_samples, seed=seed, progress=not quiet
+                program,
+                rows=scripts.with_guides(asked, program),
+                num_samples=num_samples,
+                seed=seed,
+                progress=not quiet,
             )
     except weights.FetchError as error:
         _fail(error, code=1)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         _fail(error, code=2)
     if json is not None:
         json.expanduser().write_text(found.to_json(), encoding="utf-8")

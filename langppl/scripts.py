@@ -22,16 +22,17 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from langppl.inference.rows import RowLike
-
-if TYPE_CHECKING:
-    from langppl.guides import Guide
-    from langppl.lm import LM
-    from langppl.program import Program
+from langppl.distributions import StringDistribution
+from langppl.guides import GFlowNetGuide, Guide
+from langppl.inference import rows
+from langppl.inference.rows import Row, RowLike
+from langppl.lm import LM
+from langppl.program import Program
 
 DEFAULT_LM = "smollm2-135m-instruct"
 
@@ -41,17 +42,17 @@ class ScriptError(ValueError):
 
 
 @contextlib.contextmanager
-def model_in(spec: str, lm: Callable[[], LM] | None) -> Iterator[Callable[..., Any]]:
+def model_in(spec: str, lm: str | None) -> Iterator[Callable[..., Any]]:
     """The model that a script holds; within the block its folder is one to import from.
 
     Args:
         spec: `SCRIPT:NAME`, a Python file and the name of a function in it.
-        lm: loads the LM that was asked for, for a function that makes the model; None for the
-            default, `DEFAULT_LM`.
+        lm: name or folder of the LM for a function that makes the model; None for `DEFAULT_LM`.
 
     Raises:
-        ScriptError: if the file or the function is not there, importing the file fails, or an LM
-            is given and the model has its own.
+        ScriptError: if the file or the function is not there, importing the file fails, the LM
+            cannot be loaded, or one is given and the model has its own.
+        FetchError: as `LM`.
     """
     script, colon, name = spec.rpartition(":")
     if not colon or not script or not name.isidentifier():
@@ -67,11 +68,11 @@ def model_in(spec: str, lm: Callable[[], LM] | None) -> Iterator[Callable[..., A
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
+        sys.modules.pop(_module_name(path), None)
 
 
 def _imported(path: Path) -> ModuleType:
-    # Under a name of its own, so that a script called random.py hides no module.
-    name = f"langppl_script_{path.stem}"
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ScriptError(f"{str(path)!r} is no Python file; its name must end in .py")
@@ -80,7 +81,6 @@ def _imported(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if _is(f, path)]
         where = f", line {lines[-1]}" if lines else ""
         said = str(error).splitlines()[0] if str(error) else ""
@@ -90,13 +90,16 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
+def _module_name(path: Path) -> str:
+    # Its own, so that a script called random.py hides no module.
+    return f"langppl_script_{path.stem}"
+
+
 def _is(frame: traceback.FrameSummary, path: Path) -> bool:
     return Path(frame.filename) == path
 
 
-def _model(
-    module: ModuleType, script: str, name: str, lm: Callable[[], LM] | None
-) -> Callable[..., Any]:
+def _model(module: ModuleType, script: str, name: str, lm: str | None) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if found is None:
         raise ScriptError(f"{script!r} has no {name!r}; its functions are: {_functions(module)}")
@@ -112,7 +115,7 @@ def _model(
                 f"({_parameters(found)}) and has an LM of its own"
             )
         return _checked(found, name)
-    made = found(_default_lm() if lm is None else lm())
+    made = found(_loaded(lm or DEFAULT_LM))
     if not callable(made):
         raise ScriptError(
             f"{name}(lm) must return the model, a function, but returned {type(made).__name__}"
@@ -128,10 +131,12 @@ def _checked(model: Any, name: str) -> Callable[..., Any]:
     return found
 
 
-def _default_lm() -> LM:
-    from langppl.lm import LM
-
-    return LM(DEFAULT_LM)
+def _loaded(name: str) -> LM:
+    try:
+        return LM(name)
+    except OSError as error:  # transformers' word for what is not on the hub, or not within reach
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ScriptError(f"the LM {name!r} could not be loaded: {said[0]}") from error
 
 
 def _functions(module: ModuleType) -> str:
@@ -181,45 +186,63 @@ def arguments(model: Callable[..., Any], texts: Sequence[str]) -> list[Any]:
     return list(bound.args)
 
 
-def guide_of(text: str, program: Program) -> str | Guide:
-    """A guide from the command line: a name, or `gflownet=FOLDER` for one that was saved.
+def rows_of(methods: Sequence[str], guides: Sequence[str]) -> list[Row]:
+    """Every method with every guide, checked before any script is run.
+
+    Args:
+        methods: `NAME` or `NAME:OPTION=VALUE,...`.
+        guides: a name, or `gflownet=FOLDER` for one that was saved; see `with_guides`.
+
+    Raises:
+        ScriptError: if an option has no value, or a guide's folder holds none.
+        ValueError: if a method, a guide or an option is not known.
+    """
+    for text in guides:
+        _check_guide(text)
+    asked: list[tuple[Any, ...]] = []
+    texts: list[str | None] = []
+    for text in methods:
+        method, _, rest = text.partition(":")
+        options = dict(_option(part, text) for part in rest.split(",") if part)
+        for guide in [None] if method == "exact" else guides:
+            # A saved guide is read on the model's own LM, which is not there yet.
+            asked.append((method, guide and guide.partition("=")[0], options))
+            texts.append(guide)
+    found = rows.rows_of(None, None, asked, ())
+    return [replace(row, guide=text) for row, text in zip(found, texts, strict=True)]
+
+
+def _check_guide(text: str) -> None:
+    name, equals, folder = text.partition("=")
+    if not equals:
+        return
+    if name != "gflownet" or not folder:
+        raise ScriptError(f"guide {text!r} is neither a name nor gflownet=FOLDER")
+    if not Path(folder).is_dir():
+        raise ScriptError(f"there is no folder {folder!r} for guide {text!r}")
+
+
+def with_guides(asked: Sequence[Row], program: Program) -> list[RowLike]:
+    """The rows of `rows_of`, with saved guides read on the program's LM.
 
     Raises:
         ScriptError: if the program has no latent string for a saved guide.
         ValueError: as `GFlowNetGuide.load`.
     """
-    from langppl.distributions import StringDistribution
-    from langppl.guides import GFlowNetGuide
+    texts = dict.fromkeys(str(row.guide) for row in asked if "=" in str(row.guide))
+    loaded = {text: _read(text, program) for text in texts}
+    return [(r.method, loaded.get(str(r.guide), r.guide), r.options) for r in asked]
 
-    name, equals, folder = text.partition("=")
-    if not equals:
-        return text
-    if name != "gflownet" or not folder:
-        raise ScriptError(f"guide {text!r} is no NAME and no gflownet=FOLDER")
+
+def _read(text: str, program: Program) -> Guide:
+    folder = text.partition("=")[2]
     latents = [program.sites[site].fn for site in program.latents]
     lm = next((fn.lm for fn in latents if isinstance(fn, StringDistribution)), None)
     if lm is None:
         raise ScriptError(f"guide {text!r} needs a latent string, and the model has none")
     guide = GFlowNetGuide.load(folder, lm)
-    guide.name = f"gflownet={Path(folder).name}"
+    guide.name = f"gflownet={Path(folder).resolve().name}"
     return guide
-
-
-def rows_of(methods: Sequence[str], guides: Sequence[str], program: Program) -> list[RowLike]:
-    """Every method with every guide; methods are written `NAME` or `NAME:OPTION=VALUE,...`.
-
-    Raises:
-        ScriptError: if an option has no value.
-        ValueError: as `guide_of`.
-    """
-    loaded = [guide_of(text, program) for text in guides]
-    found: list[RowLike] = []
-    for text in methods:
-        method, _, rest = text.partition(":")
-        options = dict(_option(part, text) for part in rest.split(",") if part)
-        for guide in [None] if method == "exact" else loaded:
-            found.append((method, guide, options))
-    return found
 
 
 def _option(part: str, method: str) -> tuple[str, Any]:

@@ -160,8 +160,8 @@ class Comparison:
             table.add_row(row["name"], *_cells(row))
         table.caption = (
             "nats; (?): not to be trusted (Pareto k; of chains R-hat); ELBO and sd: mean and "
-            "spread of the log weights of the possible draws; impossible: share of the draws; distinct: "
-            "different samples; LM tokens: read by the LM, for drawing and scoring together"
+            "spread of the log weights of the possible draws; impossible: share of the draws; "
+            "distinct: different samples; LM tokens: read by the LM, drawing and scoring"
         )
         table.caption_justify = "left"
         return table
