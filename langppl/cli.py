@@ -142,8 +142,11 @@ def compare(
     from langppl.lm import weights
     from langppl.program import compile
 
+    # Found out before the work, not after it.
     if json is not None and not json.expanduser().parent.is_dir():
         _fail(ValueError(f"there is no folder for {str(json)!r}"), code=2)
+    if json is not None and json.expanduser().is_dir():
+        _fail(ValueError(f"{str(json)!r} is a folder; give a file"), code=2)
     try:
         asked = scripts.rows_of(method or ("importance",), guide or ("prior", "prompted"))
         with scripts.model_in(spec, lm) as model:
@@ -159,12 +162,12 @@ def compare(
         _fail(error, code=1)
     except ValueError as error:
         _fail(error, code=2)
-    if json is not None:
-        json.expanduser().write_text(found.to_json(), encoding="utf-8")
     if sys.stdout.isatty():
         Console().print(found)
     else:
         typer.echo(str(found))
+    if json is not None:
+        json.expanduser().write_text(found.to_json(), encoding="utf-8")
     if not found.posteriors:
         raise typer.Exit(1)
 

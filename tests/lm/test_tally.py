@@ -69,10 +69,7 @@ def test_drawing_counts_the_prompt_once_and_each_token_that_is_read(packed: bool
         lm.packs = None
     rules = lm.bind(StringRules(max_tokens=5))
     prompts = ["ab.a", "ab.a", "ab.a", "b"]
-    wanted = [
-        DrawRequest(lm, lm.encode_prompt(p), rules, 5, (0, i))
-        for i, p in enumerate(prompts)
-    ]
+    wanted = [DrawRequest(lm, lm.encode_prompt(p), rules, 5, (0, i)) for i, p in enumerate(prompts)]
     with embedded(lm) as seen:
         replies = draw(wanted)
     # Nothing is asked for after a string that its limit ended.
