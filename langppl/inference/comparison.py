@@ -267,7 +267,8 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
         "error": posterior.log_evidence_error,
         "elbo": posterior.elbo,
         "elbo_possible": posterior.elbo_possible,
-        "sd": sd if is_drawn else None,
+        # Weights that were reset on the way are not the guide's, as with the ELBO.
+        "sd": sd if is_drawn and posterior.ancestors is None else None,
         "ess": posterior.ess,
         "pareto_k": posterior.pareto_k if is_drawn else None,
         "reliable": posterior.reliable,

@@ -110,6 +110,7 @@ def test_every_method_goes_with_every_guide_and_exact_stands_once() -> None:
     assert agreements["mh prior"].evidence_difference is None
     rows = {r["name"]: r for r in found.rows()}
     assert rows["exact"]["guide"] is None and rows["exact"]["sd"] is None
+    assert rows["smc prior"]["sd"] is None and rows["smc prior"]["elbo"] is None
     assert rows["mh prior"]["log_evidence"] is None and rows["mh prior"]["pareto_k"] is None
     text = str(found)
     assert max(map(len, text.splitlines())) <= 100
