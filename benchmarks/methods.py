@@ -73,14 +73,19 @@ def of_story(
 ) -> dict[str, Any]:
     """Of each method, its log evidences and how many samples they took; and the reference."""
     found: dict[str, Any] = {"reference": reference(program, guide, args.reference)}
+    rows = {}
     for name, options in own.items():
         samples = samples_for(program, options, args.seconds)
-        evidences, took = [], []
-        for seed in range(args.runs):
-            started = time.perf_counter()
-            evidences.append(run(program, options, samples, seed).log_evidence)
-            took.append(time.perf_counter() - started)
-        found[name] = {"samples": samples, "evidences": evidences, "seconds": took}
+        rows[name] = {**options, "num_samples": samples}
+        found[name] = {"samples": samples, "evidences": [], "seconds": [], "tokens": []}
+    for seed in range(args.runs):
+        beside = lp.compare(program, rows=rows, seed=seed, progress=False)
+        for error in beside.errors.values():
+            raise error
+        for name in rows:
+            found[name]["evidences"].append(beside.posteriors[name].log_evidence)
+            found[name]["seconds"].append(beside.costs[name].seconds)
+            found[name]["tokens"].append(beside.costs[name].tokens.total)
     return found
 
 
@@ -104,6 +109,7 @@ def rows_of(stories: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
                 "no sample": int((~finite).sum()),
                 "samples": common.median([s[name]["samples"] for s in stories]),
                 "seconds": common.median([t for s in stories for t in s[name]["seconds"]]),
+                "LM tokens": common.median([t for s in stories for t in s[name]["tokens"]]),
             }
         )
     return rows

@@ -71,7 +71,8 @@ too low on average; KL(p‖q) is over latents and endings simulated from the mod
     "methods": """## Methods at equal wall time
 
 The evidence of test stories as above: root-mean-square error against long runs, in nats, each
-method with the same seconds a run. Bias: of the log evidence, whose mean is too low.""",
+method with the same seconds a run. Bias: of the log evidence, whose mean is too low. LM tokens:
+read by the LM in a run.""",
     "twisted_short": """## The infilling setting of twisted SMC
 
 After "Once upon a time, there was a" come latent tokens and then observed ones, both simulated from

@@ -1,4 +1,4 @@
-"""The posterior of a missing sentence: three guides on three stories.
+r"""The posterior of a missing sentence: three guides on three stories.
 
 Each story has a beginning and an ending; the sentence between them is the latent. For each story
 the posterior is estimated with the model itself as proposal (`prior`), with the untrained LM that
@@ -7,6 +7,11 @@ three are set side by side. Writes the posteriors as JSON and one picture.
 
     python examples/story_infilling.py --help
     python examples/story_infilling.py --reference      # the long run beside which the demo stands
+
+Other methods on the same model, on a story of your own:
+
+    langppl compare examples/story_infilling.py:make_story --arg "The door bell rang." \
+        --arg " It was the mailman." --method importance --method smc:twist=lookahead
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""The command line: fetching models, and seeing which are known.
+"""The command line: fetching models, seeing which are known, and comparing methods on a model.
 
     $ langppl models
     $ langppl fetch smollm2-135m-instruct
+    $ langppl compare story.py:story --arg "The cat was hungry." --arg " Now it sleeps."
 
-Errors that a user can mend end in one line on standard error: exit code 2 for a wrong name, 1 for
-a fetch that failed.
+Errors that a user can mend end in one line on standard error: exit code 2 for a wrong name or
+argument, 1 for a fetch that failed and for a comparison in which every row did.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version as _version_of
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -81,6 +83,93 @@ def models() -> None:
     console = Console()
     console.print(table)
     console.print(f"Cache folder: {weights.cache_dir()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT:MODEL",
+            help="A Python file, which is imported (so its top level is run), and a function in "
+            "it: the model, or a function of `lm` alone that makes the model.",
+        ),
+    ],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An argument of the model, in order; a number where its parameter is annotated "
+            "int or float."
+        ),
+    ] = None,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="prior, prompted, gflownet (trained first, on these observations) or "
+            "gflownet=FOLDER (one that was saved). By default prior and prompted."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="importance (the default), smc, mh or exact, with infer's own options: "
+            "smc:twist=lookahead,every=4. Each goes with every guide; exact takes none.",
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="For each row.")] = 256,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal results.")] = 0,
+    lm: Annotated[
+        str | None,
+        typer.Option(
+            help="A known name, a hub id or a folder: the LM for a function of `lm` that makes "
+            "the model. By default smollm2-135m-instruct. A model by itself has its own LM."
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Set guides and methods side by side on a model of your own.
+
+    The script is your own code, and is run as it would be if you imported it.
+    """
+    import sys
+
+    from rich.console import Console
+
+    from langppl import scripts
+    from langppl.inference import compare as side_by_side
+    from langppl.lm import weights
+    from langppl.program import compile
+
+    # Found out before the work, not after it.
+    if json is not None and not json.expanduser().parent.is_dir():
+        _fail(ValueError(f"there is no folder for {str(json)!r}"), code=2)
+    if json is not None and json.expanduser().is_dir():
+        _fail(ValueError(f"{str(json)!r} is a folder; give a file"), code=2)
+    try:
+        asked = scripts.rows_of(method or ("importance",), guide or ("prior", "prompted"))
+        with scripts.model_in(spec, lm) as model:
+            program = compile(model, *scripts.arguments(model, arg or ()), seed=seed)
+            found = side_by_side(
+                program,
+                rows=scripts.with_guides(asked, program),
+                num_samples=num_samples,
+                seed=seed,
+                progress=not quiet,
+            )
+    except weights.FetchError as error:
+        _fail(error, code=1)
+    except ValueError as error:
+        _fail(error, code=2)
+    if sys.stdout.isatty():
+        Console().print(found)
+    else:
+        typer.echo(str(found))
+    if json is not None:
+        json.expanduser().write_text(found.to_json(), encoding="utf-8")
+    if not found.posteriors:
+        raise typer.Exit(1)
 
 
 def _fail(error: Exception, *, code: int) -> NoReturn:

@@ -71,6 +71,10 @@ class Agreement:
     noise: float | None
     agrees: bool | None
 
+    def __str__(self) -> str:
+        """The comparison in words."""
+        return _comparison(self)
+
 
 @dataclass(frozen=True)
 class Diagnosis:

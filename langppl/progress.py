@@ -39,3 +39,14 @@ def bar(title: str, total: int, show: bool) -> Iterator[Callable[..., None]]:
             progress.update(task, advance=steps, description=text)
 
         yield advance
+
+
+def say(text: str, show: bool) -> None:
+    """Prints a line on stderr, if it is a terminal.
+
+    Args:
+        text: the line.
+        show: False for nothing.
+    """
+    if show and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)

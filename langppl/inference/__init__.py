@@ -2,7 +2,8 @@
 
 from langppl.inference.bounds import EvidenceBounds, evidence_bounds
 from langppl.inference.calibration import Calibration, calibrate
-from langppl.inference.comparison import Comparison, compare
+from langppl.inference.comparing import compare
+from langppl.inference.comparison import Comparison
 from langppl.inference.methods import infer
 
 __all__ = [

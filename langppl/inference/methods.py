@@ -17,6 +17,13 @@ from langppl.program import Program, compile
 
 GUIDES = ("prior", "prompted", "gflownet")
 METHODS = ("importance", "smc", "mh", "exact")
+OPTIONS = {
+    "importance": (),
+    "smc": ("twist", "resampling", "ess_threshold", "every"),
+    "mh": ("chains", "warmup", "thin", "tail_share"),
+    "exact": ("limit",),
+}
+"""The arguments of `infer` that belong to one method."""
 EXACT_LIMIT = 100_000
 
 
@@ -84,12 +91,7 @@ def infer(
     Example:
         >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; methods are: {', '.join(METHODS)}")
-    if isinstance(guide, str) and guide not in GUIDES:
-        raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
-    if not isinstance(guide, str | Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+    check_names(method, guide)
     check_count("num_samples", num_samples, 1)
     program = as_program(model, args, seed)
     if method == "exact":
@@ -120,6 +122,16 @@ def infer(
             tail_share=tail_share,
         )
     return importance(program, made, num_samples, seed, progress)
+
+
+def check_names(method: Any, guide: Any) -> None:
+    """Raises ValueError or TypeError unless there is such a method, and such a guide."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; methods are: {', '.join(METHODS)}")
+    if isinstance(guide, str) and guide not in GUIDES:
+        raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
+    if not isinstance(guide, str | Guide):
+        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
 
 
 def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:

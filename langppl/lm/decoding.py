@@ -66,7 +66,7 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
         key=lambda k: (len(requests[k].read), requests[k].read),
     )
     planned = PLANNED_LENGTH
-    with torch.no_grad(), lm.adapter(adapter):
+    with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing():
         while order:
             unfinished: list[int] = []
             for batch in _batches(lm, requests, order, planned):
@@ -359,9 +359,11 @@ def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, A
     for k, prompt in enumerate(prompts):
         ids[k, longest - len(prompt) :] = torch.tensor(prompt)
         mask[k, longest - len(prompt) :] = 1
+    padding = mask.numel() - int(mask.sum())
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     found, cache = lm.states(
         ids,
+        padding=padding,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,

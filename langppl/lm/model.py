@@ -17,6 +17,7 @@ from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
+from langppl.lm.tally import Tally
 from langppl.lm.vocabulary import Vocabulary
 from langppl.lm.weights import resolve
 
@@ -50,6 +51,7 @@ class LM:
             all its strings begin with; never more than `node_budget`. Fewer take less memory and
             more work: all rows but one are run twice.
         memo: the scores it remembers (see `langppl.lm.memo`).
+        tally: how many tokens went through the model (see `langppl.lm.tally`).
         splits_head: whether logits are the output layer's product with the model's last states,
             nothing more, so that they can be taken from some states at a time. Found out when
             the LM is made.
@@ -121,11 +123,13 @@ class LM:
         self.node_budget = DEFAULT_NODE_BUDGET
         self.gradient_node_budget = DEFAULT_NODE_BUDGET
         self.memo = Memo()
+        self.tally = Tally()
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}
         self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self.packs: Packing | None = probe(self)
+        self.tally = Tally()  # the probe's own tokens are nobody's
 
     def __repr__(self) -> str:
         """Short, for prompts and error messages."""
@@ -218,13 +222,19 @@ class LM:
     # -- the transformer ----------------------------------------------------------------------
 
     def states(
-        self, ids: torch.Tensor, keep: torch.Tensor | None = None, **options: Any
+        self,
+        ids: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        *,
+        padding: int = 0,
+        **options: Any,
     ) -> tuple[torch.Tensor, Any]:
         """What the logits at some positions are made from, see `logits_of`.
 
         Args:
             ids: token ids, shape [rows, length].
             keep: positions, shape [kept]; the last by default.
+            padding: how many of the ids are padding, which `tally` does not count.
             **options: what else the model's forward pass takes.
 
         Returns:
@@ -234,6 +244,7 @@ class LM:
         if keep is None:
             keep = torch.tensor([ids.shape[1] - 1])
         keep, ids = keep.to(self.device), ids.to(self.device)
+        self.tally.add(ids.numel() - padding)
         if self.splits_head:
             out = self.model.base_model(input_ids=ids, **options)
             return out.last_hidden_state[:, keep], out.past_key_values
@@ -289,6 +300,7 @@ class LM:
             Shape [rows, kept, width].
         """
         rows, length = ids.shape
+        padding = mask.numel() - int(mask.sum())
         mask = torch.cat([mask.new_ones(rows, len(prefix)), mask], dim=1)
         cache = None
         if prefix:
@@ -301,6 +313,7 @@ class LM:
             position_ids=torch.arange(len(prefix), len(prefix) + length, device=self.device)[None],
             past_key_values=cache,
             use_cache=cache is not None,
+            padding=padding,
         )
         return found
 
