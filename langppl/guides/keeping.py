@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from langppl.distributions import StringDistribution
 from langppl.guides import checkpoints
 from langppl.guides.history import History
 from langppl.guides.trajectories import from_records, to_record
+from langppl.lm import adapters
 from langppl.posterior import Posterior
+from langppl.program import Program
 
 if TYPE_CHECKING:
     from langppl.guides.observations import Observation
@@ -167,6 +170,7 @@ class Keeper:
             "seed": trainer.guide.seed,
             "base": trainer.lm.weights_fingerprint,
             "data": _digest([_plain(row) for row in self.rows]),
+            "adapters": _digest(_adapters(first)),
             "given": _digest([_latents(o.latents) for o in trainer.observations]),
             "observations": [settings.observations, len(trainer.observations), observed],
             "sites": list(first.sites),
@@ -186,6 +190,12 @@ def _plain(row: Any) -> list[Any]:
     """Of the arguments, those that look the same in every process."""
     arguments = row if isinstance(row, tuple | list) else [row]
     return [a for a in arguments if isinstance(a, str | int | float | bool | None)]
+
+
+def _adapters(program: Program) -> list[bytes]:
+    """The states of the adapters that a program's own sites stand on, as trainable views do."""
+    fns = [s.fn for s in program.sites.values() if isinstance(s.fn, StringDistribution)]
+    return [adapters.digest(fn.lm.model, fn.adapter) for fn in fns if fn.adapter is not None]
 
 
 def _latents(given: Any) -> list[Any]:
