@@ -316,9 +316,7 @@ class Crowd:
                 found[id(particle)] = (-math.inf, -math.inf)
             else:
                 own = g.fn.prompt_ids()
-                request = ScoreRequest(
-                    g.fn.lm, own, path, g.fn.rules.temperature, g.fn.adapter
-                )
+                request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature, g.fn.adapter)
                 wanted.append((particle, g, request))
         replies = serve([r for _, _, r in wanted])
         for (particle, g, _), reply in zip(wanted, replies, strict=True):

@@ -364,6 +364,11 @@ class LM:
         """
         return get_trainable(self._trainables, self, name, rank, alpha, seed)
 
+    @property
+    def trainables(self) -> tuple[TrainableLM, ...]:
+        """The trainable views of this LM, in the order they were made."""
+        return tuple(self._trainables.values())
+
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
         parameters = adapters.add(self.model, name, config)
