@@ -129,9 +129,11 @@ def state(model: Any, name: str) -> dict[str, torch.Tensor]:
 def digest(model: Any, name: str) -> bytes:
     """Tells an adapter as it is from any other: every number counts, and every layer's scale."""
     found = hashlib.blake2b(digest_size=16)
-    for key, tensor in sorted(state(model, name).items()):
-        found.update(key.encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    # Asked for with every batch of scores; peft's own list of an adapter's weights takes longer.
+    for key, tensor in model.named_parameters():
+        if f".{name}." in key and ".lora_" in key:
+            found.update(key.replace(f".{name}.", ".").encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     scales = [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]
     found.update(repr(scales).encode())
     return found.digest()
