@@ -170,12 +170,13 @@ class Keeper:
             "seed": trainer.guide.seed,
             "base": trainer.lm.weights_fingerprint,
             "data": _digest([_plain(row) for row in self.rows]),
-            "adapters": _digest(_adapters(first)),
             "given": _digest([_latents(o.latents) for o in trainer.observations]),
             "observations": [settings.observations, len(trainer.observations), observed],
             "sites": list(first.sites),
             "tensors": {n: list(p.shape) for n, p in trainer.named.items()},
         }
+        if own := _adapters(first):
+            described["adapters"] = _digest(own)
         if trainer.weights is not None:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))

@@ -203,6 +203,8 @@ def em(
     held_out = _held_out(pairs, validation)
     made = _guide(guide, programs, settings, seed)
     options = _fit_options(fit, made, pairs)
+    if isinstance(made, GFlowNetGuide):
+        _check_covers(made, programs)
     views = _views(programs, trainable)
     run = _Run(
         programs,
@@ -407,6 +409,15 @@ def _fit_options(
     if options.get("validation") is not None:
         options["validation"] = _with_models(pairs, options["validation"])
     return options
+
+
+def _check_covers(guide: GFlowNetGuide, programs: Sequence[Program]) -> None:
+    if not any(guide.sites_of(p) for p in programs):
+        for program in programs:
+            guide.check_lm(program)
+        raise ValueError(
+            f"this guide, made for {guide.lm!r}, covers none of the model's latents; take another"
+        )
 
 
 def _views(

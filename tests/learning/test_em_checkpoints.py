@@ -132,3 +132,22 @@ def test_an_interruption_keeps_what_was_learned(tmp_path, monkeypatch, place):
     assert len(messages) == (2 if place == "guide" else 1)
     assert "interrupted after 1 of 2 rounds" in messages[-1]
     assert result.history.rows == 1
+
+
+def test_a_guide_s_training_does_not_go_on_under_another_state_of_the_view(tmp_path):
+    lm = tiny_lm("ab.", merged=["ab"], sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+
+    def model(text, label):
+        z = lp.sample("z", lp.LMString(lm, text, stop=".", max_tokens=2))
+        lp.sample("label", lp.LMChoice(view, f"{text}{z}b", ["a", "b"]), obs=label)
+
+    def fit():
+        guide = lp.GFlowNetGuide(lm, rank=2)
+        return guide.fit(model, DATA, steps=1, batch=2, checkpoint=tmp_path)
+
+    fit()
+    fit()
+    lp.em(model, DATA, "prior", rounds=1, steps=1, num_samples=2)
+    with pytest.raises(ValueError, match="a training with other adapters"):
+        fit()

@@ -456,6 +456,7 @@ def test_bad_arguments_say_what_to_do():
         (lambda: lp.em(model, DATA, "prior", weight_decay=-1.0), "weight_decay must be"),
         (lambda: lp.em(model, DATA, "prior", trainable=[]), "trainable is empty"),
         (lambda: lp.em(model, [], "prior"), "data is empty"),
+        (lambda: lp.em(model, DATA, lp.GFlowNetGuide(make_lm())), "this guide was made for"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
