@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         RewardSchedule,
     )
     from langppl.inference import calibrate, compare, evidence_bounds, infer
-    from langppl.lm import LM, Grammar, json_schema, lark, log_matches, one_of, regex
+    from langppl.learning import EMResult, em
+    from langppl.lm import LM, Grammar, TrainableLM, json_schema, lark, log_matches, one_of, regex
     from langppl.posterior import ABSENT, Posterior
     from langppl.program import (
         Program,
@@ -44,7 +45,17 @@ _HOMES = {
         "RewardSchedule",
     ),
     "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer"),
-    "langppl.lm": ("LM", "Grammar", "json_schema", "lark", "log_matches", "one_of", "regex"),
+    "langppl.learning": ("EMResult", "em"),
+    "langppl.lm": (
+        "LM",
+        "Grammar",
+        "TrainableLM",
+        "json_schema",
+        "lark",
+        "log_matches",
+        "one_of",
+        "regex",
+    ),
     "langppl.posterior": ("ABSENT", "Posterior"),
     "langppl.program": (
         "Program",
@@ -63,6 +74,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ABSENT",
     "LM",
+    "EMResult",
     "GFlowNetGuide",
     "Grammar",
     "Guide",
@@ -77,6 +89,7 @@ __all__ = [
     "RewardSchedule",
     "Tempered",
     "Text",
+    "TrainableLM",
     "calibrate",
     "call",
     "compare",
@@ -84,6 +97,7 @@ __all__ = [
     "condition",
     "deterministic",
     "do",
+    "em",
     "evidence_bounds",
     "factor",
     "infer",

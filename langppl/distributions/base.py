@@ -38,12 +38,15 @@ class StringDistribution(dist.Distribution):
     the LM through `langppl.lm.perform`.
 
     Attributes:
-        lm: the LM.
+        lm: the LM; of a trainable view, the LM that it is a view of.
+        adapter: name of the adapter on the LM under which it is the model's own, as of a trainable
+            view; None for the LM itself.
         prompt: the text before the string, or a chat.
     """
 
     lm: LM
     prompt: Prompt
+    adapter: str | None = None
 
     @abstractmethod
     def draw(
@@ -59,7 +62,7 @@ class StringDistribution(dist.Distribution):
         Args:
             key: what the random numbers depend on.
             prompt: ids to read in place of the distribution's own prompt (a guide's context).
-            adapter: adapter on the LM.
+            adapter: adapter on the LM in place of the distribution's own (a guide's).
             temperature: divides the logits, on top of the distribution's own.
 
         Returns:
@@ -75,7 +78,7 @@ class StringDistribution(dist.Distribution):
         Args:
             value: the string; a `Text` of this LM is scored by its tokens.
             prompt: ids to read in place of the distribution's own prompt.
-            adapter: adapter on the LM.
+            adapter: adapter on the LM in place of the distribution's own.
         """
 
     @abstractmethod
@@ -130,4 +133,5 @@ class StringDistribution(dist.Distribution):
         """The type and its prompt, shortened."""
         prompt = self.prompt if isinstance(self.prompt, str) else "chat"
         shown = prompt if len(prompt) <= 40 else "…" + prompt[-39:]
-        return f"{type(self).__name__}({self.lm.name}, {shown!r})"
+        view = "" if self.adapter is None else "+" + self.adapter.removeprefix("trainable-")
+        return f"{type(self).__name__}({self.lm.name}{view}, {shown!r})"

@@ -18,13 +18,14 @@ from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt
 from langppl.lm.requests import Reply, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import Path, Violation
+from langppl.lm.trainable import TrainableLM
 
 
 class LMChoice(StringDistribution):
     """A categorical over given strings: the log-softmax of their open log-probabilities.
 
     Args:
-        lm: the LM.
+        lm: the LM, or a trainable view of one.
         prompt: the text before the string, or a chat.
         options: the strings, at least one, all different. An option that begins another one has
             the other's probability in its own, and warns.
@@ -37,7 +38,7 @@ class LMChoice(StringDistribution):
         >>> mood = LMChoice(lm, "The review is", [" positive", " negative"])  # doctest: +SKIP
     """
 
-    def __init__(self, lm: LM, prompt: Prompt, options: Sequence[str]) -> None:
+    def __init__(self, lm: LM | TrainableLM, prompt: Prompt, options: Sequence[str]) -> None:
         if isinstance(options, str):
             raise TypeError(f"options must be a list of strings, got the string {options!r}")
         listed = tuple(options)
@@ -53,7 +54,7 @@ class LMChoice(StringDistribution):
             seen.add(option)
         self.options = listed
         self._open = LMString(lm, prompt)
-        self.lm = lm
+        self.lm, self.adapter = self._open.lm, self._open.adapter
         self.prompt = self._open.prompt
         self._warn_of_prefixes()
 
@@ -72,14 +73,15 @@ class LMChoice(StringDistribution):
     def with_prompt(self, prompt: Prompt, options: Sequence[str] | None = None) -> LMChoice:
         """The same choice after another prompt."""
         other = LMChoice.__new__(LMChoice)
-        other.lm, other.options = self.lm, tuple(self.options if options is None else options)
+        other.lm, other.adapter = self.lm, self.adapter
+        other.options = tuple(self.options if options is None else options)
         other._open = self._open.with_prompt(prompt)
         other.prompt = other._open.prompt
         return other
 
     def fields(self) -> tuple[Any, ...]:
         """See `StringDistribution.fields`."""
-        return (id(self.lm), self.prompt, self.options)
+        return (id(self.lm), self.adapter, self.prompt, self.options)
 
     def prompt_ids(self) -> tuple[int, ...]:
         """See `StringDistribution.prompt_ids`."""
@@ -111,7 +113,8 @@ class LMChoice(StringDistribution):
                 )
             assert isinstance(path, Path)
             self._open._check_fits(len(read), len(path.tokens))
-            found.append(ScoreRequest(self.lm, read, path, 1.0, adapter))
+            under = self.adapter if adapter is None else adapter
+            found.append(ScoreRequest(self.lm, read, path, 1.0, under))
         return found
 
     @staticmethod

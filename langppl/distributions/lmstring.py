@@ -17,6 +17,7 @@ from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt, check_prompt
 from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
+from langppl.lm.trainable import TrainableLM, split
 from langppl.lm.vocabulary import REPLACEMENT
 
 
@@ -36,7 +37,7 @@ class LMString(StringDistribution):
     can be observed but not sampled.
 
     Args:
-        lm: the LM.
+        lm: the LM, or a trainable view of one.
         prompt: the text before the string, or a chat as a list of role/content messages. The
             string is tokenised apart from it.
         max_tokens: most tokens of the string, a stop included. With a stop and no `max_tokens`,
@@ -67,7 +68,7 @@ class LMString(StringDistribution):
 
     def __init__(
         self,
-        lm: LM,
+        lm: LM | TrainableLM,
         prompt: Prompt,
         *,
         max_tokens: int | None = None,
@@ -92,19 +93,21 @@ class LMString(StringDistribution):
             ban=ban,  # type: ignore[arg-type]
             grammar=grammar,
         )
-        self._setup(lm, check_prompt(prompt), rules)
+        base, adapter = split(lm)
+        self._setup(base, adapter, check_prompt(prompt), rules)
         if grammar is not None:
-            lm.bind(rules)  # an impossible constraint is an error here
+            base.bind(rules)  # an impossible constraint is an error here
 
-    def _setup(self, lm: LM, prompt: Prompt, rules: StringRules) -> None:
+    def _setup(self, lm: LM, adapter: str | None, prompt: Prompt, rules: StringRules) -> None:
         self.lm = lm
+        self.adapter = adapter
         self.prompt = prompt
         self.rules = rules
 
     def with_prompt(self, prompt: Prompt) -> LMString:
         """The same rules after another prompt."""
         other = LMString.__new__(LMString)
-        other._setup(self.lm, check_prompt(prompt), self.rules)
+        other._setup(self.lm, self.adapter, check_prompt(prompt), self.rules)
         return other
 
     def with_rules(self, rules: StringRules) -> LMString:
@@ -125,7 +128,7 @@ class LMString(StringDistribution):
 
     def fields(self) -> tuple[Any, ...]:
         """See `StringDistribution.fields`."""
-        return (id(self.lm), self.prompt, self.rules)
+        return (id(self.lm), self.adapter, self.prompt, self.rules)
 
     def prompt_ids(self) -> tuple[int, ...]:
         """See `StringDistribution.prompt_ids`."""
@@ -179,7 +182,7 @@ class LMString(StringDistribution):
             key: what the random numbers depend on; with the key of a whole string and its first
                 ids, the rest is that of the whole string.
             prompt: ids to read in place of the distribution's own prompt (a guide's context).
-            adapter: adapter on the LM.
+            adapter: adapter on the LM in place of the distribution's own.
             temperature: divides the logits, on top of the distribution's own.
 
         Returns:
@@ -213,7 +216,8 @@ class LMString(StringDistribution):
         temp: float,
         begun: tuple[int, ...],
     ) -> DrawReply:
-        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, adapter, begun=begun)
+        own = self.adapter if adapter is None else adapter
+        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, own, begun=begun)
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
         return reply
@@ -237,7 +241,9 @@ class LMString(StringDistribution):
         # follow the open string's own law given its length.
         own = self.prompt_ids()
         self._check_fits(len(own), length)
-        request = DrawRequest(self.lm, own, self.bound, None, key, length=length)
+        request = DrawRequest(
+            self.lm, own, self.bound, None, key, adapter=self.adapter, length=length
+        )
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
         if len(reply.ids) < length or reply.text.endswith(REPLACEMENT):
@@ -308,7 +314,8 @@ class LMString(StringDistribution):
             return None
         read = own if prompt is None else prompt
         self._check_fits(len(read), len(path.tokens))
-        return ScoreRequest(self.lm, read, path, self.rules.temperature, adapter)
+        under = self.adapter if adapter is None else adapter
+        return ScoreRequest(self.lm, read, path, self.rules.temperature, under)
 
     def _check_join(self, value: object) -> None:
         """Warns once a site if plain text is glued to the last word of the prompt."""

@@ -126,7 +126,8 @@ class Guide(ABC):
 
         Returns:
             The ids to read in place of the site's own prompt, and the adapter; None for the
-            prompt, and for the LM itself. The default is the model's own law.
+            prompt, and for the site's own adapter (none but for a trainable view's). The default
+            is the model's own law.
         """
         return None, None
 
@@ -182,7 +183,7 @@ def raw_log_prob(
         fn: a site's distribution.
         value: the value.
         prompt: ids that are read in place of a string's own prompt.
-        adapter: adapter on the LM.
+        adapter: adapter on the LM in place of the distribution's own.
 
     Returns:
         Nats; −inf for a value that is never drawn.

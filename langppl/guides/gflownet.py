@@ -27,7 +27,7 @@ from langppl.guides.context import ContextFunction, context_ids, default_context
 from langppl.guides.heads import Heads
 from langppl.guides.history import History
 from langppl.guides.keeping import Keeper
-from langppl.guides.observations import GivenLatents, Observation
+from langppl.guides.observations import GivenLatents, Model, Observation, pairs_of
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
@@ -35,6 +35,7 @@ from langppl.guides.settings import ON_POLICY, Settings, check_objective
 from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
+from langppl.lm.trainable import TrainableLM
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.execution import Chooser, Execution
@@ -45,14 +46,14 @@ REPLAYED = 16_384
 _VERSION = 2
 
 _numbers = itertools.count()
-Model = Callable[..., Any] | Program
 
 
 class GFlowNetGuide(Guide):
     """An amortised posterior: draws from it are (nearly) posterior samples.
 
     Args:
-        lm: the LM; latent strings under another LM are drawn from the prior.
+        lm: the LM; latent strings under another LM are drawn from the prior. Those under a
+            trainable view of it are the guide's to propose.
         context: makes what the policy reads before a latent; the default shows the observations
             that depend on it (see `langppl.guides.context.ContextInfo`).
         rank: of the LoRA adapter.
@@ -114,6 +115,11 @@ class GFlowNetGuide(Guide):
         from peft import LoraConfig
 
         check_objective(objective)
+        if isinstance(lm, TrainableLM):
+            raise TypeError(
+                f"a guide has an adapter of its own: make it for the LM, not for its view {lm!r}; "
+                "it proposes for latents of the view too"
+            )
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
         if rank < 1:
@@ -343,7 +349,7 @@ class GFlowNetGuide(Guide):
         """
         objective = self.objective if objective is None else objective
         check_objective(objective)
-        pairs = _pairs(model, data)
+        pairs = pairs_of(model, data)
         rows = [row for _, own in pairs for row in own]
         if objective in ON_POLICY:
             tempered_share, replay_share, draw_ahead = 0.0, 0.0, 1
@@ -531,43 +537,6 @@ def _name_of(function: Any) -> str:
     return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
-def _pairs(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]:
-    """Each model with its rows."""
-    if isinstance(model, list | tuple):
-        if data is not None:
-            raise TypeError("a list of (model, data) pairs has its data already; give none")
-        if not model:
-            raise ValueError("give at least one (model, data) pair")
-        for pair in model:
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise TypeError(f"each program must be a (model, data) pair, got {pair!r}")
-        return [found for m, d in model for found in _pairs(m, d)]
-    if isinstance(model, Program):
-        if data is not None:
-            raise TypeError("a compiled Program has its arguments already; give no data")
-        return [(model, [()])]
-    return [(model, [()] if data is None else _rows(data))]
-
-
-def _rows(data: Any) -> list[tuple[Any, ...]]:
-    """The observations of a sequence, or of a torch `Dataset`, which need not be iterable."""
-    try:
-        rows = [data[i] for i in range(len(data))]
-    except TypeError as error:
-        raise TypeError(
-            f"data must be a sequence (or torch Dataset) of tuples of the model's arguments, got "
-            f"a {type(data).__name__}"
-        ) from error
-    if not rows:
-        raise ValueError("data is empty: give at least one tuple of the model's arguments")
-    for row in rows:
-        if not isinstance(row, tuple | list):
-            raise TypeError(
-                f"each observation must be a tuple of the model's arguments, got {row!r}"
-            )
-    return [tuple(row) for row in rows]
-
-
 def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
     """The given latents of each observation."""
     if isinstance(given, Posterior):
@@ -603,7 +572,7 @@ def _held_out(
     models = [m for m, _ in pairs]
     if len(models) == 1 and not isinstance(models[0], Program):
         validation = [(models[0], validation)]
-    found = _pairs(list(validation), None)
+    found = pairs_of(list(validation), None)
     return [Observation(m, row, ReplayBuffer(0)) for m, rows in found for row in rows]
 
 

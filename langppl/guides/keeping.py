@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from langppl.distributions import StringDistribution
 from langppl.guides import checkpoints
 from langppl.guides.history import History
 from langppl.guides.trajectories import from_records, to_record
+from langppl.lm import adapters
 from langppl.posterior import Posterior
+from langppl.program import Program
 
 if TYPE_CHECKING:
     from langppl.guides.observations import Observation
@@ -172,6 +175,8 @@ class Keeper:
             "sites": list(first.sites),
             "tensors": {n: list(p.shape) for n, p in trainer.named.items()},
         }
+        if own := _adapters(first):
+            described["adapters"] = _digest(own)
         if trainer.weights is not None:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))
@@ -186,6 +191,12 @@ def _plain(row: Any) -> list[Any]:
     """Of the arguments, those that look the same in every process."""
     arguments = row if isinstance(row, tuple | list) else [row]
     return [a for a in arguments if isinstance(a, str | int | float | bool | None)]
+
+
+def _adapters(program: Program) -> list[bytes]:
+    """The states of the adapters that a program's own sites stand on, as trainable views do."""
+    fns = [s.fn for s in program.sites.values() if isinstance(s.fn, StringDistribution)]
+    return [adapters.digest(fn.lm.model, fn.adapter) for fn in fns if fn.adapter is not None]
 
 
 def _latents(given: Any) -> list[Any]:

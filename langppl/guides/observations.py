@@ -14,7 +14,54 @@ from langppl.guides.trajectories import Draw
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
+Model = Callable[..., Any] | Program
 GivenLatents = Posterior | Sequence[Mapping[str, Any]]
+
+
+def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]:
+    """Each model with the rows of its data.
+
+    Args:
+        model: a model function, a compiled `Program`, or a list of (model, data) pairs.
+        data: a sequence, or a torch `Dataset`, of tuples of the model's arguments.
+
+    Raises:
+        TypeError: for data that are no such sequence, or given besides what has its own.
+        ValueError: for no data.
+    """
+    if isinstance(model, list | tuple):
+        if data is not None:
+            raise TypeError("a list of (model, data) pairs has its data already; give none")
+        if not model:
+            raise ValueError("give at least one (model, data) pair")
+        for pair in model:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise TypeError(f"each program must be a (model, data) pair, got {pair!r}")
+        return [found for m, d in model for found in pairs_of(m, d)]
+    if isinstance(model, Program):
+        if data is not None:
+            raise TypeError("a compiled Program has its arguments already; give no data")
+        return [(model, [()])]
+    return [(model, [()] if data is None else _rows(data))]
+
+
+def _rows(data: Any) -> list[tuple[Any, ...]]:
+    """The observations of a sequence, or of a torch `Dataset`, which need not be iterable."""
+    try:
+        rows = [data[i] for i in range(len(data))]
+    except TypeError as error:
+        raise TypeError(
+            f"data must be a sequence (or torch Dataset) of tuples of the model's arguments, got "
+            f"a {type(data).__name__}"
+        ) from error
+    if not rows:
+        raise ValueError("data is empty: give at least one tuple of the model's arguments")
+    for row in rows:
+        if not isinstance(row, tuple | list):
+            raise TypeError(
+                f"each observation must be a tuple of the model's arguments, got {row!r}"
+            )
+    return [tuple(row) for row in rows]
 
 
 class Observation:

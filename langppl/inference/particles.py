@@ -87,7 +87,7 @@ class Growing:
         request, fn = self.request, self.fn
         own = fn.prompt_ids()
         return (
-            request.adapter is None
+            request.adapter == fn.adapter
             and request.temperature == 1.0
             and request.rules is fn.bound
             and request.prompt == own
@@ -316,7 +316,7 @@ class Crowd:
                 found[id(particle)] = (-math.inf, -math.inf)
             else:
                 own = g.fn.prompt_ids()
-                request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature)
+                request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature, g.fn.adapter)
                 wanted.append((particle, g, request))
         replies = serve([r for _, _, r in wanted])
         for (particle, g, _), reply in zip(wanted, replies, strict=True):

@@ -4,6 +4,7 @@ from langppl.lm.grammars import Grammar, json_schema, lark, log_matches, one_of,
 from langppl.lm.model import LM
 from langppl.lm.requests import DrawRequest, ScoreRequest, perform
 from langppl.lm.rules import StringRules
+from langppl.lm.trainable import TrainableLM
 
 __all__ = [
     "LM",
@@ -11,6 +12,7 @@ __all__ = [
     "Grammar",
     "ScoreRequest",
     "StringRules",
+    "TrainableLM",
     "json_schema",
     "lark",
     "log_matches",

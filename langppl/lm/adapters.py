@@ -6,6 +6,7 @@ Switching sets the LoRA layers' own flags. peft's calls for it take fifty times 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -123,6 +124,19 @@ def state(model: Any, name: str) -> dict[str, torch.Tensor]:
         (k if k.startswith(_PREFIX) else _PREFIX + k): v.detach().cpu().contiguous()
         for k, v in found.items()
     }
+
+
+def digest(model: Any, name: str) -> bytes:
+    """Tells an adapter as it is from any other: every number counts, and every layer's scale."""
+    found = hashlib.blake2b(digest_size=16)
+    # Asked for with every batch of scores; peft's own list of an adapter's weights takes longer.
+    for key, tensor in model.named_parameters():
+        if f".{name}." in key and ".lora_" in key:
+            found.update(key.replace(f".{name}.", ".").encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    scales = [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]
+    found.update(repr(scales).encode())
+    return found.digest()
 
 
 def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:

@@ -7,7 +7,6 @@ an adapter's included, as it is at the moment of asking. The least recently used
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -117,9 +116,4 @@ def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:
     numbers = torch.stack([w.reshape(-1)[w.numel() // 2].float() for w in weights]).cpu()
     if adapter is None:
         return (hash(places), numbers.numpy().tobytes())
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(adapters.state(lm.model, adapter).items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    scale = lm.model.peft_config[adapter]
-    return (hash(places), numbers.numpy().tobytes(), digest.digest(), scale.lora_alpha, scale.r)
+    return (hash(places), numbers.numpy().tobytes(), adapters.digest(lm.model, adapter))

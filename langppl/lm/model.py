@@ -18,6 +18,7 @@ from langppl.lm.packed import Packing, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.tally import Tally
+from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
 from langppl.lm.weights import resolve
 
@@ -128,6 +129,7 @@ class LM:
         self._rules: dict[StringRules, BoundRules] = {}
         self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
+        self._trainables: dict[str, TrainableLM] = {}
         self.packs: Packing | None = probe(self)
         self.tally = Tally()  # the probe's own tokens are nobody's
 
@@ -342,6 +344,43 @@ class LM:
         finally:
             adapters.activate(self.model, before)
             self._active = before
+
+    def trainable(
+        self,
+        name: str,
+        *,
+        rank: int | None = None,
+        alpha: int | None = None,
+        seed: int | None = None,
+    ) -> TrainableLM:
+        """A view of this LM with an adapter of its own, which `langppl.em` fits.
+
+        It may stand in a model's `LMString` or `LMChoice`. Asked for again, it is the same view,
+        with what it has learned.
+
+        Args:
+            name: of letters, digits, "_" and "-".
+            rank: of the LoRA adapter; 16 if None.
+            alpha: LoRA's scale; the rank if None.
+            seed: of the adapter's first weights; 0 if None.
+
+        Raises:
+            ValueError: for a name that cannot be one, or if there is a view of that name and it was
+                made with another rank, scale or seed.
+
+        Example:
+            >>> from langppl.testing import tiny_lm
+            >>> lm = tiny_lm()
+            >>> classifier = lm.trainable("classifier", rank=4)
+            >>> lm.trainable("classifier") is classifier
+            True
+        """
+        return get_trainable(self._trainables, self, name, rank, alpha, seed)
+
+    @property
+    def trainables(self) -> tuple[TrainableLM, ...]:
+        """The trainable views of this LM, in the order they were made."""
+        return tuple(self._trainables.values())
 
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""

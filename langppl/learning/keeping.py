@@ -1,0 +1,163 @@
+"""Rounds that survive being killed: the folder that `em` goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from langppl.guides import GFlowNetGuide, Guide, History, checkpoints
+from langppl.learning.maximiser import Maximiser
+from langppl.learning.settings import Settings
+from langppl.lm import LM
+
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Keeper:
+    """Writes rounds, and reads the last one.
+
+    A round is written as a whole (`langppl.guides.checkpoints`); within it, a GFlowNet guide's
+    training has a folder of its own. All random numbers depend on the seed and the round alone.
+
+    Args:
+        folder: where, None for nowhere.
+        maximiser: whose weights are kept.
+        guide: kept too if it is a `GFlowNetGuide`.
+        lms: the LMs that the model stands on.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        maximiser: Maximiser,
+        guide: Guide | None,
+        lms: Sequence[LM],
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.maximiser = maximiser
+        self.guide = guide if isinstance(guide, GFlowNetGuide) else None
+        self.guide_name = None if guide is None else guide.name
+        self.lms = lms
+
+    def of_guide(self, number: int) -> Path | None:
+        """Where the guide's training of a round is written."""
+        return None if self.folder is None else self.folder / f"guide-{number}"
+
+    def described(
+        self, settings: Settings, seed: int, options: Mapping[str, Any] | None, rows: Sequence[Any]
+    ) -> dict[str, Any]:
+        """All that two runs must have in common for one to go on with the other."""
+        plain = [[str(a) for a in row if isinstance(a, str | int | float)] for row in rows]
+        shown = {k: v for k, v in (options or {}).items() if k != "validation"}
+        content = {
+            **dataclasses.asdict(settings),
+            "seed": seed,
+            "guide": self.guide_name,
+            "fit": repr(sorted(shown.items())),
+            "base": [lm.weights_fingerprint for lm in self.lms],
+            "data": hashlib.sha256(repr(plain).encode()).hexdigest()[:16],
+            "tensors": {n: list(p.shape) for n, p in self.maximiser.named.items()},
+        }
+        found: dict[str, Any] = json.loads(json.dumps(content))
+        return found
+
+    def write(self, done: int, history: History, described: Mapping[str, Any]) -> None:
+        """Writes the state after so many rounds.
+
+        Raises:
+            OSError: if the folder cannot be written to.
+        """
+        if self.folder is None:
+            return
+        self._forget_scores()
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in self.maximiser.named.items():
+            tensors[f"weight {name}"] = p.detach()
+            for key, value in self.maximiser.optimiser.state.get(p, {}).items():
+                tensors[f"{key} {name}"] = value
+        record: dict[str, Any] = {
+            "settings": described,
+            "history": dict(history),
+            "steps": self.maximiser.done,
+        }
+        guide = self.guide
+        if guide is not None:
+            tensors.update({f"guide {n}": p.detach() for n, p in _adapter_of(guide).items()})
+            tensors.update({f"heads {n}": t for n, t in guide.heads.state_dict().items()})
+            record["guide"] = {
+                "heads": guide.heads.specification,
+                "history": dict(guide.history),
+                "learned": sorted(guide.learned),
+            }
+        checkpoints.write(self.folder, done, record, tensors)
+        for other in self.folder.glob("guide-*"):
+            shutil.rmtree(other, ignore_errors=True)
+
+    def resume(self, described: Mapping[str, Any]) -> History:
+        """Reads the newest checkpoint, if there is one; returns the history so far.
+
+        Raises:
+            ValueError: if it is of another run, or damaged.
+        """
+        if self.folder is None:
+            return History()
+        found = checkpoints.read(self.folder)
+        self._forget_scores()
+        if found is None:
+            return History()
+        _, record, tensors = found
+        known = record["settings"]
+        other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of a run with other {', '.join(other)}; give "
+                "the same arguments to go on with it, or another folder"
+            )
+        optimiser = self.maximiser.optimiser
+        with torch.no_grad():
+            for name, p in self.maximiser.named.items():
+                p.copy_(tensors[f"weight {name}"])
+                kept = {k: tensors[f"{k} {name}"] for k in _OF_ADAM if f"{k} {name}" in tensors}
+                optimiser.state.pop(p, None)
+                if kept:
+                    optimiser.state[p] = {
+                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
+                    }
+        self.maximiser.done = record["steps"]
+        if self.guide is not None:
+            self._restore_guide(self.guide, record["guide"], tensors)
+        return History(record["history"])
+
+    def _restore_guide(
+        self, guide: GFlowNetGuide, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, count in record["heads"].items():
+            guide.heads.ensure(name, count)
+        guide.heads.load_state_dict(
+            {n.removeprefix("heads "): t for n, t in tensors.items() if n.startswith("heads ")}
+        )
+        guide.heads.to(guide.lm.device)
+        with torch.no_grad():
+            for name, p in _adapter_of(guide).items():
+                p.copy_(tensors[f"guide {name}"])
+        guide.history = History(record["history"])
+        guide.learned = set(record["learned"])
+
+    def _forget_scores(self) -> None:
+        # A resumed run remembers no scores, and a batch's others move a score's last bits.
+        for lm in self.lms:
+            lm.memo.clear()
+
+
+def _adapter_of(guide: GFlowNetGuide) -> dict[str, torch.nn.Parameter]:
+    mark = f".{guide.adapter}."
+    named = guide.lm.model.named_parameters()
+    return {n.replace(mark, "."): p for n, p in named if mark in n}
