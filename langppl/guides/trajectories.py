@@ -426,8 +426,12 @@ def actions_of(
                 assert request is not None  # the policy drew it under the same rules
                 at[k, n] = len(known)
                 known.append((found[n][0], request))
-    with torch.no_grad():
-        priors = score_with_gradients([r for _, r in known], with_states=True)
+    priors: dict[int, PathLogProbs] = {}
+    for adapter in {r.adapter for _, r in known}:  # a view's strings have a prior of their own
+        own_prior = [i for i, (_, r) in enumerate(known) if r.adapter == adapter]
+        with torch.no_grad():
+            scored = score_with_gradients([known[i][1] for i in own_prior], with_states=True)
+        priors.update(zip(own_prior, scored, strict=True))
     divergences: list[torch.Tensor] = [torch.empty(0)] * len(known)
     # Strings of one temperature at a time, whatever sites they are of.
     for temperature in {r.temperature for _, r in known}:

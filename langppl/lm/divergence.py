@@ -48,9 +48,8 @@ def step_divergences(
         endings = [step.end_ids, *step.groups.values()]
         several = [ids.to(own.device) for ids in endings if len(ids) > 1]
         legal = step.legal_on(own.device)
-        for first in range(0, len(members), most):
-            part = members[first : first + most]
-            at = torch.tensor(part, device=own.device)
+        for start in range(0, len(members), most):
+            part = members[start : start + most]
 
             def passed(
                 q: Tensor, p: Tensor, legal: Tensor = legal, several: list[Tensor] = several
