@@ -32,7 +32,7 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.placeholders import Placeholder, marker, sites_in
-from langppl.program.statements import Known, Memo, Model, _Boxed
+from langppl.program.statements import Known, Memo, Model, _Boxed, hashable
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
@@ -41,6 +41,7 @@ _VALUES = (
 )  # fmt: skip
 _MOST_VALUES = 48
 _DRAWS = 8
+_MOST_DRAWN = 2 * _DRAWS
 
 
 @dataclass
@@ -334,7 +335,10 @@ class _Search:
         return lambda name, fn, _: draw_prior(fn, (self.seed, "structure", k, name))
 
     def _alternatives(self, site: Site, runs: Sequence[Execution]) -> list[Any]:
-        drawn = [r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites]
+        met = (r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites)
+        # Every experiment is a run that the later ones could repeat; a loop has many of them.
+        different = {hashable(v.value if isinstance(v, _Boxed) else v): v for v in met}
+        drawn = list(different.values())[:_MOST_DRAWN]
         if isinstance(site.fn, Known):
             return drawn
         if not site.is_string:
