@@ -80,19 +80,18 @@ def train(
     guide: lp.GFlowNetGuide, program: lp.Program, steps: int, batch: int, **options: Any
 ) -> None:
     """SubTB by default: every prefix of digits is itself a string with a reward."""
-    guide.fit(
-        program,
-        steps=steps,
-        batch=batch,
-        learning_rate=1e-3,
-        betas=(0.8, 0.95),
-        schedule=lp.RewardSchedule(start=1.0),
-        tempered_share=0.25,
-        sampling_temperature=(1.0, 2.0),
-        replay_share=0.125,
-        replay_distance=0.0,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": 1e-3,
+        "betas": (0.8, 0.95),
+        "schedule": lp.RewardSchedule(start=1.0),
+        "tempered_share": 0.25,
+        "sampling_temperature": (1.0, 2.0),
+        "replay_share": 0.125,
+        "replay_distance": 0.0,
+    }
+    guide.fit(program, **{**settings, **options})
 
 
 def main() -> None:

@@ -126,6 +126,23 @@ def row(way: str, of_seeds: Sequence[dict[str, Any]]) -> dict[str, str]:
     return shown
 
 
+def samples(runs: dict[str, dict[str, Any]]) -> str:
+    """Some draws of each way, right and wrong ones, as they are."""
+    lines = []
+    for way, of_seeds in runs.items():
+        found = next(iter(of_seeds.values()))
+        lines.append(f"- {way}")
+        for n in OPERANDS:
+            question, texts = next(iter(found[f"{n} drawn"].items()))
+            answer = str(sums.calculate(f"{question}="))
+            shown = [
+                f"`{t.partition(':')[2]}`" + ("" if sums.answer_of(t) == answer else " (wrong)")
+                for t in dict.fromkeys(texts)
+            ]
+            lines.append(f"  - `{question}` = {answer}: {', '.join(shown[:3])}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs what is not yet known, and writes the table after each."""
     options = parser(__doc__, "arithmetic")
@@ -156,7 +173,8 @@ def main() -> None:
                 task = task or Task(lp.LM(args.model, device=args.device), args)
                 found = kept.put(name, task.run(way, seed))
             runs.setdefault(way, {})[str(seed)] = found
-            write(args, [row(w, list(r.values())) for w, r in runs.items()], runs)
+            table = [row(w, list(r.values())) for w, r in runs.items()]
+            write(args, table, runs, samples(runs))
 
 
 if __name__ == "__main__":

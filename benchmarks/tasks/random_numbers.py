@@ -59,6 +59,15 @@ def run(lm: lp.LM, way: str, seed: int, args: argparse.Namespace) -> dict[str, A
     return {**measure(guide, program, args.draws, seed), "seconds": seconds}
 
 
+def samples(runs: dict[str, dict[str, Any]]) -> str:
+    """Some draws of each way, as they are."""
+    lines = []
+    for way, of_seeds in runs.items():
+        drawn = next(iter(of_seeds.values()))["draws"]
+        lines.append(f"- {way}: {' '.join(f'`{d!r}`' for d in drawn[:20])}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs what is not yet known, and writes the table."""
     options = parser(__doc__, "random_numbers")
@@ -93,7 +102,7 @@ def main() -> None:
                 "s": f"{np.mean([r['seconds'] for r in of_seeds.values()]):.0f}",
             }
         )
-    write(args, rows, runs)
+    write(args, rows, runs, samples(runs))
 
 
 if __name__ == "__main__":
