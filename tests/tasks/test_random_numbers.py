@@ -38,8 +38,10 @@ def test_a_guide_comes_nearer_to_the_target() -> None:
     np.testing.assert_allclose(before.probabilities, plain.probabilities, rtol=1e-4)
     numbers.train(guide, program, 40, 32, learning_rate=1e-2, progress=False)
     after = numbers.exact(guide, program)
-    assert after.valid > before.valid
-    assert after.kl_from_target < before.kl_from_target
+    # Of a random LM's lines a quarter are integers, most of one digit: 40 steps spread these over
+    # the target before they make more of them, so the figure is KL(uniform ‖ all), in nats.
+    assert after.kl < before.kl
+    assert after.kl_from_target < before.kl_from_target - 1.0
 
 
 def test_exact_figures() -> None:

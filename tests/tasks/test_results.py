@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ TASKS = Path(__file__).parents[2] / "benchmarks" / "tasks"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lm = tiny_lm("0123456789+-=:;\n RThaebdefgilmnorstuwy,", window=512)
+    lm = tiny_lm(f"{string.ascii_letters}{string.digits} ,:;+-=\n", window=512)
     folder = tmp_path_factory.mktemp("lm")
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
@@ -70,7 +71,7 @@ def test_arithmetic_runs(tiny: Path, tmp_path: Path) -> None:
     shown = benchmark(
         "arithmetic",
         *f"--data {tmp_path} --model {tiny} --out {tmp_path} {sizes}".split(),
-        *"--ways few-shot supervised gflownet".split(),
+        *["--ways", "few-shot", "supervised", "gflownet"],
     )
     found = json.loads((tmp_path / "arithmetic.json").read_text())
     assert list(found["runs"]) == ["few-shot", "supervised", "gflownet"]
