@@ -182,8 +182,10 @@ def refine(
         "steps": steps,
         "observations": 4,
         "batch": 8,
-        "learning_rate": 1e-3,
-        "betas": (0.8, 0.95),
+        # At 1e-3 with a short memory the first steps undo what was imitated.
+        "learning_rate": 1.5e-4,
+        "betas": (0.9, 0.99),
+        "warmup": 10,
         "schedule": lp.RewardSchedule(start=1.0),
         "tempered_share": 0.25,
         "sampling_temperature": (1.0, 1.5),
