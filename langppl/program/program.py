@@ -53,6 +53,8 @@ class Program:
             observation in the place of one that was an argument, it stands here too.
     """
 
+    model: Model
+
     def __init__(
         self, model: Model, args: Sequence[Any], seed: int = 0, like: Program | None = None
     ) -> None:
