@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,7 +23,8 @@ class Tempered(dist.Distribution):
     Args:
         base: an `LMString` or an `LMChoice`.
         temperature: T, above 0; above 1 an `LMString` needs `max_tokens`, or the sum over all
-            strings need not be finite.
+            strings need not be finite. At `math.inf` all strings that the rules allow count
+            alike: a uniform distribution, over token sequences.
 
     Raises:
         ValueError: for a temperature that is not above 0, or above 1 without `max_tokens`.
@@ -34,8 +34,8 @@ class Tempered(dist.Distribution):
     def __init__(self, base: StringDistribution, temperature: float) -> None:
         if not isinstance(base, StringDistribution):
             raise TypeError(f"Tempered takes an LMString or an LMChoice, got {base!r}")
-        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+        if not (isinstance(temperature, int | float) and temperature > 0):
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
         if isinstance(base, LMString):
             if base.is_open:
                 raise ValueError("an open string cannot be tempered: it has no whole")
@@ -59,7 +59,8 @@ class Tempered(dist.Distribution):
         self, value: str, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Unnormalised log-density log p(value)/T, scalar, float64, nats."""
-        return self.base.log_prob(value) / self.temperature
+        log_prob = self.base.log_prob(value)
+        return log_prob if torch.isneginf(log_prob) else log_prob / self.temperature
 
 
 class TemperedFactor(dist.Distribution):

@@ -15,7 +15,7 @@ general list.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.placeholders import Placeholder, marker, sites_in
-from langppl.program.statements import Known, Memo, Model, _Boxed
+from langppl.program.statements import Known, Memo, Model, _Boxed, hashable
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
@@ -41,6 +41,7 @@ _VALUES = (
 )  # fmt: skip
 _MOST_VALUES = 48
 _DRAWS = 8
+_MOST_DRAWN = 2 * _DRAWS
 
 
 @dataclass
@@ -103,6 +104,45 @@ def retrace(
     """A program's templates under other observations; None if it does not go through."""
     traced = _Search(model, args, memo, seed, observe).trace()
     return None if traced is None else tuple(traced.sites.values())
+
+
+def take_over(
+    model: Model,
+    args: Sequence[Any],
+    memo: Memo,
+    seed: int,
+    graph: ProgramGraph,
+    sites: Mapping[str, Site],
+) -> Structure | None:
+    """The structure of a program that was found by experiment, for other arguments of the model.
+
+    One run with the values that are known shows the sites as they are under these arguments; the
+    LM is asked nothing and no tool is called.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        memo: results of tool calls.
+        seed: of the numeric latents' values.
+        graph: the other program's.
+        sites: the other program's.
+
+    Returns:
+        None if that run does not go through, meets a site that is not in the graph, or misses one
+        that is observed: then the structure must be searched for.
+    """
+    search = _Search(model, args, memo, seed)
+    traced = search.trace()
+    held = {n: s.value for n, s in sites.items() if s.kind in ("latent", "deterministic")}
+    try:
+        run = search._run(given(held), lambda name, fn: held[name])
+    except Exception:
+        return None
+    observed = {n for n, s in sites.items() if s.kind == "observed"}
+    if not observed <= run.sites.keys() <= sites.keys():
+        return None
+    templates = None if traced is None else tuple(traced.sites.values())
+    return Structure(graph, {**sites, **run.sites}, templates, False)
 
 
 def _check_has_sites(execution: Execution) -> None:
@@ -211,6 +251,14 @@ class _Search:
 
     def experiment(self) -> ProgramGraph:
         """The graph from changing one site's value at a time."""
+        self.drawn = False
+        try:
+            return self._explore()
+        except _ToolNeeded:  # made-up values led past a tool until one of them was changed
+            self.drawn = True
+            return self._explore()
+
+    def _explore(self) -> ProgramGraph:
         runs = self._base_runs()
         base = runs[0]
         _check_has_sites(base)
@@ -230,8 +278,7 @@ class _Search:
                 start = next(r for r in [*runs, *self._seen] if name in r.sites)
                 changes[name] = self._alternatives(nodes[name], runs)
                 before = signatures(start)
-                for value in changes[name]:
-                    after = self._changed(start, name, value)
+                for after in self._changed(start, name, changes[name]):
                     if after is None:
                         continue
                     self._seen.append(after)
@@ -254,12 +301,11 @@ class _Search:
 
     def _base_runs(self) -> list[Execution]:
         self._seen: list[Execution] = []
-        self.drawn = False
 
         def no_tools(name: str, fn: Known) -> Any:
             raise _ToolNeeded
 
-        for value in self._pool():
+        for value in () if self.drawn else self._pool():
             try:
                 return [self._run(self._made_up(value), no_tools)]
             except _ToolNeeded:
@@ -289,7 +335,10 @@ class _Search:
         return lambda name, fn, _: draw_prior(fn, (self.seed, "structure", k, name))
 
     def _alternatives(self, site: Site, runs: Sequence[Execution]) -> list[Any]:
-        drawn = [r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites]
+        met = (r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites)
+        # Every experiment is a run that the later ones could repeat; a loop has many of them.
+        different = {hashable(v.value if isinstance(v, _Boxed) else v): v for v in met}
+        drawn = list(different.values())[:_MOST_DRAWN]
         if isinstance(site.fn, Known):
             return drawn
         if not site.is_string:
@@ -307,23 +356,34 @@ class _Search:
             return [*drawn, *(choice.value for choice in more)]
         return [Text(v) for v in self._pool()]
 
-    def _changed(self, start: Execution, name: str, value: Any) -> Execution | None:
-        """A run with one site changed and the others held; None if it does not go through."""
-        held = {n: s.value for n, s in start.sites.items() if s.kind in ("latent", "deterministic")}
-        held[name] = value
-
-        def know(site: str, fn: Known) -> Any:
-            if site in held:
-                return held[site]
-            if not self.drawn:
-                raise _ToolNeeded
-            return fn()
-
+    def _changed(
+        self, start: Execution, name: str, values: Sequence[Any]
+    ) -> list[Execution | None]:
+        """Runs with one site changed and the others held; None for one that does not go through."""
         default = self._made_up(_VALUES[0]) if not self.drawn else self._drawn(0)
-        try:
-            return self._run(given(held, default), know)
-        except Exception:
-            return None
+        kinds = ("latent", "deterministic")
+        before = {n: s.value for n, s in start.sites.items() if s.kind in kinds}
+
+        def task(value: Any) -> Execution | None:
+            held = {**before, name: value}
+
+            def know(site: str, fn: Known) -> Any:
+                if site in held:
+                    return held[site]
+                if not self.drawn:
+                    raise _ToolNeeded
+                return fn()
+
+            choose = given(held, default)
+            try:
+                return run_once(self.model, self.args, choose, know=know, observe=self.observe)
+            except _ToolNeeded:
+                raise
+            except Exception:
+                return None
+
+        # At once, as what comes after a changed value may have to be drawn from the LM.
+        return run_many([partial(task, value) for value in values], self.memo)
 
     def _check_repeats(self, base: Execution) -> None:
         values = {

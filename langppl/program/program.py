@@ -13,7 +13,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
-from langppl.program.discovery import discover, retrace
+from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
     Execution,
@@ -53,13 +53,26 @@ class Program:
             observation in the place of one that was an argument, it stands here too.
     """
 
-    def __init__(self, model: Model, args: Sequence[Any], seed: int = 0) -> None:
+    model: Model
+
+    def __init__(
+        self, model: Model, args: Sequence[Any], seed: int = 0, like: Program | None = None
+    ) -> None:
         if not callable(model):
             raise TypeError(f"a model is a function, got {model!r}")
+        if like is not None and like.model is not model:
+            raise ValueError(
+                f"like must be a program of the same model, got {like!r}; compile it without like"
+            )
         self.model = model
         self.args = tuple(args)
         self.memo: Memo = {}
-        structure = discover(model, self.args, self.memo, seed)
+        structure = None
+        # A program of templates is compiled without the LM, so there is nothing to save.
+        if like is not None and not like.is_static:
+            structure = take_over(model, self.args, self.memo, seed, like.graph, like.sites)
+        if structure is None:
+            structure = discover(model, self.args, self.memo, seed)
         self.graph: ProgramGraph = structure.graph
         self.sites: dict[str, Site] = structure.sites
         self.templates: tuple[Site, ...] | None = structure.templates
@@ -388,18 +401,29 @@ def run_together(
     )
 
 
-def compile(model: Model, *args: Any, seed: int = 0) -> Program:
+def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None) -> Program:
     """Finds a model's sites and dependencies.
 
     Args:
         model: a function that calls `langppl.sample`.
         *args: its arguments.
         seed: of the values with which the structure is found, where made-up ones will not do.
+        like: a program of the same model with other arguments. If it had to be found by
+            experiment (it looks inside a latent, or calls tools, so the LM was asked), its
+            dependences are taken over. They are right where the arguments change what the sites
+            say and not which sites there are; where a run shows otherwise, they are searched for
+            anew. What a missed dependence costs is context for a guide, never a weight.
 
     Returns:
         The program.
 
     Raises:
-        ValueError: if the model meets no site, or its sites change between equal runs.
+        ValueError: if the model meets no site, its sites change between equal runs, or `like` is a
+            program of another model.
+
+    Example:
+        >>> first, *others = problems  # doctest: +SKIP
+        >>> program = compile(solve, *first)  # doctest: +SKIP
+        >>> rest = [compile(solve, *o, like=program) for o in others]  # doctest: +SKIP
     """
-    return Program(model, args, seed)
+    return Program(model, args, seed, like)

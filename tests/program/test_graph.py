@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import langppl as lp
-from langppl.program import StaticMismatchWarning
+from langppl.program import StaticMismatchWarning, scheduler
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab. 1", seed=1)
@@ -538,6 +538,59 @@ def test_a_rare_value_that_the_model_mentions_is_found_by_compile() -> None:
 
     assert not program.is_static
     assert set(program.graph.edges) == {("z", "seen")}
+
+
+# -- tools and other arguments -------------------------------------------------------------------
+
+
+def turns(beginning: str, ending: str | None = None) -> str:
+    text = beginning
+    for turn in range(3):
+        z = lp.sample(f"z{turn}", short(text, 2, stop=".", truncate="keep"))
+        if z.endswith("."):
+            break
+        text += lp.call(f"tool{turn}", len, z) * "a"
+    if ending is not None:
+        lp.sample("ending", goes_on(text), obs=ending)
+    return text
+
+
+def test_a_made_up_value_that_leads_past_the_tools_does_not_hide_them() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a", 2))
+        if z != "b":
+            y = lp.sample("y", short(f"a{lp.call('tool', len, z)}"))
+            lp.factor("end", -float(len(y)))
+
+    program = lp.compile(model)
+    assert program.latents == ("z", "y")
+    assert {("z", "tool"), ("tool", "y"), ("y", "end")} <= set(program.graph.edges)
+
+
+def test_structure_is_taken_over_for_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lp.compile(turns, "a", "b")
+    fresh = lp.compile(turns, "ab", " b")
+    asked = []
+    monkeypatch.setattr(scheduler, "serve", lambda requests: asked.extend(requests) or [])
+    other = lp.compile(turns, "ab", " b", like=first)
+    monkeypatch.undo()
+    assert not asked
+    assert set(other.graph.edges) == set(first.graph.edges) == set(fresh.graph.edges)
+    assert other.args == ("ab", " b") and other.sites["ending"].value == " b"
+    assert other.sites["z0"].fn.prompt == "ab"
+    rows = [{"z0": "b."}, {"z0": "a", "z1": "b."}]
+    torch.testing.assert_close(other.log_joint(rows), fresh.log_joint(rows))
+
+
+def test_structure_is_searched_for_where_it_is_another() -> None:
+    first = lp.compile(turns, "a")
+    other = lp.compile(turns, "a", "b", like=first)
+    assert other.observed == ("ending",)
+
+
+def test_like_is_of_the_same_model() -> None:
+    with pytest.raises(ValueError, match="a program of the same model"):
+        lp.compile(story, "a", " b", like=lp.compile(turns, "a"))
 
 
 # -- what depends on what ------------------------------------------------------------------------
