@@ -43,11 +43,15 @@ WAYS: dict[str, list[tuple[str, float]]] = {
     "forward_kl, vargrad": [("forward_kl", 0.3), ("vargrad", 0.7)],
     "reverse_kl": [("reverse_kl", 1.0)],
     "rao_blackwell": [("rao_blackwell", 1.0)],
+    "rao_blackwell and pairs": [("rao_blackwell", 1.0)],
     "reward": [("reward", 1.0)],
     "rws": [("rws", 1.0)],
     "mle": [("mle", 1.0)],
 }
 """Objectives one after the other, each with its share of the time."""
+
+SIMULATED = {"rao_blackwell and pairs": 0.25}
+"""Share of each batch that is simulated from the model, latents and data."""
 
 CHUNK = 128
 """Draws at once."""
@@ -177,6 +181,7 @@ def train(
             "learning_rate": args.learning_rate,
             "betas": (0.9, 0.99),
             "schedule": lp.RewardSchedule(start=1.0),
+            "simulated_share": SIMULATED.get(way, 0.0),
         }
         if objective in BALANCE:
             options.update(sampling_temperature=(1.0, 1.3), every=args.every)
