@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from notes import note
 from results import Runs, example, parser, write
 
 import langppl as lp
@@ -378,16 +379,6 @@ def show(
         table.append(row)
     of_curves = {w: np.stack([f["log p"], f["distance"]], axis=1) for w, f in figures.items()}
     compared = gaps(of_curves, times, len(prompts))
-    samples = [
-        {
-            "prompt": p,
-            "draws": {
-                way: list(zip(rows[k]["texts"][:4], rows[k]["logs"][:4], strict=True))
-                for way, (_, rows) in first.items()
-            },
-        }
-        for k, p in enumerate(prompts[: args.shown])
-    ]
     means = {
         w: {f: float(known_means(v[:, None])[0]) for f, v in own.items()}
         for w, own in figures.items()
@@ -397,14 +388,27 @@ def show(
         for seed, of in found.items()
     }
     runs = {"figures": means, "tokens read": tokens, "gaps": compared}
-    write(args, table, runs, samples)
-    lines = [f"| {' | '.join(compared[0])} |", "|" + "---|" * len(compared[0])]
-    lines += [f"| {' | '.join(row.values())} |" for row in compared]
-    text = "\nLog p above each family's at equal diversity, nats:\n\n" + "\n".join(lines) + "\n"
-    with (args.out / "continuation.md").open("a", encoding="utf-8") as file:
-        file.write(text)
-    print(text)
+    write(args, table, runs, samples(prompts[: args.shown], first))
+    note(args, "gaps", "Log p above each family's at equal diversity, nats:", compared)
     picture(of_curves, times, args.out / "continuation.png")
+
+
+def samples(
+    prompts: Sequence[str], drawn: Mapping[str, tuple[int, list[Answers]]], each: int = 3
+) -> str:
+    """The first sentences of every way for some prompts, as Markdown."""
+    lines = []
+    for k, prompt in enumerate(prompts):
+        lines += [f"**{prompt}** […]", ""]
+        for way, (_, rows) in drawn.items():
+            pairs = list(zip(rows[k]["texts"], rows[k]["logs"], strict=True))[:each]
+            shown = "; ".join(
+                f"“{' '.join(t.split())}”" + (" (unfinished)" if w is None else f" ({w:.1f})")
+                for t, w in pairs
+            )
+            lines.append(f"- *{way}*: {shown}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from notes import note
 from results import Runs, parser, write
 
 import langppl as lp
@@ -47,6 +48,7 @@ COLUMNS = {
     "similarity": "{:.3f}",
     "BLEU-4": "{:.4f}",
     "GLEU-4": "{:.4f}",
+    "GLEU to s5": "{:.3f}",
     "distinct": "{:.2f}",
     "distance": "{:.3f}",
     "impossible": "{:.3f}",
@@ -222,7 +224,7 @@ def answer(
 # -- what is shown ----------------------------------------------------------------------------
 
 
-def of_story(draws: Found, truth: str, embed: Embedder) -> dict[str, float]:
+def of_story(draws: Found, truth: str, ending: str, embed: Embedder) -> dict[str, float]:
     """The figures of one story; those of texts are of its possible draws."""
     possible = [d for d in draws if d["weight"] is not None]
     found = {"impossible": 1.0 - len(possible) / len(draws)}
@@ -237,6 +239,8 @@ def of_story(draws: Found, truth: str, embed: Embedder) -> dict[str, float]:
         "similarity": float(np.mean(vectors @ embed([truth])[0])),
         "BLEU-4": float(np.mean([measures.bleu(t, truth) for t in texts])),
         "GLEU-4": float(np.mean([measures.gleu(t, truth) for t in texts])),
+        # A sentence that says the ending before it makes it likely and is no story.
+        "GLEU to s5": float(np.mean([measures.gleu(t, ending) for t in texts])),
         "distinct": measures.distinct_share(texts),
         "distance": measures.mean_distance(vectors),
         **found,
@@ -341,7 +345,10 @@ def show(
     runs: dict[str, Any] = {}
     for way in dict.fromkeys(w for w, _ in drawn):
         by_seed = {
-            seed: [of_story(d, truth, embed) for d, (_, truth, _) in zip(found, rows, strict=True)]
+            seed: [
+                of_story(d, truth, end, embed)
+                for d, (_, truth, end) in zip(found, rows, strict=True)
+            ]
             for (w, seed), found in drawn.items()
             if w == way
         }
@@ -359,26 +366,28 @@ def show(
     ]
     names = ("ELBO", "log p(s5)", "similarity", "BLEU-4", "GLEU-4")
     gaps = differences(figures, names)
-    seed = args.seeds[0]
-    samples = [
-        {
-            "beginning": b,
-            "s4": truth,
-            "s5": e,
-            "draws": {
-                w: [d["text"] for d in found[k][:4]] for (w, s), found in drawn.items() if s == seed
-            },
-        }
-        for k, (b, truth, e) in enumerate(rows[: args.shown])
-    ]
-    write(args, table, {"figures": runs, "differences": gaps}, samples)
+    first = {w: found for (w, s), found in drawn.items() if s == args.seeds[0]}
+    write(args, table, {"figures": runs, "differences": gaps}, samples(rows[: args.shown], first))
     if gaps:
-        lines = [f"| {' | '.join(gaps[0])} |", "|" + "---|" * len(gaps[0])]
-        lines += [f"| {' | '.join(row.values())} |" for row in gaps]
-        text = "\nDifferences, paired by story:\n\n" + "\n".join(lines) + "\n"
-        with (args.out / "infilling.md").open("a", encoding="utf-8") as file:
-            file.write(text)
-        print(text)
+        note(args, "differences", "Differences, paired by story:", gaps)
+
+
+def samples(
+    rows: Sequence[tuple[str, str, str]], drawn: dict[str, list[Found]], each: int = 3
+) -> str:
+    """The first draws of every way for some stories, as Markdown."""
+    lines = []
+    for k, (beginning, truth, ending) in enumerate(rows):
+        lines += [f"**{beginning} […]{ending}** (true:{truth})", ""]
+        for way, found in drawn.items():
+            shown = "; ".join(
+                f"“{' '.join(d['text'].split())}”"
+                + (" (unfinished)" if d["weight"] is None else "")
+                for d in found[k][:each]
+            )
+            lines.append(f"- *{way}*: {shown}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 
+PAGES = Path(__file__).parents[2] / "docs" / "tasks"
+
 
 def example(name: str) -> ModuleType:
     """The example of the same task, which has the model."""
@@ -83,21 +85,23 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
 
 
 def write(
-    args: argparse.Namespace, rows: Sequence[Mapping[str, str]], runs: Any, samples: Any = None
+    args: argparse.Namespace, rows: Sequence[Mapping[str, str]], runs: Any, samples: str
 ) -> None:
-    """Prints the table and writes it as Markdown, and all runs as JSON."""
+    """Prints the table, writes it with real samples as Markdown, and all runs as JSON.
+
+    With the usual folder for results, the page of the task takes the Markdown too.
+    """
     heads = list(rows[0])
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [f"| {' | '.join(str(row[h]) for h in heads)} |" for row in rows]
     table = "\n".join(lines)
-    command = shlex.join(
-        ["python", f"benchmarks/tasks/{Path(sys.argv[0]).name}", *map(str, sys.argv[1:])]
-    )
+    name = Path(sys.argv[0]).name
+    command = shlex.join(["python", f"benchmarks/tasks/{name}", *map(str, sys.argv[1:])])
     machine = common.machine()
     where = f"{machine['processor']}, {machine['threads']} threads, {machine['device']}"
     note = f"`{command}`\n\n{table}\n\n{args.model}, {where}, commit {machine['commit']}.\n"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.task}.md").write_text(note, encoding="utf-8")
+    (args.out / f"{args.task}.md").write_text(f"{note}\n{samples}\n", encoding="utf-8")
     content = {
         "task": args.task,
         "command": command,
@@ -107,8 +111,19 @@ def write(
         "machine": machine,
         "rows": list(rows),
         "runs": runs,
-        "samples": samples,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (args.out / f"{args.task}.json").write_text(text, encoding="utf-8")
+    if args.out == common.RESULTS:
+        page = PAGES / f"{args.task}.md"
+        filled = fill(fill(page.read_text(encoding="utf-8"), "table", note), "samples", samples)
+        page.write_text(filled, encoding="utf-8")
     print(note)
+
+
+def fill(page: str, part: str, text: str) -> str:
+    """A page with another text between the marks of a part."""
+    begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no {begin} … {end}")
+    return f"{page.split(begin)[0]}{begin}\n{text.strip()}\n{end}{page.split(end, 1)[1]}"

@@ -68,12 +68,13 @@ def test_the_figures_of_a_story(bench: ModuleType) -> None:
         {"text": "cut", "weight": None, "ending": None},
         {"text": "cut", "weight": None, "ending": None},
     ]
-    found = bench.of_story(draws, "The cat sat.", embed)
+    found = bench.of_story(draws, "The cat sat.", "The dog sat down.", embed)
     assert found["ELBO"] == pytest.approx(-5.0 + math.log(0.5))
     assert found["log p(s5)"] == -4.0 and found["impossible"] == 0.5
     assert found["similarity"] == 0.5 and found["distance"] == 1.0 and found["distinct"] == 1.0
     assert found["GLEU-4"] == (3 / 6 + 2 / 6) / 2  # 2 + 1 and 2 + 0 of 3 + 2 + 1
-    nothing = bench.of_story(draws[2:], "The cat sat.", embed)
+    assert found["GLEU to s5"] == (1 / 10 + 6 / 10) / 2
+    nothing = bench.of_story(draws[2:], "The cat sat.", "The dog sat down.", embed)
     assert nothing["impossible"] == 1.0 and math.isnan(nothing["ELBO"])
 
 
