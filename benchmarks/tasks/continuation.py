@@ -62,12 +62,17 @@ def _answers(pairs: Sequence[tuple[str, float]], tokens: int = 0) -> Answers:
     }
 
 
+def chain(temperatures: Sequence[float], at: int) -> str:
+    """A name for the guide of a temperature: what it learned before is a part of it."""
+    return "-".join(["guide", *(f"{t:g}" for t in temperatures[: at + 1])])
+
+
 def trained(
     lm: lp.LM, temperatures: Sequence[float], at: int, seed: int, args: argparse.Namespace
 ) -> lp.GFlowNetGuide:
     """The guide of a temperature, from its folder if it was trained before."""
     temperature = temperatures[at]
-    folder = args.work / f"guide-{temperature:g}-{seed}"
+    folder = args.work / f"{chain(temperatures, at)}-{seed}"
     if (folder / "guide" / GUIDE_FILE).is_file():
         return lp.GFlowNetGuide.load(folder / "guide", lm)
     if at:
@@ -337,6 +342,7 @@ def main() -> None:
     plain = continuation.make_continuation(lm, max_tokens=args.max_tokens)
     prompts = read_prompts(args.data, "test", args.unseen)
     programs = [lp.compile(plain, p) for p in prompts]
+    chains = {f"guide {t:g}": chain(args.temperatures, k) for k, t in enumerate(args.temperatures)}
     found: dict[int, dict[str, list[Answers]]] = {}
     for seed in args.seeds:
         found[seed] = {}
@@ -344,7 +350,7 @@ def main() -> None:
             own: list[Answers] = []
             for first in range(0, len(programs), PART):
                 part = programs[first : first + PART]
-                label = f"{name}-{seed}-{first}-{len(part)}"
+                label = f"{chains.get(name, name)}-{seed}-{first}-{len(part)}"
                 known = kept.get(label) or kept.put(label, answer(part, 1_000 * seed + first))
                 own += known
             found[seed][name] = own

@@ -11,13 +11,12 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import langppl as lp
 from langppl.distributions import LMString, Text
 from langppl.lm.rules import State, Step
 
@@ -53,24 +52,35 @@ Choose = Callable[[list[_Row], torch.Tensor, torch.Tensor, list[_Ended]], list[t
 """Rows, their actions' log-probabilities, their logits, and what has ended: rows and tokens."""
 
 
-def action_log_probs(logits: torch.Tensor, step: Step, lm: lp.LM, fn: LMString) -> torch.Tensor:
-    """Log-probabilities of the actions, shape [vocabulary], nats.
+def action_log_probs(logits: torch.Tensor, steps: Sequence[Step], fn: LMString) -> torch.Tensor:
+    """Log-probabilities of the actions, nats.
 
     An ending action's stands at the token that represents it, −inf at the others that make it.
+
+    Args:
+        logits: shape [rows, vocabulary].
+        steps: the legal actions of each row.
+        fn: the string's distribution.
+
+    Returns:
+        Shape [rows, vocabulary], float64.
     """
-    legal = step.legal_on(logits.device)
-    found = logits.double().masked_fill(~legal, -torch.inf).log_softmax(-1)
-    groups = [
-        (fn.bound.representative(kept, members.tolist()), members)
-        for kept, members in step.groups.items()
-    ]
-    if len(step.end_ids):
-        groups.append((int(step.end_ids[0]), step.end_ids))
-    for at, members in groups:
-        own = members.to(found.device)
-        whole = found[own].logsumexp(0)
-        found[own] = -torch.inf
-        found[at] = whole
+    found = logits.double()
+    for step in {id(s): s for s in steps}.values():  # most rows stand alike
+        rows = torch.tensor([k for k, s in enumerate(steps) if s is step], device=found.device)
+        own = found[rows].masked_fill(~step.legal_on(found.device), -torch.inf).log_softmax(-1)
+        groups = [
+            (fn.bound.representative(kept, members.tolist()), members)
+            for kept, members in step.groups.items()
+        ]
+        if len(step.end_ids):
+            groups.append((int(step.end_ids[0]), step.end_ids))
+        for at, members in groups:
+            members = members.to(found.device)
+            whole = own[:, members].logsumexp(-1)
+            own[:, members] = -torch.inf
+            own[:, at] = whole
+        found[rows] = own
     return found
 
 
@@ -103,9 +113,7 @@ def decode(fn: LMString, groups: int, choose: Choose) -> tuple[list[_Ended], int
         parents = [0] * groups
         while rows:
             steps = [rules.step(row.state) for row in rows]
-            actions = torch.stack(
-                [action_log_probs(line, s, lm, fn) for line, s in zip(logits, steps, strict=True)]
-            )
+            actions = action_log_probs(logits, steps, fn)
             going: list[tuple[int, int]] = []
             following: list[_Row] = []
             for k, token in choose(rows, actions, logits, ended):
@@ -174,12 +182,7 @@ def sample(
     ) -> list[tuple[int, int]]:
         if temperature != 1.0:
             steps = [fn.bound.step(row.state) for row in rows]
-            actions = torch.stack(
-                [
-                    action_log_probs(line / temperature, s, fn.lm, fn)
-                    for line, s in zip(logits, steps, strict=True)
-                ]
-            )
+            actions = action_log_probs(logits / temperature, steps, fn)
         probs = actions.exp().cpu()
         if top_p < 1.0:
             ranked, order = probs.sort(-1, descending=True)
