@@ -160,6 +160,16 @@ def _text(fn: LMString, ended: _Ended) -> Found:
     return Found(Text(text, ids, fn.lm.fingerprint), log_prob)
 
 
+def _likeliest(probs: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row, at least so many that they have a mass; and where they are."""
+    count = 256  # sorting a whole vocabulary would cost more than the LM
+    while True:
+        ranked, order = probs.topk(min(count, probs.shape[-1]))
+        if count >= probs.shape[-1] or float(ranked.sum(-1).min()) >= mass:
+            return ranked, order
+        count *= 8
+
+
 def sample(
     fn: LMString, n: int, key: tuple[int, ...], *, temperature: float = 1.0, top_p: float = 1.0
 ) -> tuple[list[Found], int]:
@@ -185,7 +195,7 @@ def sample(
             actions = action_log_probs(logits / temperature, steps, fn)
         probs = actions.exp().cpu()
         if top_p < 1.0:
-            ranked, order = probs.sort(-1, descending=True)
+            ranked, order = _likeliest(probs, top_p)
             before = ranked.cumsum(-1) - ranked
             probs = torch.zeros_like(probs).scatter(-1, order, ranked * (before < top_p))
         cdf = probs.cumsum(-1)
