@@ -269,10 +269,12 @@ def gaps(
 
 def picture(figures: Mapping[str, np.ndarray], times: Mapping[str, int], path: Path) -> None:
     """Log p against diversity, a line for each family."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     families: dict[str, list[tuple[float, float, str]]] = {}
     for way, rows in figures.items():
         y, x = known_means(rows)
