@@ -18,6 +18,7 @@ from langppl.program import Program, compile
 GUIDES = ("prior", "prompted", "gflownet")
 METHODS = ("importance", "smc", "mh", "exact")
 EXACT_LIMIT = 100_000
+CHAINS = 8
 
 
 def infer(
@@ -33,7 +34,7 @@ def infer(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
-    chains: int = 8,
+    chains: int = CHAINS,
     warmup: int | None = None,
     thin: int = 1,
     tail_share: float = 0.5,

@@ -25,7 +25,7 @@ from langppl.lm.requests import (
     Request,
     ScoreReply,
     ScoreRequest,
-    serve,
+    perform,
     watched_by,
 )
 from langppl.lm.rules import Path
@@ -257,7 +257,7 @@ class Crowd:
             )
             for i, _, g in growing
         ]
-        for (_, particle, g), reply in zip(growing, serve(requests), strict=True):
+        for (_, particle, g), reply in zip(growing, perform(requests), strict=True):
             assert isinstance(reply, DrawReply)
             particle.growing = replace(
                 g,
@@ -318,7 +318,7 @@ class Crowd:
                 own = g.fn.prompt_ids()
                 request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature)
                 wanted.append((particle, g, request))
-        replies = serve([r for _, _, r in wanted])
+        replies = perform([r for _, _, r in wanted])
         for (particle, g, _), reply in zip(wanted, replies, strict=True):
             assert isinstance(reply, ScoreReply)
             ending = 0.0 if g.is_ended else float(reply.canonical[-1])
@@ -336,7 +336,7 @@ class Crowd:
                     g.request.lm, g.request.prompt, path, temperature, g.request.adapter
                 )
                 wanted.append((particle, request))
-        replies = serve([r for _, r in wanted])
+        replies = perform([r for _, r in wanted])
         return {
             id(p): float(reply.canonical[-1])
             for (p, _), reply in zip(wanted, replies, strict=True)
