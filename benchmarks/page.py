@@ -87,7 +87,8 @@ Mean and standard deviation of estimated over exact evidence in tiny programs.""
 Ranks of simulated latents among posterior draws on a tiny LM, by `lp.calibrate`; p is the smallest
 over the summaries (lengths, log-probabilities, log p(observations | latents)) times their number,
 and 0.01 passes. KL: of the guide, KL(p‖q) in nats, exact, averaged over the observations by their
-evidence. Overconfident: the trained guide at half its temperature.""",
+evidence. Overconfident: the trained guide at half its temperature. Other work ran on the same core,
+so the seconds say little.""",
     "precision": """## bfloat16
 
 What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,
