@@ -43,7 +43,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	for name in prefix_rewards step decoding grammars limit growth precision page; do \
+	for name in prefix_rewards step decoding grammars limit growth precision \
+			calibration page; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 

@@ -83,6 +83,13 @@ latent tokens, one observed.""",
     "truth": """## Is SMC unbiased?
 
 Mean and standard deviation of estimated over exact evidence in tiny programs.""",
+    "calibration": """## Calibration
+
+Ranks of simulated latents among posterior draws on a tiny LM, by `lp.calibrate`; p is the smallest
+over the summaries (lengths, log-probabilities, log p(observations | latents)) times their number,
+and 0.01 passes. KL: of the guide, KL(p‖q) in nats, exact, averaged over the observations by their
+evidence. Overconfident: the trained guide at half its temperature. Other work ran on the same core,
+so the seconds say little.""",
     "precision": """## bfloat16
 
 What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,

@@ -6,6 +6,9 @@ expectation, and the same with z* in the place of one draw bounds it from above:
 
     E[log 1/K Σ_k w(z_k)]  ≤  log p(x)  ≤  E[log 1/K (w(z*) + Σ_{k<K} w(z_k))].
 
+With `method="smc"` the bounds are those of SMC and of conditional SMC, in which z* is the
+trajectory of one particle (see `langppl.inference.conditional`).
+
 With them come both divergences of the guide from the posterior p(z | x):
 KL(q‖p) = log p(x) − ELBO, with ELBO = E_q[log w], and KL(p‖q) = EUBO − log p(x), with
 EUBO = E[log w(z*)].
@@ -19,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +37,7 @@ import rich.text
 from langppl.diagnostics import Array
 from langppl.guides import Guide
 from langppl.guides.base import log_q_together
+from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import as_program, check_count, given_guide
 from langppl.inference.simulated import (
@@ -44,6 +49,7 @@ from langppl.inference.simulated import (
 )
 from langppl.lm.decoding import generator
 from langppl.program import Program
+from langppl.program.scheduler import run_whole
 from langppl.progress import bar
 from langppl.tables import as_text, pandas_for
 
@@ -57,7 +63,7 @@ ParticleMethod = Callable[[Program, Guide, int, int, "Mapping[str, Any] | None"]
 
 Without held latents, exp of the estimate must be unbiased for the evidence. With them, latents
 that are an exact posterior sample, they are one of the particles, and the inverse of exp of the
-estimate must be unbiased for the inverse of the evidence.
+estimate must be unbiased for the inverse of the evidence, or too small on average.
 """
 
 Interval = tuple[float, float]
@@ -169,6 +175,7 @@ def evidence_bounds(
     seed: int = 0,
     lengths: Mapping[str, int] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> EvidenceBounds:
     """Bounds the evidence of data simulated from a program, and a guide's divergences.
 
@@ -180,13 +187,16 @@ def evidence_bounds(
         model: a model function, or a compiled `Program` (then without `args`).
         *args: the model's arguments.
         guide: `"prior"`, `"prompted"`, or a guide object, which must have `log_q`.
-        method: what bounds the evidence: `"importance"`, or a `ParticleMethod`.
+        method: what bounds the evidence: `"importance"`; `"smc"`, from above by conditional SMC,
+            where one particle keeps to the exact sample; or a `ParticleMethod`.
         num_samples: particles for each observation.
         num_observations: how many to simulate.
         seed: equal seeds give equal results.
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
         progress: whether to show a bar on a terminal.
+        **options: settings of `"smc"`, as `infer` takes them: `twist`, `resampling`,
+            `ess_threshold` and `every`.
 
     Returns:
         The bounds; print them for a table.
@@ -195,14 +205,18 @@ def evidence_bounds(
         ValueError: for programs with `factor` or `Tempered` or without observations, for one that
             does not observe the same sites whatever its latents are, or for an unknown guide.
         NotImplementedError: if the guide has no `log_q`.
+        TypeError: for options that the method does not have.
 
     Example:
         >>> print(evidence_bounds(story, *pair, guide=guide))  # doctest: +SKIP
     """
     check_count("num_samples", num_samples, 1)
     check_count("num_observations", num_observations, 1)
-    if not callable(method) and method != "importance":
-        raise ValueError(f'method must be "importance" or a function, got {method!r}')
+    if not callable(method) and method not in ("importance", "smc"):
+        raise ValueError(f'method must be "importance", "smc" or a function, got {method!r}')
+    if options and method != "smc":
+        name = method if isinstance(method, str) else _name_of(method)
+        raise TypeError(f"method {name!r} has no settings, got {', '.join(options)}")
     program = as_program(model, args, seed)
     proposing = given_guide(guide)
     proposing.check(program)
@@ -210,6 +224,11 @@ def evidence_bounds(
     exact, drawn = _weights(pairs, proposing, num_samples, seed, progress)
     if callable(method):
         low, high = _by_particles(method, pairs, proposing, num_samples, seed)
+    elif method == "smc":
+        by_smc = functools.partial(smc_evidence, **options)
+        # Both sides of some observations at once, in batches of the LM's size.
+        together = max(1, BATCH // (2 * num_samples))
+        low, high = _by_particles(by_smc, pairs, proposing, num_samples, seed, together)
     else:
         low, high = _log_mean(drawn), _log_mean(np.column_stack([exact, drawn[:, 1:]]))
     name = method if isinstance(method, str) else _name_of(method)
@@ -237,19 +256,31 @@ def _weights(
 
 
 def _by_particles(
-    method: ParticleMethod, pairs: Sequence[Pair], guide: Guide, num_samples: int, seed: int
+    method: ParticleMethod,
+    pairs: Sequence[Pair],
+    guide: Guide,
+    num_samples: int,
+    seed: int,
+    together: int = 1,
 ) -> tuple[Array, Array]:
-    found = []
-    for k, (latents, program) in enumerate(pairs):
-        both = []
-        for side, held in (("lower", None), ("upper", latents)):
-            own = int(generator((seed, "bounds", side, k)).integers(2**31))
-            value = float(method(program, guide, num_samples, own, held))
-            if math.isnan(value):
-                raise ValueError(f"the particle method's {side} estimate of the evidence is NaN")
-            both.append(value)
-        found.append(both)
-    low, high = np.array(found).T
+    def task(k: int, side: str) -> float:
+        latents, program = pairs[k]
+        own = int(generator((seed, "bounds", side, k)).integers(2**31))
+        held = latents if side == "upper" else None
+        value = float(method(program, guide, num_samples, own, held))
+        if math.isnan(value):
+            raise ValueError(f"the particle method's {side} estimate of the evidence is NaN")
+        return value
+
+    tasks = [
+        functools.partial(task, k, side) for k in range(len(pairs)) for side in ("lower", "upper")
+    ]
+    found: list[float] = []
+    for first in range(0, len(tasks), 2 * together):
+        chunk = tasks[first : first + 2 * together]
+        # A user's function need not bear to run beside itself.
+        found += run_whole(chunk) if together > 1 else [own() for own in chunk]
+    low, high = np.array(found).reshape(-1, 2).T
     return low, high
 
 

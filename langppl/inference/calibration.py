@@ -32,8 +32,8 @@ import torch
 
 from langppl import diagnostics
 from langppl.guides import Guide
-from langppl.inference.importance import log_weight
-from langppl.inference.methods import METHODS, as_program, check_count, given_guide, infer
+from langppl.inference.importance import BATCH, log_weight
+from langppl.inference.methods import CHAINS, METHODS, as_program, check_count, given_guide, infer
 from langppl.inference.simulated import (
     check_same_observed,
     draw_together,
@@ -44,6 +44,7 @@ from langppl.lm.decoding import generator
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution
+from langppl.program.scheduler import run_whole
 from langppl.program.statements import hashable
 from langppl.progress import bar
 from langppl.tables import as_text, pandas_for
@@ -203,6 +204,7 @@ def calibrate(
     seed: int = 0,
     lengths: Mapping[str, int] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Calibration:
     """Checks an inference method on data that are simulated from the program.
 
@@ -213,7 +215,9 @@ def calibrate(
         guide: `"prior"`, `"prompted"`, or a guide object.
         method: how the posterior draws are made: `"importance"` (weighted samples, resampled to
             far fewer draws), `"raw"` (the guide's own draws, unweighted, a `defensive` share
-            included), `"exact"`, or another method of `infer`.
+            included), `"exact"`, or another method of `infer`: `"smc"`, whose particles are
+            resampled to the draws, or `"mh"`, whose samples are taken without replacement. Of
+            these many simulations are run at once, as batches of the LM allow.
         simulations: how many.
         num_samples: samples for each, of which the draws are chosen; take several times as many
             effective ones as draws, or the method looks worse than it is. Not used by `"raw"` and
@@ -227,6 +231,9 @@ def calibrate(
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
         progress: whether to show a bar on a terminal.
+        **options: settings of the method, as `infer` takes them: for `"smc"` for instance
+            `twist`, for `"mh"` `chains` and `warmup`. The draws of a chain depend on each other:
+            take as many chains as draws, or more.
 
     Returns:
         The ranks and their tests; print it for a table, `.passes()` for the verdict.
@@ -235,6 +242,7 @@ def calibrate(
         ValueError: for a program that cannot be simulated, observes nothing, has no latents or
             does not observe the same sites whatever its latents are; for an unknown method; if a
             summary is NaN; or if no sample of a simulation has weight.
+        TypeError: for options that the method does not have.
 
     Example:
         >>> print(calibrate(story, *pair, method="raw", guide=guide))  # doctest: +SKIP
@@ -245,6 +253,8 @@ def calibrate(
     methods = tuple(dict.fromkeys(("importance", "raw", *METHODS)))
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
+    if options and method in ("importance", "raw"):
+        raise TypeError(f"method {method!r} has no settings, got {', '.join(options)}")
     program = as_program(model, args, seed)
     if not program.latents:
         raise ValueError("the program has no latents, so there is nothing to calibrate")
@@ -263,7 +273,17 @@ def calibrate(
             made = draw_together(programs, proposing, count, (seed, "calibrate"), lambda _: None)
             found = _of_executions(truths, made, method, draws, seed)
         else:
-            found = _of_posteriors(programs, proposing, method, num_samples, draws, seed)
+            made_by = functools.partial(
+                infer,
+                guide=proposing,
+                method=method,
+                num_samples=num_samples,
+                progress=False,
+                **options,
+            )
+            # Rows of the LM that one simulation takes at a time.
+            rows = {"smc": num_samples, "mh": options.get("chains", CHAINS)}.get(method, BATCH)
+            found = _of_posteriors(programs, made_by, rows, draws, seed)
         for k, (truth, (drawn, ess)) in enumerate(zip(truths, found, strict=True)):
             for name, rank in _ranks(of, _of_execution(truth), drawn, (seed, "ties", k)).items():
                 ranks.setdefault(name, []).append(rank)
@@ -324,26 +344,27 @@ def _of_executions(
 
 def _of_posteriors(
     programs: Sequence[Program],
-    guide: Guide,
-    method: str,
-    num_samples: int,
+    made_by: Callable[..., Posterior],
+    rows: int,
     draws: int,
     seed: int,
 ) -> Iterator[tuple[list[_Draw], float | None]]:
-    for k, program in enumerate(programs):
-        own = int(generator((seed, "calibrate", "infer", k)).integers(2**31))
-        posterior = infer(
-            program,
-            guide=guide,
-            method=method,
-            num_samples=num_samples,
-            seed=own,
-            progress=False,
+    together = max(1, BATCH // rows)
+    for first in range(0, len(programs), together):
+        numbers = range(first, min(first + together, len(programs)))
+        seeds = [int(generator((seed, "calibrate", "infer", k)).integers(2**31)) for k in numbers]
+        found = run_whole(
+            [
+                functools.partial(made_by, programs[k], seed=own)
+                for k, own in zip(numbers, seeds, strict=True)
+            ]
         )
-        if not np.isfinite(posterior.log_weights).any():
-            raise ValueError(_no_weight(k, len(posterior)))
-        chosen = _choose(posterior.weights, draws, seed, k)
-        yield _of_samples(program, posterior, chosen), posterior.ess
+        for k, posterior in zip(numbers, found, strict=True):
+            if not np.isfinite(posterior.log_weights).any():
+                raise ValueError(_no_weight(k, len(posterior)))
+            is_chain = posterior.chains is not None
+            chosen = _choose(posterior.weights, draws, seed, k, replace=not is_chain)
+            yield _of_samples(programs[k], posterior, chosen), posterior.ess
 
 
 def _of_samples(program: Program, posterior: Posterior, chosen: Sequence[int]) -> list[_Draw]:
@@ -360,8 +381,12 @@ def _of_samples(program: Program, posterior: Posterior, chosen: Sequence[int]) -
     ]
 
 
-def _choose(weights: diagnostics.Array, draws: int, seed: int, k: int) -> list[int]:
+def _choose(
+    weights: diagnostics.Array, draws: int, seed: int, k: int, replace: bool = True
+) -> list[int]:
     rng = generator((seed, "calibrate", "resample", k))
+    if not replace and draws <= len(weights):  # of equal weights
+        return [int(i) for i in rng.choice(len(weights), size=draws, replace=False)]
     return [int(i) for i in rng.choice(len(weights), size=draws, p=weights)]
 
 

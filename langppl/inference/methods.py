@@ -25,6 +25,7 @@ OPTIONS = {
 }
 """The arguments of `infer` that belong to one method."""
 EXACT_LIMIT = 100_000
+CHAINS = 8
 
 
 def infer(
@@ -40,7 +41,7 @@ def infer(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
-    chains: int = 8,
+    chains: int = CHAINS,
     warmup: int | None = None,
     thin: int = 1,
     tail_share: float = 0.5,

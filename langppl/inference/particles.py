@@ -9,7 +9,7 @@ Copying a particle copies references; the keys and values of its tokens are in o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from langppl.lm.requests import (
     Request,
     ScoreReply,
     ScoreRequest,
-    serve,
+    perform,
     watched_by,
 )
 from langppl.lm.rules import Path
@@ -171,6 +171,23 @@ class Particle:
 
 
 @dataclass
+class Held:
+    """The latents that one particle keeps to.
+
+    Attributes:
+        latents: latent → value.
+        at: the number of the particle.
+    """
+
+    latents: Mapping[str, Any]
+    at: int
+
+
+class MissedError(Exception):
+    """The guide cannot draw the latents that a particle is held to."""
+
+
+@dataclass
 class Crowd:
     """The particles of one inference.
 
@@ -179,12 +196,14 @@ class Crowd:
         guide: proposes the latents.
         count: how many particles.
         seed: of all random numbers.
+        held: what one of them keeps to; its own draws are these latents, whatever the guide draws.
     """
 
     program: Program
     guide: Guide
     count: int
     seed: int
+    held: Held | None = None
     particles: list[Particle] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -197,12 +216,14 @@ class Crowd:
         going = [(i, p) for i, p in enumerate(self.particles) if not (p.is_over or p.is_dead)]
         decided: list[dict[str, Choice]] = [{} for _ in going]
         choosers = [
-            self._deciding(p, (self.seed, "smc", stage, i), own)
+            self._deciding(p, (self.seed, "smc", stage, i), own, self._held_by(i))
             for (i, p), own in zip(going, decided, strict=True)
         ]
         moving = [p for _, p in going]
         before = [p.execution for p in moving]
         found = run_together([(self.program, c) for c in choosers])
+        if any(c.log_q == -math.inf for new in decided for c in new.values()):
+            raise MissedError  # others are drawn, so they can be
         for particle, execution, new, old in zip(moving, found, decided, before, strict=True):
             particle.known = {**particle.known, **new}
             pause = execution.pause
@@ -213,7 +234,12 @@ class Crowd:
             particle.execution = execution
         score_all([p.execution for p in moving])
 
-    def _deciding(self, particle: Particle, key: Key, decided: dict[str, Choice]) -> Chooser:
+    def _held_by(self, i: int) -> Held | None:
+        return self.held if self.held is not None and self.held.at == i else None
+
+    def _deciding(
+        self, particle: Particle, key: Key, decided: dict[str, Choice], held: Held | None
+    ) -> Chooser:
         own = self.guide.chooser(self.program, key)
         known = particle.known
 
@@ -236,6 +262,8 @@ class Crowd:
 
             with watched_by(watch):
                 choice = own(name, fn, execution)
+            if held is not None:
+                choice = self.guide.given(self.program, held.latents)(name, fn, execution)
             decided[name] = choice
             return choice
 
@@ -248,6 +276,10 @@ class Crowd:
             for i, p in enumerate(self.particles)
             if p.growing is not None and not p.growing.is_ended
         ]
+        kept = [(p, g, held) for i, p, g in growing if (held := self._held_by(i)) is not None]
+        for particle, g, held in kept:
+            particle.growing = _followed(g, held, every)
+        growing = [(i, p, g) for i, p, g in growing if self._held_by(i) is None]
         requests = [
             replace(
                 g.request,
@@ -257,7 +289,7 @@ class Crowd:
             )
             for i, _, g in growing
         ]
-        for (_, particle, g), reply in zip(growing, serve(requests), strict=True):
+        for (_, particle, g), reply in zip(growing, perform(requests), strict=True):
             assert isinstance(reply, DrawReply)
             particle.growing = replace(
                 g,
@@ -318,7 +350,7 @@ class Crowd:
                 own = g.fn.prompt_ids()
                 request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature, g.fn.adapter)
                 wanted.append((particle, g, request))
-        replies = serve([r for _, _, r in wanted])
+        replies = perform([r for _, _, r in wanted])
         for (particle, g, _), reply in zip(wanted, replies, strict=True):
             assert isinstance(reply, ScoreReply)
             ending = 0.0 if g.is_ended else float(reply.canonical[-1])
@@ -336,7 +368,7 @@ class Crowd:
                     g.request.lm, g.request.prompt, path, temperature, g.request.adapter
                 )
                 wanted.append((particle, request))
-        replies = serve([r for _, r in wanted])
+        replies = perform([r for _, r in wanted])
         return {
             id(p): float(reply.canonical[-1])
             for (p, _), reply in zip(wanted, replies, strict=True)
@@ -400,6 +432,29 @@ class Crowd:
             return self.program.run_once(_to_next(known), know)
         except Exception:  # whatever a model makes of an unfinished text
             return None
+
+
+def _followed(g: Growing, held: Held, every: int | None) -> Growing:
+    """A string after some more tokens of the value that it is held to; None for all of them."""
+    if g.name not in held.latents:
+        raise ValueError(f"latent site {g.name!r} has no value to be held to")
+    value, request = held.latents[g.name], g.request
+    path = request.rules.parse(g.fn.tokens_of(value), value.encode(), request.limit)
+    if not isinstance(path, Path) or path.ending == "dead":
+        raise MissedError
+    temperature = request.rules.rules.temperature * request.temperature
+    asked = ScoreRequest(request.lm, request.prompt, path, temperature, request.adapter)
+    (reply,) = perform([asked])
+    assert isinstance(reply, ScoreReply)
+    length = len(path.tokens) + 1 if every is None else len(g.ids) + every
+    # As a draw of so many tokens: one that stands at its limit has ended, others have yet to.
+    most = len(path.tokens) - (path.ending == "cut")
+    if length > most:
+        ids = g.fn.tokens_of(value)
+        return replace(g, ids=ids, text=str(value), log_q=reply.log_prob, is_ended=True)
+    ids = path.tokens[:length]
+    text = g.fn.lm.vocabulary.join(ids).decode("utf-8", errors="replace")
+    return replace(g, ids=ids, text=text, log_q=float(reply.tokens[:length].sum()))
 
 
 def is_steering(site: Site) -> bool:

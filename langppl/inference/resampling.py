@@ -7,6 +7,7 @@ References:
     Douc, Cappé, Moulines 2005, *Comparison of resampling schemes for particle filtering*
     (arXiv cs/0507025).
     Liu and Chen 1998, *Sequential Monte Carlo methods for dynamic systems*: residual resampling.
+    Chopin and Singh 2015, *On particle Gibbs sampling* (arXiv 1304.1887): conditional resampling.
 """
 
 from __future__ import annotations
@@ -54,6 +55,61 @@ def resample(weights: Array, scheme: str, rng: np.random.Generator) -> Ancestors
     else:
         raise ValueError(f"unknown scheme {scheme!r}; schemes are: {', '.join(SCHEMES)}")
     return np.sort(_at(weights, points))
+
+
+def resample_conditionally(
+    weights: Array, scheme: str, held: int, rng: np.random.Generator
+) -> tuple[Ancestors, int]:
+    """Chooses particles anew, given that one of the new ones is a copy of a certain old one.
+
+    If A is what `resample` returns, the result (a, j) has the probability P(A = a) / (n·W_held)
+    where a[j] = held, and 0 elsewhere. This is the law of the ancestors given one lineage, as
+    conditional SMC takes it: it sums to one because held has n·W_held copies on average.
+
+    Args:
+        weights: shape [n], normalised.
+        scheme: one of `SCHEMES`.
+        held: the old particle, which has weight, be it too little for a number.
+        rng: random numbers.
+
+    Returns:
+        Shape [n], ascending: the old particle of each new one; and the new one that is held on.
+
+    Raises:
+        ValueError: for an unknown scheme.
+    """
+    n = len(weights)
+    if scheme == "residual":
+        sure = np.floor(n * weights).astype(np.int64)
+        if sure.sum() == n and not sure[held]:
+            # Its weight was rounded to 0, and that of another one to so many copies.
+            sure[np.argmax(weights)] -= 1
+        rest = n - int(sure.sum())
+        chosen = np.repeat(np.arange(n), sure)
+        if rest:
+            left = n * weights - sure
+            drawn = _at(left / left.sum(), rng.random(rest))
+            # The copy is one of the sure ones, or else one of those that are drawn.
+            if not rng.random() * n * weights[held] < sure[held]:
+                drawn[0] = held
+            chosen = np.concatenate([chosen, drawn])
+    else:
+        # One of the points lies in the held particle's piece, evenly; the others follow from it.
+        point = float(weights[:held].sum() + weights[held] * rng.random())
+        if scheme == "multinomial":
+            points = rng.random(n)
+            own = 0
+        elif scheme in ("stratified", "systematic"):
+            own = min(int(n * point), n - 1)
+            shift = n * point - own
+            points = (np.arange(n) + (rng.random(n) if scheme == "stratified" else shift)) / n
+        else:
+            raise ValueError(f"unknown scheme {scheme!r}; schemes are: {', '.join(SCHEMES)}")
+        chosen = _at(weights, points)
+        chosen[own] = held
+    chosen = np.sort(chosen)
+    # Its copies are alike, so any of them may be the one.
+    return chosen, int(rng.choice(np.flatnonzero(chosen == held)))
 
 
 def _at(weights: Array, points: Array) -> Ancestors:

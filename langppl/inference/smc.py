@@ -22,7 +22,7 @@ from langppl import diagnostics
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
 from langppl.inference.particles import Crowd
-from langppl.inference.resampling import SCHEMES, resample
+from langppl.inference.resampling import SCHEMES, resample, resample_conditionally
 from langppl.inference.sites import site_log_probs
 from langppl.inference.twists import UserTwist, make_twist, weigh_at_rest
 from langppl.lm.decoding import generator
@@ -66,15 +66,58 @@ def smc(
         ValueError: for an unknown scheme or twist, or numbers out of range.
     """
     started = time.monotonic()
+    crowd = Crowd(program, guide, num_samples, seed)
+    times = run_crowd(
+        crowd,
+        progress,
+        twist=twist,
+        resampling=resampling,
+        ess_threshold=ess_threshold,
+        every=every,
+    )
+    executions = [p.execution for p in crowd.particles]
+    failed, notes = failures(program, executions)
+    return Posterior(
+        [e.latents for e in executions],
+        [p.log_weight for p in crowd.particles],
+        method="smc",
+        guide=guide.name,
+        sites=program.latents,
+        returns=[e.returned for e in executions],
+        log_joint=[e.log_joint for e in executions],
+        log_q=[e.log_q for e in executions],
+        site_log_probs=site_log_probs(executions),
+        elapsed=time.monotonic() - started,
+        failed_sites=failed,
+        notes=notes,
+        ancestors=[p.ancestor for p in crowd.particles],
+        resampled=times,
+    )
+
+
+def run_crowd(
+    crowd: Crowd,
+    progress: bool = False,
+    *,
+    twist: str | UserTwist | None = None,
+    resampling: str = "systematic",
+    ess_threshold: float = 0.5,
+    every: int = 5,
+) -> int:
+    """Leads particles through their program; see `smc`.
+
+    Returns:
+        How often they were resampled.
+    """
+    program, seed = crowd.program, crowd.seed
     if resampling not in SCHEMES:
         raise ValueError(f"unknown resampling {resampling!r}; schemes are: {', '.join(SCHEMES)}")
     if not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold!r}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of at least 1, got {every!r}")
-    guide.check(program)
+    crowd.guide.check(program)
     twisted = make_twist(twist, program)
-    crowd = Crowd(program, guide, num_samples, seed)
     times = 0
 
     def look(*key: int | str) -> None:
@@ -100,24 +143,7 @@ def smc(
             weigh_at_rest(crowd)
             stage += 1
             advance(1)
-    executions = [p.execution for p in crowd.particles]
-    failed, notes = failures(program, executions)
-    return Posterior(
-        [e.latents for e in executions],
-        [p.log_weight for p in crowd.particles],
-        method="smc",
-        guide=guide.name,
-        sites=program.latents,
-        returns=[e.returned for e in executions],
-        log_joint=[e.log_joint for e in executions],
-        log_q=[e.log_q for e in executions],
-        site_log_probs=site_log_probs(executions),
-        elapsed=time.monotonic() - started,
-        failed_sites=failed,
-        notes=notes,
-        ancestors=[p.ancestor for p in crowd.particles],
-        resampled=times,
-    )
+    return times
 
 
 def resample_crowd(crowd: Crowd, scheme: str, threshold: float, rng: np.random.Generator) -> bool:
@@ -140,7 +166,11 @@ def resample_crowd(crowd: Crowd, scheme: str, threshold: float, rng: np.random.G
         return False
     weights = diagnostics.normalized_weights(log_weights)
     mean = diagnostics.log_evidence(log_weights)[0]
-    chosen = [crowd.particles[k] for k in resample(weights, scheme, rng)]
+    if crowd.held is None:
+        ancestors = resample(weights, scheme, rng)
+    else:
+        ancestors, crowd.held.at = resample_conditionally(weights, scheme, crowd.held.at, rng)
+    chosen = [crowd.particles[k] for k in ancestors]
     # Each carries the mean weight on, less the ratio that it is weighed by from here.
     crowd.particles = [p.copy(mean - p.ratio) for p in chosen]
     return True

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 KEPT_BYTES = 256 * 2**20
 """Most bytes of keys and values that are kept of one LM."""
 
+KEPT_TREES = 32
+"""Most trees that are kept of one LM: what is looked for is looked for in each of them."""
+
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 """What a KV cache holds, layer by layer, each [1, heads, nodes, width]."""
 
@@ -120,7 +123,7 @@ def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:
         return
     tree.state = state_of(lm, lm.active_adapter)
     trees.append(tree)
-    while sum(t.bytes for t in trees) > KEPT_BYTES:
+    while len(trees) > KEPT_TREES or sum(t.bytes for t in trees) > KEPT_BYTES:
         trees.pop(0)
 
 

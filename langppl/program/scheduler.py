@@ -4,6 +4,9 @@ Each execution is a greenlet. It runs until it performs a request (see `langppl.
 which switches back here; when every execution waits, all requests are served in one batch and the
 executions go on. User code is plain synchronous Python.
 
+Tasks may run tasks of their own. By default their requests are served apart; `run_whole` has those
+of many whole inferences served together.
+
 Pyro and torch keep ambient state per process or per thread: handler stack, plate dimensions, grad
 mode, autocast, random numbers. Each execution owns its own, swapped in and out at every switch;
 context variables come with the greenlet.
@@ -12,7 +15,8 @@ context variables come with the greenlet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,6 +27,8 @@ from langppl.lm.kept import keeping
 from langppl.lm.requests import Reply, Request, serve, served_by
 
 T = TypeVar("T")
+
+_is_inside_whole: ContextVar[bool] = ContextVar("langppl_is_inside_whole", default=False)
 
 
 class _Ambient:
@@ -121,17 +127,19 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
         BaseException: the first error that a task raises, with its own traceback; the other
             tasks are closed, and Pyro's and torch's state is what it was.
     """
+    # Served directly, also where this call itself runs inside another scheduler: not by that one's
+    # server, which may be watched for what a task asks for itself.
+    answer = _ask if _is_inside_whole.get() else serve
     outside = _Ambient.capture()
     inside = _Ambient([], [], outside.grad, outside.autocast, outside.rng)
     executions = [_Execution(task, inside) for task in tasks]
     try:
-        # Served directly, also where this call itself runs inside another scheduler.
         with served_by(None), keeping():
             for execution in executions:
                 execution.go_on(None)
             while waiting := [e for e in executions if e.wanted is not None]:
                 requests = [r for e in waiting for r in e.wanted or ()]
-                replies = iter(serve(requests))
+                replies = iter(answer(requests))
                 for execution in waiting:
                     mine = [next(replies) for _ in execution.wanted or ()]
                     execution.go_on(mine)
@@ -140,3 +148,22 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
             execution.close()
     results: list[Any] = [e.result for e in executions]
     return results
+
+
+def run_whole(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Runs tasks at once that call `run` themselves, such as whole inferences.
+
+    Each time that all of them wait, whatever their own executions ask for is served in one batch.
+
+    Args:
+        tasks: plain functions.
+
+    Returns:
+        Their results, in order; see `run`.
+    """
+
+    def inside(task: Callable[[], T]) -> T:
+        _is_inside_whole.set(True)
+        return task()
+
+    return run([partial(inside, task) for task in tasks])

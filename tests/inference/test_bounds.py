@@ -188,6 +188,48 @@ def test_a_guide_with_impossible_draws() -> None:
     assert "impossible" in str(found) and "nan" not in str(found)
 
 
+@pytest.mark.parametrize("name", ["prior", "gflownet"])
+@pytest.mark.parametrize(
+    "options", [{}, {"twist": "lookahead", "every": 1, "resampling": "residual"}]
+)
+def test_smc_bounds_from_both_sides(name: str, options: dict[str, Any]) -> None:
+    found = evidence_bounds(
+        PROGRAM,
+        guide=GUIDES[name](),
+        method="smc",
+        num_samples=8,
+        num_observations=OBSERVATIONS,
+        progress=False,
+        **options,
+    )
+    assert found.method == "smc"
+    exact = np.array([t.log_evidence for _, t in truths()])
+    lower, upper = (np.array(found.observations[k]) for k in ("lower", "upper"))
+    assert z_score(exact - lower) >= -3.0
+    assert z_score(upper - exact) >= -3.0
+    assert 0.0 <= found.gap <= 1.0
+    # The inverse of the upper one is unbiased, and so is the lower one.
+    assert abs(z_score(np.exp(exact - upper) - 1.0)) <= 3.5
+    assert abs(z_score(np.exp(lower - exact) - 1.0)) <= 3.5
+    # The exact samples are the same, whatever the method.
+    assert found.observations["eubo"] == bounds(name).observations["eubo"]
+
+
+def test_smc_cannot_hold_what_the_guide_cannot_draw() -> None:
+    found = evidence_bounds(
+        choice,
+        "a",
+        guide=Narrow(),
+        method="smc",
+        num_samples=4,
+        num_observations=20,
+        progress=False,
+    )
+    missed = np.array(found.observations["eubo"]) == math.inf
+    assert 0 < missed.sum() < 20
+    assert (np.isinf(found.observations["upper"]) == missed).all()
+
+
 def test_another_particle_method() -> None:
     calls: list[Any] = []
 
@@ -276,6 +318,8 @@ def test_bad_input() -> None:
         evidence_bounds(PROGRAM, method="smoke", **quick)
     with pytest.raises(ValueError, match="lengths name 'z'"):
         evidence_bounds(PROGRAM, lengths={"z": 3}, **quick)
+    with pytest.raises(TypeError, match="method 'importance' has no settings, got twist"):
+        evidence_bounds(PROGRAM, twist="lookahead", **quick)
     for name in ("num_samples", "num_observations"):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
             evidence_bounds(PROGRAM, **{**quick, name: 0})

@@ -5,9 +5,7 @@ The cells are a part of benchmarks/truth.py, which runs all of them.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -43,22 +41,6 @@ from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=5, merged=["ab", "b."])
 RUNS = 80
-
-
-@pytest.fixture(scope="module")
-def truth() -> ModuleType:
-    folder = Path(__file__).parents[2] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("truth", folder / "truth.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up by name.
-        sys.modules["truth"] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(folder))
 
 
 CELLS = [

@@ -153,3 +153,14 @@ def test_a_tree_knows_its_paths() -> None:
     new = tree.add(3, 6)
     assert new == len(row.ids) + 2 and tree.depth[new] == 3
     assert tree.path((1, 2, 4, 6)) == [0, 1, 3, new]
+
+
+def test_only_the_last_trees_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "KEPT_TREES", 3)
+    with kept.keeping():
+        for seed in range(5):
+            begun = draws_of(LM, seed)
+            trees = kept._trees.get()[id(LM)]
+            assert len(trees) == min(seed + 1, 3)
+            # The last one is among them.
+            assert all(len(trees[-1].path(ids[:-1])) == len(ids) - 1 for ids in begun)

@@ -80,6 +80,45 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[type]]:
     return served
 
 
+def test_whole_runs_are_served_together(batches: list[list[type]]) -> None:
+    def whole(k: int) -> list[float]:
+        first = scheduler.run([ask] * (1 + k % 2))
+        return [*first, ask("b"), *scheduler.run([lambda: ask("a" * (k + 1))] * 2)]
+
+    alone = [whole(k) for k in range(3)]
+    batches.clear()
+    found = scheduler.run_whole([lambda k=k: whole(k) for k in range(3)])
+    # The first runs, what is asked for between the runs, and the second runs.
+    assert [len(b) for b in batches] == [4, 3, 6]
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    # What is inside is not whole any more afterwards.
+    assert not scheduler._is_inside_whole.get()
+
+
+def test_an_error_in_a_run_inside_closes_all_of_them() -> None:
+    before, closed = ambient(), []
+
+    def waiting() -> float:
+        try:
+            return ask()
+        except BaseException as error:
+            closed.append(type(error).__name__)
+            raise
+
+    def failing() -> float:
+        ask()
+        ask()
+        raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        scheduler.run_whole(
+            [lambda: scheduler.run([failing]), lambda: [ask(), *scheduler.run([waiting] * 2)]]
+        )
+    assert closed == ["GreenletExit"] * 2
+    assert ambient() == before
+
+
 def test_requests_of_all_executions_are_served_together(batches: list[list[type]]) -> None:
     def model() -> None:
         x = lp.sample("x", short())
