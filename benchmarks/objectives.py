@@ -224,7 +224,14 @@ def main() -> None:
     options.add_argument("--unseen", type=int, default=100, help="stories to answer for")
     options.add_argument("--held-out", type=int, default=0, help="stories to validate on")
     options.add_argument("--minutes", type=float, default=20.0, help="of training for each way")
-    options.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    options.add_argument(
+        "--trained",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="guides to judge that were trained and saved before, on `whole_story`",
+    )
     options.add_argument("--samples", type=int, default=8, help="draws for each unseen story")
     options.add_argument("--pairs", type=int, default=40, help="simulated pairs for KL(p‖q)")
     options.add_argument("--observations", type=int, default=4, help="stories in a step")
@@ -259,8 +266,13 @@ def main() -> None:
         name: draw(guide, programs, 10 if name == "prior" else args.samples, args.seed)
         for name, guide in guides.items()
     }
-    steps = dict.fromkeys(guides, 0)
+    steps: dict[str, int | str] = dict.fromkeys(guides, 0)
     on_pairs: dict[str, list[np.ndarray]] = {}
+    for name, _, folder in (found.partition("=") for found in args.trained):
+        guides[name] = lp.GFlowNetGuide.load(folder, lm, context=whole_story)
+        drawn[name] = draw(guides[name], programs, args.samples, args.seed)
+        steps[name] = "–"
+        finish(guides, drawn, on_pairs, steps, pairs, log_joints, args)
     for way in args.ways:
         guides[way], steps[way] = train(lm, way, rows, held_out, args)
         drawn[way] = draw(guides[way], programs, args.samples, args.seed)
@@ -271,7 +283,7 @@ def finish(
     guides: Mapping[str, Any],
     drawn: Mapping[str, list[Draws]],
     on_pairs: dict[str, list[np.ndarray]],
-    steps: Mapping[str, int],
+    steps: Mapping[str, int | str],
     pairs: Sequence[Any],
     log_joints: Sequence[float],
     args: argparse.Namespace,
