@@ -194,7 +194,9 @@ def step_rows(
     name: str, shape: Shape, folder: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One GFlowNet step in its parts, each way with the device to itself."""
-    own = argparse.Namespace(**{**vars(args), "lm": folder, "rank": shape.rank, "memory_of": name})
+    kind = str(shape.dtype).removeprefix("torch.")
+    more = {"lm": folder, "rank": shape.rank, "memory_of": name, "plain_dtype": kind}
+    own = argparse.Namespace(**{**vars(args), **more})
     seconds: dict[str, dict[str, list[float]]] = {}
     peaks: dict[str, dict[str, float]] = {}
     routes = []
@@ -212,7 +214,7 @@ def step_rows(
         rows.append(
             {
                 "model": name,
-                "type": str(shape.dtype).removeprefix("torch."),
+                "type": kind,
                 "route": routes[0],
                 "part": part,
                 "plain s": a,

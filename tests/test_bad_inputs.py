@@ -277,7 +277,7 @@ def test_zero_draws_of_a_guide(guide: lp.GFlowNetGuide) -> None:
 def test_a_temperature_of_zero(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature!r}"):
         short(temperature=temperature)
-    with pytest.raises(ValueError, match=f"temperature must be above 0 .*, got {temperature!r}"):
+    with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature!r}"):
         lp.Tempered(short(), temperature)
 
 

@@ -40,8 +40,8 @@ def step_divergences(
     """
     most = max(1, LOGIT_BYTES // (4 * 4 * lm.vocabulary.size))
     by_step: dict[int, list[int]] = {}
-    for at, step in enumerate(steps):
-        by_step.setdefault(id(step), []).append(at)
+    for k, step in enumerate(steps):
+        by_step.setdefault(id(step), []).append(k)
     places, pieces = [], []
     for members in by_step.values():
         step = steps[members[0]]
@@ -50,6 +50,7 @@ def step_divergences(
         legal = step.legal_on(own.device)
         for start in range(0, len(members), most):
             part = members[start : start + most]
+            at = torch.tensor(part, device=own.device)
 
             def passed(
                 q: Tensor, p: Tensor, legal: Tensor = legal, several: list[Tensor] = several

@@ -302,10 +302,10 @@ def test_out_of_memory_it_goes_on_in_smaller_rows(
         guide = GFlowNetGuide(lm, seed=1)
         plain = training.policy_scores
 
-        def scores(draws: Any, lm: LM, adapter: Any) -> Any:
+        def scores(draws: Any, lm: LM, adapter: Any, with_states: bool) -> Any:
             if lm.node_budget > most:
                 raise error
-            return plain(draws, lm, adapter)
+            return plain(draws, lm, adapter, with_states)
 
         with monkeypatch.context() as patched:
             patched.setattr(training, "policy_scores", scores)
@@ -376,9 +376,9 @@ def test_a_small_share_spreads_given_draws_over_the_steps(monkeypatch: pytest.Mo
     batches = []
     plain = training.policy_scores
 
-    def scores(draws: Any, lm: LM, adapter: Any) -> Any:
+    def scores(draws: Any, lm: LM, adapter: Any, with_states: bool) -> Any:
         batches.append([d.is_given for d in draws])
-        return plain(draws, lm, adapter)
+        return plain(draws, lm, adapter, with_states)
 
     monkeypatch.setattr(training, "policy_scores", scores)
     guide = fit_given(program, prior, 6, given_share=0.25)

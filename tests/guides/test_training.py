@@ -482,7 +482,8 @@ def test_simulated_pairs_are_a_share_of_the_batch(monkeypatch: pytest.MonkeyPatc
             draws = [*turn.own, *turn.simulated]
             scores = policy_scores(draws, self.lm, self.guide.adapter)
             logs = [log_q(d, f, None) for d, f in zip(draws, scores, strict=True)]
-            own = loss_of(turn, scores[:9], logs[:9], self.settings, self.guide.heads, power)
+            heads = self.guide.heads
+            own = loss_of(turn, scores[:9], logs[:9], self.settings, heads, power, self.lm)
             mean = torch.stack([q.sum() for q in logs[9:]]).mean()
         losses.append(found["loss"] - float(own - 3 / 12 * mean))
         return [found]
@@ -712,7 +713,7 @@ def loss_and_draws(
     turn = Turn(own, draws, len(draws))
     scores = policy_scores(draws, guide.lm, guide.adapter)
     logs = [log_q(d, f, guide.heads) for d, f in zip(draws, scores, strict=True)]
-    loss = loss_of(turn, scores, logs, trainer.settings, guide.heads, 0.5)
+    loss = loss_of(turn, scores, logs, trainer.settings, guide.heads, 0.5, guide.lm)
     return float(loss.detach()), draws
 
 
