@@ -11,34 +11,20 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import pytest
-import torch
+from mixed import LM, everything
 from scipy.stats import norm
 
-from langppl import LMChoice, LMString, MaskedGuide, compile, factor, infer, regex, sample
-from langppl.distributions import Tempered
+from langppl import LMString, MaskedGuide, compile, infer, regex, sample
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.inference import conditional, particles
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.resampling import SCHEMES, resample, resample_conditionally
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
-from langppl.testing import tiny_lm
 
-LM = tiny_lm("ab.", seed=5, merged=["ab", "b."])
 RUNS = 160
 TOGETHER = 20
-
-
-def everything() -> None:
-    """Numbers, choices, a tempered string and factors between strings."""
-    p = sample("p", dist.Categorical(logits=torch.tensor([0.3, -0.2])))
-    kind = sample("kind", LMChoice(LM, "a", ["a", "b."]))
-    text = sample("text", Tempered(LMString(LM, f"b{kind}", max_tokens=2, allow=["a", "b"]), 2.0))
-    factor("few", -0.5 * text.count("b") * float(p))
-    more = sample("more", LMString(LM, f"{text}a" if p < 1 else "b", max_tokens=2))
-    sample("seen", LMString(LM, f"{kind}{more}"), obs="bb")
 
 
 def ratios(

@@ -13,13 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import pytest
-import torch
+from mixed import LM, everything
 
 from langppl import (
     GFlowNetGuide,
-    LMChoice,
     LMString,
     MaskedGuide,
     compile,
@@ -31,15 +29,12 @@ from langppl import (
     sample,
 )
 from langppl.diagnostics import InferenceWarning, by_ancestor, log_evidence_error
-from langppl.distributions import Tempered
 from langppl.guides import PriorGuide, PromptedGuide
 from langppl.inference import smc as engine
 from langppl.inference.resampling import SCHEMES, resample
 from langppl.lm.decoding import generator
 from langppl.posterior import Posterior
-from langppl.testing import tiny_lm
 
-LM = tiny_lm("ab.", seed=5, merged=["ab", "b."])
 RUNS = 80
 
 
@@ -106,16 +101,6 @@ def test_a_factor_that_is_left_out_is_noticed(truth: ModuleType) -> None:
     right = infer(compile(truth.infilling), method="exact", progress=False).log_evidence
     found = truth.ratios(cell, PriorGuide(), compile(without), right, RUNS)
     assert not truth.verdict(found, len(CELLS))["unbiased"]
-
-
-def everything() -> None:
-    """Numbers, choices, a tempered string and factors between strings."""
-    p = sample("p", dist.Categorical(logits=torch.tensor([0.3, -0.2])))
-    kind = sample("kind", LMChoice(LM, "a", ["a", "b."]))
-    text = sample("text", Tempered(LMString(LM, f"b{kind}", max_tokens=2, allow=["a", "b"]), 2.0))
-    factor("few", -0.5 * text.count("b") * float(p))
-    more = sample("more", LMString(LM, f"{text}a" if p < 1 else "b", max_tokens=2))
-    sample("seen", LMString(LM, f"{kind}{more}"), obs="bb")
 
 
 @pytest.mark.parametrize("twist", [None, "lookahead"])
