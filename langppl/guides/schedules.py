@@ -1,8 +1,9 @@
-"""How a training's target moves from the prior to the posterior."""
+"""How a training's target moves to the posterior."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 class RewardSchedule:
     """How much of the reward counts during training.
 
-    The target is p(latents)·(the rest of the joint)^power: at power 0 the prior, where an untrained
-    policy stands, at 1 the posterior.
+    The target is p(latents)·(the rest of the joint)^power: at power 0 the prior, at 1 the
+    posterior, above 1 sharper than it. Below 1 helps where evidence is rare: it comes in by and by.
+    Above 1 helps an amortized guide whose context already shows it the evidence: what it does with
+    it is not unlearned while its distance from the prior shrinks, which is the easier part.
 
     Attributes:
-        start: power at the first step, between 0 and 1.
+        start: power at the first step, at least 0.
         until: share of the steps after which it is 1, between 0 and 1.
 
     Raises:
@@ -30,9 +33,10 @@ class RewardSchedule:
     until: float = 0.3
 
     def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("until", self.until)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if not 0.0 <= self.start < math.inf:
+            raise ValueError(f"start must be at least 0 and finite, got {self.start}")
+        if not 0.0 <= self.until <= 1.0:
+            raise ValueError(f"until must be between 0 and 1, got {self.until}")
 
     def __str__(self) -> str:
         """The schedule in words, on one line."""
@@ -41,12 +45,13 @@ class RewardSchedule:
         first = f"reward power {self.start:g} at the first step"
         if self.until == 0.0:
             return f"{first}, then 1"
-        return f"{first}, rising to 1 after {100.0 * self.until:g} % of the steps"
+        way = "rising" if self.start < 1.0 else "falling"
+        return f"{first}, {way} to 1 after {100.0 * self.until:g} % of the steps"
 
     def power(self, step: int, steps: int) -> float:
         """The power at a step, counted from 0."""
         done = step / max(self.until * steps, 1.0)
-        return min(1.0, self.start + (1.0 - self.start) * done)
+        return 1.0 if done >= 1.0 else self.start + (1.0 - self.start) * done
 
     def powers(self, steps: int) -> list[float]:
         """The power at each step of a training.

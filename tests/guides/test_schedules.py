@@ -14,6 +14,7 @@ def test_the_power_rises_in_a_straight_line_and_then_stays() -> None:
     assert RewardSchedule(0.5, 0.0).powers(3) == [0.5, 1.0, 1.0]
     assert RewardSchedule(1.0).powers(2) == [1.0, 1.0]
     assert RewardSchedule().power(9, 60) == 0.75  # half of the 18 steps that it rises over
+    assert RewardSchedule(2.0, 0.4).powers(10) == [2.0, 1.75, 1.5, 1.25] + [1.0] * 6
 
 
 def test_it_says_what_it_is() -> None:
@@ -24,15 +25,23 @@ def test_it_says_what_it_is() -> None:
         "reward power 0 at the first step, rising to 1 after 7 % of the steps"
     )
     assert str(RewardSchedule(0.5, 0.0)) == "reward power 0.5 at the first step, then 1"
+    assert str(RewardSchedule(2.0, 0.5)) == (
+        "reward power 2 at the first step, falling to 1 after 50 % of the steps"
+    )
     assert str(RewardSchedule(1.0)) == "reward power 1 throughout"
     assert repr(RewardSchedule()) == "RewardSchedule(start=0.5, until=0.3)"
 
 
-@pytest.mark.parametrize("name", ["start", "until"])
 @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
-def test_values_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be between 0 and 1, got {value}"):
-        RewardSchedule(**{name: value})
+def test_shares_out_of_range(value: float) -> None:
+    with pytest.raises(ValueError, match=f"until must be between 0 and 1, got {value}"):
+        RewardSchedule(until=value)
+
+
+@pytest.mark.parametrize("value", [-0.5, float("inf"), float("nan")])
+def test_powers_out_of_range(value: float) -> None:
+    with pytest.raises(ValueError, match=f"start must be at least 0 and finite, got {value}"):
+        RewardSchedule(start=value)
 
 
 def test_no_steps() -> None:
