@@ -110,6 +110,7 @@ class Posterior:
             particle that each descends from. ESS, Pareto k and the error of the evidence then
             count the descendants of one as one sample.
         resampled: how often they were resampled.
+        moves: Metropolis–Hastings moves of all of them on the way, and how many were accepted.
         chains: what is known of the Markov chains behind the samples, which are then equally
             weighted.
 
@@ -152,6 +153,7 @@ class Posterior:
         notes: Sequence[str] = (),
         ancestors: Sequence[int] | None = None,
         resampled: int = 0,
+        moves: tuple[int, int] = (0, 0),
         chains: Chains | None = None,
     ) -> None:
         """Checks the arguments; see the class."""
@@ -186,6 +188,7 @@ class Posterior:
 
         self.ancestors = None if ancestors is None else [int(a) for a in ancestors]
         self.resampled = resampled
+        self.moves = moves
         self._check_length("ancestors", self.ancestors)
         self._possible = bool((self.log_weights > -np.inf).any())
         if chains is not None or (log_evidence is not None and math.isnan(log_evidence)):
@@ -506,6 +509,7 @@ class Posterior:
             "notes": notes,
             "ancestors": self.ancestors,
             "resampled": self.resampled,
+            "moves": list(self.moves),
             "chains": None if self.chains is None else self.chains.to_json(),
             "log_weights": _numbers(self.log_weights),
             "log_joint": _numbers(self.log_joint),
@@ -572,6 +576,7 @@ class Posterior:
                 notes=content["notes"],
                 ancestors=content.get("ancestors"),
                 resampled=content.get("resampled", 0),
+                moves=tuple(content.get("moves", (0, 0))),
                 chains=None if chains is None else Chains.from_json(chains),
             )
             return cls(**fields)
@@ -654,6 +659,9 @@ class Posterior:
                     f"resampled {self.resampled} times: the samples descend from {left} of "
                     f"{self.num_samples} first particles, which is what ESS counts"
                 )
+            tried, accepted = self.moves
+            if tried:
+                lines.append(f"{accepted} of {tried} Metropolis–Hastings moves were accepted")
             if self.impossible_share > 0.0:
                 lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
         elapsed = "" if self.elapsed is None else f", {self.elapsed:.1f} s"

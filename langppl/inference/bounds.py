@@ -217,6 +217,11 @@ def evidence_bounds(
     if options and method != "smc":
         name = method if isinstance(method, str) else _name_of(method)
         raise TypeError(f"method {name!r} has no settings, got {', '.join(options)}")
+    if options.get("rejuvenation"):
+        raise ValueError(
+            "rejuvenation moves particles away from the latents that one of them must keep to for "
+            "the upper bound; leave it out"
+        )
     program = as_program(model, args, seed)
     proposing = given_guide(guide)
     proposing.check(program)

@@ -38,7 +38,7 @@ from langppl.lm.decoding import generator
 from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.rules import Path
 from langppl.program import Program, run_together
-from langppl.program.execution import Choice, Execution, Site, draw_prior, given, score
+from langppl.program.execution import Choice, Execution, Pause, Site, draw_prior, given, score
 
 MoveKind = Literal["site", "tail"]
 
@@ -68,10 +68,13 @@ def move(
     states: Sequence[Execution],
     keys: Sequence[Key],
     tail_share: float = 0.5,
+    decided: int | None = None,
 ) -> list[Moved]:
     """Moves one latent of each execution, all at once.
 
     Each move leaves the program's posterior as it is, so it can follow any other step that does.
+    For executions that stop before a latent it leaves exp(log joint) as it is, over those that stop
+    after as many latents.
 
     Args:
         program: the program.
@@ -79,6 +82,7 @@ def move(
         states: scored executions of the program, all possible.
         keys: for each, what the random numbers of its move depend on.
         tail_share: probability that an `LMString` has its tail moved.
+        decided: the latents of executions that stop before another one; None for whole ones.
 
     Returns:
         What became of each.
@@ -87,24 +91,39 @@ def move(
         ValueError: if an execution is impossible, or has no latent.
     """
     moves = [
-        _Move(program, guide, state, key, tail_share)
+        _Move(program, guide, state, key, tail_share, decided)
         for state, key in zip(states, keys, strict=True)
     ]
     proposed = run_together([(program, m.choose) for m in moves], [m.weigh for m in moves])
     return [m.decide(execution) for m, execution in zip(moves, proposed, strict=True)]
 
 
+def check_tail_share(tail_share: Any) -> None:
+    """Raises ValueError unless it is a share."""
+    if not isinstance(tail_share, int | float) or not 0.0 <= tail_share <= 1.0:
+        raise ValueError(f"tail_share must be between 0 and 1, got {tail_share!r}")
+
+
 class _Move:
     """One proposal: it decides the latents of an execution, and weighs what came of it."""
 
     def __init__(
-        self, program: Program, guide: Guide, state: Execution, key: Key, tail_share: float
+        self,
+        program: Program,
+        guide: Guide,
+        state: Execution,
+        key: Key,
+        tail_share: float,
+        decided: int | None,
     ) -> None:
         latents = _latents(state)
         if not latents:
             raise ValueError("there is no latent site to move")
         if not math.isfinite(state.log_joint):
             raise ValueError(f"a move begins at a possible execution, not at {state.latents}")
+        if decided is not None and (state.pause is None or len(latents) != decided):
+            raise ValueError(f"a move begins at {decided} latents, not at {state.latents}")
+        self.decided = decided
         self.program, self.guide, self.state, self.key = program, guide, state, key
         rng = generator((*key, "move"))
         self.site = state.sites[latents[int(rng.integers(len(latents)))]]
@@ -119,6 +138,8 @@ class _Move:
 
     def choose(self, name: str, fn: Any, execution: Execution) -> Choice:
         """See `langppl.program.execution.Chooser`."""
+        if self.decided is not None and len(_latents(execution)) == self.decided:
+            raise Pause(name, fn)
         if name == self.site.name and self.kind == "tail":
             return self._tail(fn, execution)
         old = self.state.sites.get(name)
@@ -152,6 +173,8 @@ class _Move:
         for site in execution.sites.values():
             if site.log_prob is None:
                 site.log_prob = _log_prob_before(site, self.state.sites.get(site.name))
+        if self.decided is not None and execution.pause is None:
+            return execution
         score(execution)
         if self._is_possible and execution.log_joint > -math.inf:
             self.log_ratio = self._ratio(execution)

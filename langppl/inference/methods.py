@@ -19,11 +19,11 @@ GUIDES = ("prior", "prompted", "gflownet")
 METHODS = ("importance", "smc", "mh", "exact")
 OPTIONS = {
     "importance": (),
-    "smc": ("twist", "resampling", "ess_threshold", "every"),
+    "smc": ("twist", "resampling", "ess_threshold", "every", "rejuvenation", "tail_share"),
     "mh": ("chains", "warmup", "thin", "tail_share"),
     "exact": ("limit",),
 }
-"""The arguments of `infer` that belong to one method."""
+"""The arguments of `infer` that belong to some methods alone."""
 EXACT_LIMIT = 100_000
 CHAINS = 8
 
@@ -41,6 +41,7 @@ def infer(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    rejuvenation: int = 0,
     chains: int = CHAINS,
     warmup: int | None = None,
     thin: int = 1,
@@ -69,8 +70,8 @@ def infer(
         warmup: for `method="mh"`, steps of each chain to leave out first; None for as many as are
             sampled.
         thin: for `method="mh"`, steps from one sample to the next.
-        tail_share: for `method="mh"`, the share of the moves of an `LMString` that keep its
-            beginning and redraw the rest; the others redraw it whole.
+        tail_share: for `method="mh"` and for rejuvenation, the share of the moves of an `LMString`
+            that keep its beginning and redraw the rest; the others redraw it whole.
         twist: for `method="smc"`, how promising an unfinished string is: None for the model over
             the guide alone, `"lookahead"` (the observations as if it ended there), `"flow"` (a
             GFlowNet guide's own flow; one latent string), or a function of the site's name and the
@@ -80,6 +81,8 @@ def infer(
         ess_threshold: for `method="smc"`, the share of the particles below which their effective
             number has them resampled.
         every: for `method="smc"`, tokens of a string between two looks at the weights.
+        rejuvenation: for `method="smc"`, Metropolis–Hastings moves of each particle after each
+            latent, which make copies different again; 0 for none.
 
     Returns:
         The posterior. If no sample explains the observations, its evidence is −inf, with a
@@ -109,6 +112,8 @@ def infer(
             resampling=resampling,
             ess_threshold=ess_threshold,
             every=every,
+            rejuvenation=rejuvenation,
+            tail_share=tail_share,
         )
     if method == "mh":
         return mh(

@@ -17,7 +17,7 @@ from langppl.diagnostics import Array, InferenceWarning
 from langppl.distributions import LMChoice, LMString
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
-from langppl.inference.kernels import move
+from langppl.inference.kernels import check_tail_share, move
 from langppl.inference.sites import site_log_probs
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -116,8 +116,7 @@ def _check(chains: Any, warmup: Any, thin: Any, tail_share: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if not isinstance(tail_share, int | float) or not 0.0 <= tail_share <= 1.0:
-        raise ValueError(f"tail_share must be between 0 and 1, got {tail_share!r}")
+    check_tail_share(tail_share)
 
 
 def _start(program: Program, guide: Guide, chains: int, seed: int) -> list[Execution]:

@@ -15,13 +15,16 @@ References:
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from langppl import diagnostics
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
+from langppl.inference.kernels import check_tail_share
 from langppl.inference.particles import Crowd
+from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import SCHEMES, resample, resample_conditionally
 from langppl.inference.sites import site_log_probs
 from langppl.inference.twists import UserTwist, make_twist, weigh_at_rest
@@ -43,6 +46,8 @@ def smc(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    rejuvenation: int = 0,
+    tail_share: float = 0.5,
 ) -> Posterior:
     """Runs particles through a program, resampling them on the way.
 
@@ -58,6 +63,9 @@ def smc(
         ess_threshold: particles are resampled when their effective number is below this share of
             their number; 0 for never, 1 for whenever their weights differ.
         every: tokens of a string between two looks at the weights.
+        rejuvenation: Metropolis–Hastings moves of each particle after each latent; see
+            `langppl.inference.rejuvenation`.
+        tail_share: of these, see `langppl.inference.kernels.move`.
 
     Returns:
         The weighted particles, with their ancestors.
@@ -67,13 +75,15 @@ def smc(
     """
     started = time.monotonic()
     crowd = Crowd(program, guide, num_samples, seed)
-    times = run_crowd(
+    course = run_crowd(
         crowd,
         progress,
         twist=twist,
         resampling=resampling,
         ess_threshold=ess_threshold,
         every=every,
+        rejuvenation=rejuvenation,
+        tail_share=tail_share,
     )
     executions = [p.execution for p in crowd.particles]
     failed, notes = failures(program, executions)
@@ -85,14 +95,31 @@ def smc(
         sites=program.latents,
         returns=[e.returned for e in executions],
         log_joint=[e.log_joint for e in executions],
-        log_q=[e.log_q for e in executions],
+        # A particle that has moved was not drawn by its guide.
+        log_q=None if rejuvenation else [e.log_q for e in executions],
         site_log_probs=site_log_probs(executions),
         elapsed=time.monotonic() - started,
         failed_sites=failed,
         notes=notes,
         ancestors=[p.ancestor for p in crowd.particles],
-        resampled=times,
+        resampled=course.resampled,
+        moves=(course.moves, course.accepted),
     )
+
+
+@dataclass
+class Course:
+    """What happened to particles on their way.
+
+    Attributes:
+        resampled: how often they were resampled.
+        moves: Metropolis–Hastings moves of all of them.
+        accepted: of these.
+    """
+
+    resampled: int = 0
+    moves: int = 0
+    accepted: int = 0
 
 
 def run_crowd(
@@ -103,12 +130,10 @@ def run_crowd(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
-) -> int:
-    """Leads particles through their program; see `smc`.
-
-    Returns:
-        How often they were resampled.
-    """
+    rejuvenation: int = 0,
+    tail_share: float = 0.5,
+) -> Course:
+    """Leads particles through their program; see `smc`."""
     program, seed = crowd.program, crowd.seed
     if resampling not in SCHEMES:
         raise ValueError(f"unknown resampling {resampling!r}; schemes are: {', '.join(SCHEMES)}")
@@ -116,14 +141,28 @@ def run_crowd(
         raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold!r}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+    if isinstance(rejuvenation, bool) or not isinstance(rejuvenation, int) or rejuvenation < 0:
+        raise ValueError(f"rejuvenation must be an integer of at least 0, got {rejuvenation!r}")
+    check_tail_share(tail_share)
+    if rejuvenation and crowd.held is not None:
+        raise ValueError(
+            "rejuvenation moves particles away from the latents that one of them must keep to; "
+            "leave it out"
+        )
     crowd.guide.check(program)
     twisted = make_twist(twist, program)
-    times = 0
+    course = Course()
 
     def look(*key: int | str) -> None:
-        nonlocal times
         rng = generator((seed, "smc", "resample", *key))
-        times += resample_crowd(crowd, resampling, ess_threshold, rng)
+        course.resampled += resample_crowd(crowd, resampling, ess_threshold, rng)
+
+    def move_all(decided: int | None) -> None:
+        if rejuvenation and decided != 0:
+            tried, accepted = rejuvenate(crowd, decided, rejuvenation, tail_share)
+            course.moves += tried
+            course.accepted += accepted
+            weigh_at_rest(crowd)
 
     with keeping(), bar("sequential Monte Carlo", len(program.latents), progress) as advance:
         crowd.begin()
@@ -131,6 +170,7 @@ def run_crowd(
         stage = 0
         while any(not (p.is_over or p.is_dead) for p in crowd.particles):
             look(stage, "site")
+            move_all(stage)
             crowd.decide(stage)
             turns = every if twisted.needs_turns(crowd) else None
             turn = 0
@@ -143,7 +183,8 @@ def run_crowd(
             weigh_at_rest(crowd)
             stage += 1
             advance(1)
-    return times
+        move_all(None)
+    return course
 
 
 def resample_crowd(crowd: Crowd, scheme: str, threshold: float, rng: np.random.Generator) -> bool:

@@ -320,7 +320,9 @@ class _Search:
 
     def _made_up(self, value: str) -> Any:
         def report(method: str, args: tuple[Any, ...]) -> None:
-            self.literals += [a for a in args if isinstance(a, str)]
+            # Another latent's placeholder is no literal, and reports being compared itself.
+            plain = [a for a in args if isinstance(a, str) and not isinstance(a, Placeholder)]
+            self.literals += plain
 
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             if isinstance(fn, LMChoice):

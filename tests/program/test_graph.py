@@ -148,6 +148,18 @@ def test_edges_through_in() -> None:
     assert not program.is_static
 
 
+def test_edges_through_a_comparison_of_latents() -> None:
+    def model() -> None:
+        x = lp.sample("x", short("a"))
+        y = lp.sample("y", short("b"))
+        lp.factor("same", 1.0 if x == y else 0.0)
+        z = lp.sample("z", short("a" if x < y else "b"))
+        lp.sample("seen", goes_on(f"{z}"), obs="a")
+
+    found = {("x", "same"), ("y", "same"), ("x", "z"), ("y", "z"), ("z", "seen")}
+    assert edges(model) == found
+
+
 def test_edges_through_a_regular_expression() -> None:
     def model() -> None:
         z = lp.sample("z", short("a"))
