@@ -152,14 +152,15 @@ def of_unseen(
         for d, r in zip(draws, references, strict=True)
         if d.possible.any()
     ]
-    endings = np.concatenate([d.log_endings for d in draws])
+    # One draw a story on average: stories whose draws are seldom possible count as much.
+    endings = [np.nanmean(d.log_endings) for d in draws if d.possible.any()]
     distinct = [len({str(t) for t in d.texts}) / len(d.texts) for d in draws]
     return {
         **names,
         "log weight": float(np.mean(means)),
         "± error": float(np.std(means, ddof=1) / np.sqrt(len(means))),
         "impossible": f"{1.0 - possible.mean():.1%}",
-        "log p(fifth), raw draw": float(np.nanmean(endings)),
+        "log p(fifth), raw draw": float(np.mean(endings)),
         "KL(q‖p) ≥": float(np.mean(gaps)),
         "distinct": f"{np.mean(distinct):.0%}",
     }
