@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,11 @@ class Guide(ABC):
 
     Attributes:
         name: shown in tables.
+        flows: the latents before which `log_flow` is known, by name, with "#" for numbers.
     """
 
     name: str = "guide"
+    flows: Collection[str] = ()
 
     @abstractmethod
     def chooser(self, program: Program, key: Key) -> Chooser:
@@ -48,6 +50,23 @@ class Guide(ABC):
             program: the program.
             key: what the random numbers of this execution depend on.
         """
+
+    def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
+        """How much is to come, by what was learned: an estimate of the log evidence that is left.
+
+        That is the log of the sum, over all that may follow, of the joint density's factors that
+        are not known yet. Called within the scheduler.
+
+        Args:
+            program: the program.
+            name: the latent that comes next.
+            fn: its distribution.
+            execution: the sites before it.
+
+        Returns:
+            Nats; None if nothing was learned of it.
+        """
+        return None
 
     def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
         """What takes given latents instead of drawing them.

@@ -35,6 +35,7 @@ from langppl.guides.settings import ON_POLICY, Settings, check_objective
 from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
+from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.lm.trainable import TrainableLM
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
@@ -92,6 +93,7 @@ class GFlowNetGuide(Guide):
             of the guide's own draws, NaN at steps that have none.
         heads: the small networks (see `langppl.guides.heads`).
         learned: the latents that it was trained on, by name, with "#" for numbers.
+        flows: those before which a flow was learned, by `subtb` or `db` over sites.
 
     Example:
         >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP
@@ -151,6 +153,7 @@ class GFlowNetGuide(Guide):
         self.heads = Heads(lm.state_width, seed)
         self.history = History()
         self.learned: set[str] = set()
+        self.flows: set[str] = set()
         weakref.finalize(self, _remove, lm, self.adapter)
 
     @property
@@ -230,6 +233,17 @@ class GFlowNetGuide(Guide):
         if not own.covers(fn):
             return None, None
         return context_ids(program, name, fn, execution, own.context, own.lm), own.adapter
+
+    def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
+        """See `Guide.log_flow`."""
+        own = self.proposer
+        if _pattern(name) not in self.flows or not own.covers(fn):
+            return None
+        prompt = context_ids(program, name, fn, execution, own.context, own.lm)
+        (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
+        assert isinstance(reply, StateReply)
+        with torch.no_grad():
+            return float(self.heads.flow(torch.from_numpy(reply.state)))
 
     # -- training -----------------------------------------------------------------------------
 
@@ -449,6 +463,7 @@ class GFlowNetGuide(Guide):
             "default_context": self.context is default_context,
             "numeric": self.numeric if isinstance(self.numeric, str) else "pyro",
             "sites": sorted(self.learned),
+            "flows": sorted(self.flows),
             "heads": self.heads.specification,
             "defensive": self.defensive,
             "seed": self.seed,
@@ -493,6 +508,7 @@ class GFlowNetGuide(Guide):
             plain = record["default_context"]
             defensive = float(record.get("defensive", 0.0))
             learned = {str(name) for name in record.get("sites", ())}
+            flows = {str(name) for name in record.get("flows", ())}
             heads = {str(k): int(v) for k, v in record.get("heads", {}).items()}
             # The first version drew numbers from the prior.
             how = record.get("numeric", "prior")
@@ -515,7 +531,7 @@ class GFlowNetGuide(Guide):
         self = cls.__new__(cls)
         self._setup(lm, context, objective, how if numeric is None else numeric, seed)
         self.defensive = defensive
-        self.learned = learned
+        self.learned, self.flows = learned, flows
         self.heads.load(folder, heads)
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)

@@ -156,7 +156,7 @@ class Keeper:
         guide.history = History(record["history"])
         for k, state in record["observations"].items():
             observation = trainer.observations[int(k)]
-            trainer.guide.learned |= trainer.guide.sites_of(observation.program)
+            trainer.note(observation.program)
             _restore(observation, state, trainer.lm.device)
         return step
 

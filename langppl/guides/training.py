@@ -117,7 +117,7 @@ class Trainer:
             self._prepared.add(id(observation))
             program = observation.program
             self.guide.check_lm(program)
-            self.guide.learned |= self.guide.sites_of(program)
+            self.note(program)
             proposer = self.drawing.proposer
             if proposer.heads is not None and proposer.numeric is None:
                 found = [head_of(program.sites[n].fn) for n in program.latents]
@@ -131,6 +131,13 @@ class Trainer:
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()
+
+    def note(self, program: Program) -> None:
+        """Keeps in the guide what it learns of a program."""
+        own = self.guide.sites_of(program)
+        self.guide.learned |= own
+        if self._flows(program) and self.settings.objective != "tb":
+            self.guide.flows |= own
 
     def _flows(self, program: Program) -> bool:
         """Whether the objective learns flows of a program's states."""

@@ -74,8 +74,9 @@ def infer(
             that keep its beginning and redraw the rest; the others redraw it whole.
         twist: for `method="smc"`, how promising an unfinished string is: None for the model over
             the guide alone, `"lookahead"` (the observations as if it ended there), `"flow"` (a
-            GFlowNet guide's own flow; one latent string), or a function of the site's name and the
-            text so far to nats. It changes the variance, never the answer.
+            GFlowNet guide's own flow; for several latents one that it has learned by `subtb` or
+            `db`), or a function of the site's name and the text so far to nats. It changes the
+            variance, never the answer.
         resampling: for `method="smc"`, `"multinomial"`, `"stratified"`, `"systematic"` or
             `"residual"`.
         ess_threshold: for `method="smc"`, the share of the particles below which their effective

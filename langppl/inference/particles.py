@@ -33,6 +33,7 @@ from langppl.program import Program, run_together
 from langppl.program.execution import Choice, Chooser, Execution, Pause, Site, score_all
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Potential
+from langppl.program.templates import fill_site
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Particle:
         offset: nats; log weight less `ratio`, since it was last resampled.
         ratio: log target − log q of where it stands, nats.
         growing: the string that it is deciding.
+        to_come: log of what a guide's learned flow says is to come, nats, at the last latent before
+            which it was known.
     """
 
     known: dict[str, Choice]
@@ -133,6 +136,7 @@ class Particle:
     offset: float = 0.0
     ratio: float = 0.0
     growing: Growing | None = None
+    to_come: float = 0.0
 
     @property
     def log_weight(self) -> float:
@@ -374,6 +378,45 @@ class Crowd:
             for (p, _), reply in zip(wanted, replies, strict=True)
             if isinstance(reply, ScoreReply)
         }
+
+    def to_come(self) -> dict[int, tuple[float, float | None]]:
+        """What the guide has learned of what comes after particles that are at rest.
+
+        Returns:
+            For the identity of each that has not ended and is not dead: log of the factors that
+            depend on what is decided and are not met yet, as far as they can be known, and the
+            guide's `log_flow` of the rest; nats.
+        """
+        going = [p for p in self.particles if not (p.is_over or p.is_dead)]
+        # Copies that have not gone apart share their run.
+        executions = {id(p.execution): p.execution for p in going}
+        found = run([partial(self._flow_after, e) for e in executions.values()])
+        ahead = [self._known_ahead(e) for e in executions.values()]
+        score_all(ahead)
+        known = {
+            key: (e.log_joint, flow) for key, e, flow in zip(executions, ahead, found, strict=True)
+        }
+        return {id(p): known[id(p.execution)] for p in going}
+
+    def _flow_after(self, execution: Execution) -> float | None:
+        pause = execution.pause
+        assert pause is not None
+        return self.guide.log_flow(self.program, pause.name, pause.fn, execution)
+
+    def _known_ahead(self, execution: Execution) -> Execution:
+        """The factors that are not met yet and depend on what is decided alone."""
+        program, found = self.program, Execution()
+        if not program.is_static:
+            return found
+        assert program.templates is not None
+        latents = execution.latents
+        for template in program.templates:
+            is_evidence = template.kind in ("observed", "factor")
+            if not is_evidence or template.name in execution.sites:
+                continue
+            if program.graph.latents_above(template.name) <= latents.keys():
+                found.sites[template.name] = fill_site(template, latents)
+        return found
 
     def look_ahead(self, is_wanted: Callable[[Site], bool]) -> None:
         """Renews each growing string's view: the evidence as if it ended here.

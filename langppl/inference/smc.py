@@ -27,7 +27,7 @@ from langppl.inference.particles import Crowd
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import SCHEMES, resample, resample_conditionally
 from langppl.inference.sites import site_log_probs
-from langppl.inference.twists import UserTwist, make_twist, weigh_at_rest
+from langppl.inference.twists import UserTwist, make_twist
 from langppl.lm.decoding import generator
 from langppl.lm.kept import keeping
 from langppl.posterior import Posterior
@@ -150,7 +150,7 @@ def run_crowd(
             "leave it out"
         )
     crowd.guide.check(program)
-    twisted = make_twist(twist, program)
+    twisted = make_twist(twist, program, crowd.guide)
     course = Course()
 
     def look(*key: int | str) -> None:
@@ -162,11 +162,11 @@ def run_crowd(
             tried, accepted = rejuvenate(crowd, decided, rejuvenation, tail_share)
             course.moves += tried
             course.accepted += accepted
-            weigh_at_rest(crowd)
+            twisted.weigh_at_rest(crowd)
 
     with keeping(), bar("sequential Monte Carlo", len(program.latents), progress) as advance:
         crowd.begin()
-        weigh_at_rest(crowd)
+        twisted.weigh_at_rest(crowd)
         stage = 0
         while any(not (p.is_over or p.is_dead) for p in crowd.particles):
             look(stage, "site")
@@ -180,7 +180,7 @@ def run_crowd(
                 if crowd.is_growing and twisted.weigh(crowd):
                     look(stage, turn)
             crowd.finish()
-            weigh_at_rest(crowd)
+            twisted.weigh_at_rest(crowd)
             stage += 1
             advance(1)
         move_all(None)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from langppl.distributions import LMString
+from langppl.guides.base import Guide
 from langppl.inference.particles import Crowd, Growing, Particle, View, is_potential, is_steering
 from langppl.program import Program
 from langppl.program.statements import Potential
@@ -40,8 +41,12 @@ class Twist(ABC):
     def weigh(self, crowd: Crowd) -> bool:
         """Sets each particle's `ratio`; False if there is nothing to tell them apart by yet."""
 
+    def weigh_at_rest(self, crowd: Crowd) -> None:
+        """Sets each particle's `ratio` where no string grows."""
+        weigh_at_rest(crowd)
 
-def make_twist(twist: str | UserTwist | None, program: Program) -> Twist:
+
+def make_twist(twist: str | UserTwist | None, program: Program, guide: Guide) -> Twist:
     """A twist by name; a user's function as one.
 
     Raises:
@@ -54,12 +59,16 @@ def make_twist(twist: str | UserTwist | None, program: Program) -> Twist:
         return Lookahead()
     if twist == "flow":
         fns = [program.sites[n].fn for n in program.latents]
-        if len(fns) != 1 or not isinstance(fns[0], LMString):
+        if len(fns) == 1 and isinstance(fns[0], LMString):
+            return Flow()
+        if not guide.flows:
             raise ValueError(
                 f'twist="flow" is the flow of one latent string, and the latents here are '
-                f'{", ".join(map(repr, program.latents)) or "none"}; use twist="lookahead"'
+                f"{', '.join(map(repr, program.latents)) or 'none'}; for several, the guide must "
+                'have learned flows (a GFlowNetGuide with objective="subtb" or "db"), which guide '
+                f'{guide.name!r} has not. Use twist="lookahead"'
             )
-        return Flow()
+        return SiteFlow()
     if isinstance(twist, str):
         raise ValueError(f"unknown twist {twist!r}; twists are: {', '.join(TWISTS)}, or a function")
     if not callable(twist):
@@ -153,6 +162,37 @@ class Flow(Twist):
             if not g.is_ended and g.flow is not None:
                 particle.ratio = g.flow
         return all(g.is_ended or g.flow is not None for _, g in growing)
+
+
+class SiteFlow(Twist):
+    """The flow that a guide has learned of a program's states, before each latent.
+
+    Particles meet at latents alone: within a string the flow is carried on. What is known by then
+    counts (forward-looking), met or not: in a program of fixed templates, factors that are met
+    later and depend on nothing else are evaluated at once.
+    """
+
+    def needs_turns(self, crowd: Crowd) -> bool:
+        """See `Twist.needs_turns`."""
+        return False
+
+    def weigh(self, crowd: Crowd) -> bool:
+        """See `Twist.weigh`."""
+        return False
+
+    def weigh_at_rest(self, crowd: Crowd) -> None:
+        """See `Twist.weigh_at_rest`."""
+        known = crowd.to_come()
+        for particle in crowd.particles:
+            particle.ratio = -math.inf
+            if particle.is_dead:
+                continue
+            particle.ratio = particle.of_latents + sum(particle.view.factors.values())
+            if not particle.is_over:
+                factors, flow = known[id(particle)]
+                if flow is not None:
+                    particle.to_come = flow
+                particle.ratio += factors + particle.to_come
 
 
 def weigh_at_rest(crowd: Crowd) -> None:

@@ -96,6 +96,7 @@ class Keeper:
                 "heads": guide.heads.specification,
                 "history": dict(guide.history),
                 "learned": sorted(guide.learned),
+                "flows": sorted(guide.flows),
             }
         checkpoints.write(self.folder, done, record, tensors)
         for other in self.folder.glob("guide-*"):
@@ -150,6 +151,7 @@ class Keeper:
                 p.copy_(tensors[f"guide {name}"])
         guide.history = History(record["history"])
         guide.learned = set(record["learned"])
+        guide.flows = set(record.get("flows", ()))
 
     def _forget_scores(self) -> None:
         # A resumed run remembers no scores, and a batch's others move a score's last bits.
