@@ -1,9 +1,9 @@
 """Objective or subjective? The reason for a label is latent, and the label is observed.
 
-A sentence about a film tells what happens in it, or what somebody thinks of it. Between sentence and
-label the LM writes a few words about the sentence, which nobody has written down for it. A guide
-is trained on a dozen labelled sentences to write such words for sentences whose label it never
-sees; then the classifier that reads them is trained too, by expectation maximisation.
+A sentence about a film tells what happens in it, or what somebody thinks of it. Between sentence
+and label the LM writes a few words about the sentence, which nobody has written down for it. A
+guide is trained on a dozen labelled sentences to write such words for sentences whose label it
+never sees; then the classifier that reads them is trained too, by expectation maximisation.
 
     python examples/subjectivity.py
     python examples/subjectivity.py --help
@@ -45,7 +45,7 @@ CHUNK = 128
 """Draws at once."""
 
 KNOWN: Labelled = (
-    ("a clerk finds a letter that was meant for the man who lived in the flat before him .", OBJECTIVE),
+    ("a clerk finds a letter that was meant for the man in the flat before him .", OBJECTIVE),
     ("the jokes are stale and the hero is a bore .", SUBJECTIVE),
     ("after the war two brothers open a garage on the road to the coast .", OBJECTIVE),
     ("a warm , clever film that i would gladly see again .", SUBJECTIVE),
@@ -116,7 +116,7 @@ def predict(
     draws: int = 10,
     seed: int = 0,
 ) -> tuple[np.ndarray, list[list[str]]]:
-    """How likely each sentence is subjective: the mean of p(label | sentence, rationale) over draws.
+    """How likely each sentence is subjective: mean of p(label | sentence, rationale) over draws.
 
     It is a learned prediction: the rationales are the guide's own, not weighted.
 
