@@ -204,6 +204,7 @@ class Task:
                 guide,
                 rounds=args.rounds,
                 num_samples=args.batch,
+                resample=args.resample,
                 fit={**self.settings(count), "steps": args.fit_steps},
                 steps=args.m_steps,
                 observations=min(args.observations, count),
@@ -327,6 +328,9 @@ def main() -> None:
     options.add_argument("--supervised-rounds", type=int, default=3)
     options.add_argument("--rounds", type=int, default=3, help="of EM")
     options.add_argument("--fit-steps", type=int, default=6, help="of the guide in a round of EM")
+    options.add_argument(
+        "--resample", type=int, default=4, help="draws that a classifier step takes"
+    )
     options.add_argument("--m-steps", type=int, default=10, help="of the classifier in a round")
     options.add_argument("--em-rate", type=float, default=5e-4, help="learning rate of these")
     ways = [*UNTRAINED, *TRAINED]
