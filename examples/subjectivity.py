@@ -41,6 +41,10 @@ INTRO = (
 MAX_TOKENS = 5
 """Of a rationale."""
 
+TEMPERATURE = 0.25
+"""Of the label: the target is p(rationale)·p(label)^4. A label that has two values says little, and
+at 1 most of the posterior is rationales that say nothing."""
+
 CHUNK = 128
 """Draws at once."""
 
@@ -72,7 +76,9 @@ UNSEEN: Labelled = (
 )
 
 
-def make_classifier(lm: lp.LM, judge: lp.LM | TrainableLM) -> Model:
+def make_classifier(
+    lm: lp.LM, judge: lp.LM | TrainableLM, temperature: float = TEMPERATURE
+) -> Model:
     """The model: a few words about a sentence, and the label that follows from both."""
 
     def classify(sentence: str, label: str | None = None) -> str:
@@ -80,7 +86,7 @@ def make_classifier(lm: lp.LM, judge: lp.LM | TrainableLM) -> Model:
         rules = {"stop": ".", "ban": "\n", "max_tokens": MAX_TOKENS}
         rationale = lp.sample("rationale", lp.LMString(lm, text, **rules))
         choice = lp.LMChoice(judge, f"{text}{rationale}\nThis sentence is", LABELS)
-        return lp.sample("label", choice, obs=label)
+        return lp.sample("label", lp.Tempered(choice, temperature), obs=label)
 
     return classify
 

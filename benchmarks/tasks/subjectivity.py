@@ -163,7 +163,7 @@ class Task:
         """A guide that writes rationales for the LM as it is."""
         args, folder = self.args, self.folder("gflownet", count, seed)
         guide = self.guide(folder, seed)
-        model = texts.make_classifier(self.lm, self.lm)
+        model = texts.make_classifier(self.lm, self.lm, self.args.temperature)
 
         def train() -> None:
             guide.fit(
@@ -195,7 +195,7 @@ class Task:
         has_ended = (folder / "guide" / GUIDE_FILE).is_file()
         guide = self.guide(folder if has_ended else self.folder("gflownet", count, seed), seed)
         view = self.view("classifier", folder)
-        model = texts.make_classifier(self.lm, view)
+        model = texts.make_classifier(self.lm, view, args.temperature)
 
         def train() -> None:
             lp.em(
@@ -228,7 +228,7 @@ class Task:
         elif way == "gflownet, EM":
             model, guide, seconds = self.maximised(count, seed)
         elif way == "rationales of the LM":
-            model = texts.make_classifier(self.lm, self.lm)
+            model = texts.make_classifier(self.lm, self.lm, self.args.temperature)
         else:
             known = labelled(self.rows, count, seed) if way == "few-shot" else []
             model = texts.make_direct(self.lm, balanced(known, self.args.shots, seed))
@@ -321,6 +321,12 @@ def main() -> None:
     options.add_argument("--draws", type=int, default=10, help="rationales for each of them")
     options.add_argument("--shots", type=int, default=10, help="labelled sentences in a prompt")
     options.add_argument("--steps", type=int, default=60, help="training steps of the guide")
+    options.add_argument(
+        "--temperature",
+        type=float,
+        default=texts.TEMPERATURE,
+        help="of the label after a rationale",
+    )
     options.add_argument("--objective", default="vargrad", help="of the guide")
     options.add_argument("--learning-rate", type=float, default=1e-3, help="of the guide")
     options.add_argument("--observations", type=int, default=10, help="sentences in a step")

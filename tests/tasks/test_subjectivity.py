@@ -34,13 +34,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_labels_and_rationales_follow_the_model(lm: lp.LM) -> None:
     model = subjectivity.make_classifier(lm, lm)
     (program,) = subjectivity.programs(model, [("a boy runs .", " objective")])
-    assert (program.latents, program.observed) == (("rationale",), ("label",))
-    assert program.is_static
+    assert program.latents == ("rationale",) and program.is_static
     z = " a b"
     text = f"{subjectivity.INTRO}Sentence: a boy runs .\nThis is"
     rationale = lp.LMString(lm, text, stop=".", ban="\n", max_tokens=subjectivity.MAX_TOKENS)
     label = lp.LMChoice(lm, f"{text}{z}\nThis sentence is", subjectivity.LABELS)
-    expected = float(rationale.log_prob(z)) + float(label.log_prob(" objective"))
+    expected = float(rationale.log_prob(z)) + 4 * float(label.log_prob(" objective"))
     assert float(program.log_joint({"rationale": z})) == pytest.approx(expected, abs=1e-4)
 
 
