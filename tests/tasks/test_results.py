@@ -20,7 +20,7 @@ TASKS = Path(__file__).parents[2] / "benchmarks" / "tasks"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lm = tiny_lm(f"{string.ascii_letters}{string.digits} ,:;+-=\n", window=512)
+    lm = tiny_lm(f"{string.ascii_letters}{string.digits} .,:;+-=\n", window=512)
     folder = tmp_path_factory.mktemp("lm")
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
@@ -79,13 +79,44 @@ def test_arithmetic_runs(tiny: Path, tmp_path: Path) -> None:
     assert 0.0 <= found["runs"]["gflownet"]["0"]["5"]["vote"] <= 1.0
 
 
+def test_subjectivity_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{split[0]} {k}", "label_text": label, "split": split, "few_shot": []}
+        for split, count in (("train", 6), ("test", 2))
+        for label in ("objective", "subjective")
+        for k in range(count)
+    ]
+    (tmp_path / "subj.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    sizes = "--labels 4 --test 2 --draws 2 --steps 2 --batch 2 --observations 2 --shots 2 --seeds 1"
+    learning = "--supervised-rounds 1 --rounds 1 --fit-steps 1 --m-steps 1"
+    options = f"--data {tmp_path} --model {tiny} --out {tmp_path} {sizes} {learning}".split()
+    benchmark("subjectivity", *options, "--ways", "zero-shot", "gflownet")
+    kept = tmp_path / "subjectivity-work" / "result-gflownet-4-1-2.json"
+    before = kept.stat().st_mtime_ns
+    shown = benchmark("subjectivity", *options)
+    assert kept.stat().st_mtime_ns == before
+    found = json.loads((tmp_path / "subjectivity.json").read_text())
+    assert list(found["runs"]) == [
+        "zero-shot",
+        "rationales of the LM",
+        "few-shot",
+        "supervised",
+        "gflownet",
+        "gflownet, EM",
+    ]
+    assert "| gflownet, EM |" in shown
+    run = found["runs"]["gflownet, EM"]["4"]["1"]
+    assert 0.0 <= run["accuracy"] <= 1.0 and len(run["shown"][0]["rationales"]) in (1, 2)
+    assert "**gflownet, EM**, 4 labels" in (tmp_path / "subjectivity.md").read_text()
+
+
 def test_a_page_is_filled(results: ModuleType) -> None:
     page = "a\n<!-- table -->\nold\n<!-- end of table -->\nb\n"
     filled = results.fill(page, "table", "new\n")
     assert filled == "a\n<!-- table -->\nnew\n<!-- end of table -->\nb\n"
     with pytest.raises(ValueError, match="the page has no"):
         results.fill("a", "table", "new")
-    for name in ("random_numbers", "arithmetic"):
+    for name in ("random_numbers", "arithmetic", "subjectivity"):
         text = (results.PAGES / f"{name}.md").read_text()
         results.fill(results.fill(text, "table", "x"), "samples", "y")
 
