@@ -2,7 +2,8 @@
 
 After "Once upon a time, there was a" come T latent tokens and then c observed ones, all simulated
 from the LM, so both KL(q‖p) and KL(p‖q) are bracketed by `langppl.evidence_bounds`. One guide is
-trained for each objective, on observations simulated apart from those that it is judged on.
+trained for each objective, on observations simulated apart from those that it is judged on. Guides
+read the text with a gap and then its beginning again.
 
     python benchmarks/twisted.py --setting short
     python benchmarks/twisted.py --help
@@ -22,6 +23,8 @@ import common
 
 import langppl as lp
 from langppl.guides import Guide, PriorGuide, PromptedGuide
+from langppl.guides.context import ContextInfo
+from langppl.guides.settings import BALANCE
 
 PROMPT = "Once upon a time, there was a"
 
@@ -47,7 +50,7 @@ SETTINGS = {
     # Its latent may end anywhere, so `subtb` has inner end points.
     "variable": Setting(1, 15, 10),
 }
-OBJECTIVES = ("vargrad", "tb", "subtb", "forward_kl")
+OBJECTIVES = ("vargrad", "tb", "subtb", "forward_kl", "rao_blackwell")
 
 
 def make_model(lm: lp.LM, setting: Setting) -> Callable[[str], None]:
@@ -59,6 +62,12 @@ def make_model(lm: lp.LM, setting: Setting) -> Callable[[str], None]:
         lp.sample("seen", lp.LMString(lm, f"{PROMPT}{z}"), obs=seen)
 
     return infilling
+
+
+def whole_text(info: ContextInfo) -> str:
+    """The text with a gap, then its beginning again: what guides read."""
+    (seen,) = info.args
+    return f"{PROMPT} [...]{seen}\n\nThe full text:\n\n{PROMPT}"
 
 
 def trained(
@@ -73,22 +82,23 @@ def trained(
         "learning_rate": args.learning_rate,
         "lengths": {"seen": setting.seen},
         "schedule": lp.RewardSchedule(start=1.0),
-        "sampling_temperature": (1.0, 1.3),
     }
+    if objective in BALANCE:
+        options["sampling_temperature"] = (1.0, 1.3)
     place = args.out / "twisted-work" / f"{args.setting}-{objective}"
     known = place / "steps.json"
     if known.is_file():
         steps = int(json.loads(known.read_text())["steps"])
     else:
         # How long a step takes is seen on a guide that is thrown away.
-        trial = lp.GFlowNetGuide(lm, rank=args.rank, seed=args.seed + 1)
+        trial = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_text, seed=args.seed + 1)
         trial.fit(model, rows, steps=2, progress=False, **options)
         started = time.monotonic()
         trial.fit(model, rows, steps=4, progress=False, **options)
         steps = max(4, int(60 * args.minutes * 4 / (time.monotonic() - started)))
         place.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps({"steps": steps}))
-    guide = lp.GFlowNetGuide(lm, rank=args.rank, seed=args.seed)
+    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_text, seed=args.seed)
     guide.fit(model, rows, steps=steps, checkpoint=place, checkpoint_every=20, **options)
     return guide, steps
 
@@ -135,7 +145,7 @@ def main() -> None:
     rows_shown = []
     guides: list[tuple[str, Callable[[], tuple[Guide, int]]]] = [
         ("prior", lambda: (PriorGuide(), 0)),
-        ("prompted", lambda: (PromptedGuide(), 0)),
+        ("prompted", lambda: (PromptedGuide(whole_text), 0)),
         *((o, lambda o=o: trained(lm, o, setting, rows, args)) for o in args.objectives),
     ]
     kept = Path(args.out) / "twisted-work" / f"{args.setting}.json"
