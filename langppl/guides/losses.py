@@ -9,10 +9,10 @@ import torch
 
 from langppl.guides import objectives
 from langppl.guides.heads import Heads
+from langppl.guides.objectives import Actions
 from langppl.guides.observations import Turn
 from langppl.guides.settings import OF_WHOLE_DRAWS, Settings
-from langppl.guides.trajectories import Found, actions_of, plus, site_trajectory, trajectory
-from langppl.lm import LM
+from langppl.guides.trajectories import Found, plus, site_trajectory, trajectory
 
 
 def loss_of(
@@ -22,7 +22,7 @@ def loss_of(
     settings: Settings,
     heads: Heads,
     power: float,
-    lm: LM,
+    actions: Sequence[Actions] | None,
 ) -> torch.Tensor:
     """The loss of one observation's draws, a scalar with gradients.
 
@@ -33,7 +33,7 @@ def loss_of(
         settings: the objective, and λ.
         heads: the learned flows.
         power: of the reward.
-        lm: the guide's.
+        actions: the draws action by action, for `rao_blackwell`.
     """
     objective, draws = settings.objective, turn.own
     total = torch.stack([q.sum() for q in log_qs])
@@ -42,7 +42,7 @@ def loss_of(
     reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
     if objective == "rao_blackwell":
         rest = [power * d.log_rest if d.log_reward > -math.inf else -math.inf for d in draws]
-        actions = actions_of(draws, scores, log_qs, lm)
+        assert actions is not None
         return objectives.rao_blackwell(actions, total.new_tensor(rest))
     if objective in OF_WHOLE_DRAWS:
         return OF_WHOLE_DRAWS[objective](reward, total)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from langppl.guides.drawing import Drawing
 from langppl.guides.heads import FLOW, head_of
 from langppl.guides.keeping import Keeper
 from langppl.guides.losses import loss_of
+from langppl.guides.objectives import Actions
 from langppl.guides.observations import Observation, Turn
 from langppl.guides.settings import Settings, learning_rate
-from langppl.guides.trajectories import Found, log_q, policy_scores
+from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
 from langppl.lm.decoding import generator
@@ -261,6 +262,7 @@ class Trainer:
             log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
         if self._flow_is_new:
             self._start_flow(turns, log_qs)
+        actions = self._actions(turns, scores, log_qs) if with_states else None
         reported, losses = [], []
         own_log_qs: list[float] = []
         at = 0
@@ -271,8 +273,9 @@ class Trainer:
             at += size + pairs
             loss = torch.zeros((), device=self.lm.device)
             if size:
+                acted = None if actions is None else [next(actions) for _ in turn.own]
                 loss = loss + loss_of(
-                    turn, scores[own], log_qs[own], self.settings, heads, power, self.lm
+                    turn, scores[own], log_qs[own], self.settings, heads, power, acted
                 )
             if pairs:
                 weight = pairs / self.settings.batch
@@ -294,6 +297,16 @@ class Trainer:
             for (buffer, d), q in zip(owned, own_log_qs, strict=True):
                 buffer.add(d.key, d.log_reward - q, d, d.tokens)
         return reported
+
+    def _actions(
+        self, turns: Sequence[Turn], scores: Sequence[Found], log_qs: Sequence[torch.Tensor]
+    ) -> Iterator[Actions]:
+        """The own draws of all observations action by action, the prior's side in one pass."""
+        is_own = [k < len(t.own) for t in turns for k in range(len(t.own) + len(t.simulated))]
+        places = [k for k, own in enumerate(is_own) if own]
+        draws = [d for t in turns for d in t.own]
+        own_scores, own_log_qs = [scores[k] for k in places], [log_qs[k] for k in places]
+        return iter(actions_of(draws, own_scores, own_log_qs, self.lm))
 
     def _centre(self, scores: Sequence[Found]) -> None:
         """Lets the heads see how the states of a first batch differ."""

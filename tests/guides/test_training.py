@@ -128,13 +128,17 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: g.clone() for n, g in found.items() if g is not None}
 
 
-@pytest.mark.parametrize("objective", ["auto", "vargrad", "tb", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [("auto", 0.0), ("vargrad", 0.0), ("tb", 0.0), ("reverse_kl", 0.0), ("rao_blackwell", 0.25)],
+)
 def test_a_step_descends_the_mean_of_its_observations_losses(
-    objective: str, monkeypatch: pytest.MonkeyPatch
+    objective: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=2, seed=1)
-    both = trainer_of(guide, story, rows_of(lm), observations=2, batch=6, objective=objective)
+    options: dict[str, Any] = {"batch": 8, "objective": objective, "simulated_share": share}
+    both = trainer_of(guide, story, rows_of(lm), observations=2, **options)
     kept: list[list[Turn]] = []
     plain = both.drawing.turns
     monkeypatch.setattr(both.drawing, "turns", lambda *a: kept.append(plain(*a)) or kept[-1])
@@ -142,11 +146,12 @@ def test_a_step_descends_the_mean_of_its_observations_losses(
     figures = both.step(0)
     found = gradients(both)
     ((one, two),) = kept
-    assert [len(t.own) for t in (one, two)] == [6, 6]
+    pairs = round(8 * share)
+    assert [(len(t.own), len(t.simulated)) for t in (one, two)] == [(8 - pairs, pairs)] * 2
 
     singles, losses = [], []
     for turn in (one, two):
-        alone = trainer_of(guide, story, [rows_of(lm)[0]], batch=6, objective=objective)
+        alone = trainer_of(guide, story, [rows_of(lm)[0]], **options)
         alone.optimiser.zero_grad()
         (reported,) = alone._descend([turn], 0, 1.0)
         losses.append(reported["loss"])
@@ -483,7 +488,7 @@ def test_simulated_pairs_are_a_share_of_the_batch(monkeypatch: pytest.MonkeyPatc
             scores = policy_scores(draws, self.lm, self.guide.adapter)
             logs = [log_q(d, f, None) for d, f in zip(draws, scores, strict=True)]
             heads = self.guide.heads
-            own = loss_of(turn, scores[:9], logs[:9], self.settings, heads, power, self.lm)
+            own = loss_of(turn, scores[:9], logs[:9], self.settings, heads, power, None)
             mean = torch.stack([q.sum() for q in logs[9:]]).mean()
         losses.append(found["loss"] - float(own - 3 / 12 * mean))
         return [found]
@@ -713,7 +718,7 @@ def loss_and_draws(
     turn = Turn(own, draws, len(draws))
     scores = policy_scores(draws, guide.lm, guide.adapter)
     logs = [log_q(d, f, guide.heads) for d, f in zip(draws, scores, strict=True)]
-    loss = loss_of(turn, scores, logs, trainer.settings, guide.heads, 0.5, guide.lm)
+    loss = loss_of(turn, scores, logs, trainer.settings, guide.heads, 0.5, None)
     return float(loss.detach()), draws
 
 
