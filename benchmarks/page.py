@@ -88,7 +88,11 @@ latent tokens, one observed.""",
     "twisted_variable": """One to fifteen latent tokens, ten observed.""",
     "truth": """## Is SMC unbiased?
 
-Mean and standard deviation of estimated over exact evidence in tiny programs.""",
+Mean and standard deviation of estimated over exact evidence in tiny programs, over 400 runs, for
+every twist and resampling scheme (a cell; the JSON has each). A cell is unbiased if its mean is 1
+within its error at 1 % over all cells (4.0 errors) and its standard deviation is at most 1. The
+same seeds serve all cells, so these vary together, and the means of skewed weights are more often
+too low than too high: the furthest cell came to 0.989 ± 0.018 on 1,000 other seeds.""",
     "calibration": """## Calibration
 
 Ranks of simulated latents among posterior draws on a tiny LM, by `lp.calibrate`; p is the smallest
@@ -112,9 +116,34 @@ took, weights included, with the device to one way alone.""",
 }
 
 
+def shortened(name: str, content: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows as they are shown: those of a long table by groups."""
+    columns, rows = content["columns"], content["rows"]
+    if name != "truth":
+        return columns, rows
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["program"], row["guide"]), []).append(row)
+    found = [
+        {
+            "program": program,
+            "guide": guide,
+            "cells": len(own),
+            "lowest mean": min(r["mean"] for r in own),
+            "highest mean": max(r["mean"] for r in own),
+            "furthest from 1, errors": max(abs(r["mean"] - 1.0) / r["± error"] for r in own),
+            "largest sd": max(r["sd"] for r in own),
+            "unbiased": sum(r["unbiased"] for r in own),
+        }
+        for (program, guide), own in groups.items()
+    ]
+    return list(found[0]), found
+
+
 def section(name: str, content: dict[str, Any]) -> str:
     """A table with its text and where it was measured."""
-    columns, machine = content["columns"], content["machine"]
+    machine = content["machine"]
+    columns, rows = shortened(name, content)
     lines = [
         TEXTS[name],
         "",
@@ -122,8 +151,9 @@ def section(name: str, content: dict[str, Any]) -> str:
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
-        *("| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in content["rows"]),
+        *("| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in rows),
         "",
+        *([content["note"], ""] if "note" in content else []),
         f"{content['lm']}, {where(name, machine)}, torch {machine['versions']['torch']}, "
         f"transformers {machine['versions']['transformers']}, commit {machine['commit']}, "
         f"{machine['date']}; "

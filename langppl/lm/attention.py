@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from langppl.lm.trie import Row
 
@@ -229,22 +230,29 @@ def attend(
     groups = heads // shared
     query = pad(query[0], (0, 0, 0, count * size - n))
     query = query.view(shared, groups, count, size, width).permute(2, 0, 1, 3, 4)
-    if blocks.is_whole and most == key.shape[2]:
-        keys, values = key, value
-    else:
+    query = query.reshape(count, shared, groups * size, width)
+    bias = blocks.bias(sliding_window, query.dtype, groups)
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling
+        )
+
+    def of_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         places = blocks.keys.flatten()
         keys, values = (
             x[0].index_select(1, places).view(shared, count, most, -1).transpose(0, 1)
             for x in (key, value)
         )
-    found = scaled_dot_product_attention(
-        query.reshape(count, shared, groups * size, width),
-        keys,
-        values,
-        attn_mask=blocks.bias(sliding_window, query.dtype, groups),
-        dropout_p=dropout,
-        scale=scaling,
-    )
+        return attended(query, keys, values)
+
+    if blocks.is_whole and most == key.shape[2]:
+        found = attended(query, key, value)
+    elif torch.is_grad_enabled() and key.requires_grad:
+        # Each block's copy of what it sees is made again in the backward pass, not kept.
+        found = checkpoint(of_blocks, query, key, value, use_reentrant=False)
+    else:
+        found = of_blocks(query, key, value)
     found = found.view(count, shared, groups, size, -1).permute(0, 3, 1, 2, 4)
     return found.reshape(count * size, heads, -1)[None, :n], None
 

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from langppl.lm import attention, kept
 from langppl.lm.attention import Blocks
 from langppl.lm.kept import KeysAndValues, Tree
+from langppl.lm.recompute import elementwise_again
 from langppl.lm.trie import Ids, Row, lay_out, shared
 
 if TYPE_CHECKING:
@@ -99,8 +100,13 @@ def states(
         passed = functools.partial(
             _row_states, lm, lm.packs, row, layout.stem, nodes, stem, lm.active_adapter
         )
-        again = torch.is_grad_enabled() and row is not layout.rows[-1]
-        found = checkpoint(passed, use_reentrant=False) if again else passed()
+        if not torch.is_grad_enabled():
+            found = passed()
+        elif row is not layout.rows[-1]:
+            found = checkpoint(passed, use_reentrant=False)
+        else:
+            with elementwise_again(lm.model):
+                found = passed()
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
 
 
