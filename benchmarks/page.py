@@ -87,8 +87,8 @@ read by the LM in a run.""",
 After "Once upon a time, there was a" come latent tokens and then observed ones, both simulated from
 the LM (Zhao et al. 2024, arXiv 2404.17546); the divergences are bracketed from both sides. Two
 latent tokens, one observed; three minutes of one core for each guide.""",
-    "twisted_long": """Fifteen latent tokens, ten observed. Four minutes of one core are 7 to 11 steps here, so these
-guides are hardly trained, and 16 particles leave the bounds far apart.""",
+    "twisted_long": """Fifteen latent tokens, ten observed. Four minutes of one core are 7 to 11
+steps here, so these guides are hardly trained, and 16 particles leave the bounds far apart.""",
     "twisted_variable": """One to fifteen latent tokens, ten observed.""",
     "truth": """## Is SMC unbiased?
 
