@@ -43,6 +43,7 @@ class _Made:
         return (
             alive is not None
             and alive.data_ptr() == kept.data_ptr()
+            and alive.device == kept.device
             and alive._version == self.version
             and alive.numel() == kept.numel()
             and alive.is_contiguous()
@@ -72,10 +73,12 @@ class _Notes:
     ups: dict[int, Tensor] = field(default_factory=dict)
 
     def note(self, output: Tensor, again: Callable[[], Tensor]) -> None:
-        self.made[output.data_ptr()] = _Made(weakref.ref(output), output._version, again)
+        place = output.data_ptr()
+        if place:  # a tensor that does not say where its numbers are cannot be told from others
+            self.made[place] = _Made(weakref.ref(output), output._version, again)
 
     def pack(self, kept: Tensor) -> Tensor | _Again:
-        made = self.made.get(kept.data_ptr())
+        made = self.made.get(kept.data_ptr()) if self.made else None
         return _Again(made, kept.shape) if made is not None and made.is_of(kept) else kept
 
     def activation(self, layer: nn.Module) -> Callable[..., None]:
