@@ -117,7 +117,9 @@ def main() -> None:
     options.add_argument(
         "--memory-of", choices=("plain", "langppl"), help="one step, its peak memory"
     )
-    options.add_argument("--memory-only", action="store_true", help="do not time the steps")
+    alone = options.add_mutually_exclusive_group()
+    alone.add_argument("--memory-only", action="store_true", help="do not time the steps")
+    alone.add_argument("--times-only", action="store_true", help="do not measure the memory")
     options.add_argument(
         "--budgets",
         type=int,
@@ -137,6 +139,8 @@ def main() -> None:
 
     if not args.memory_only:
         times(lm, makers, args)
+    if args.times_only:
+        return
     rows: list[dict[str, object]] = []
     for name, budget in (("plain", 0), *(("langppl", b) for b in args.budgets)):
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
@@ -146,7 +150,7 @@ def main() -> None:
         rows.append({"way": name, "node budget": budget or "–", **found})
     for row in rows:
         row["of plain"] = row["peak GiB"] / rows[0]["peak GiB"]
-    common.report("step_memory", list(rows[0]), rows, args)
+    common.report(named("step_memory", args), list(rows[0]), rows, args)
 
 
 def one(parts: dict[str, Callable[[], object]], args) -> dict[str, object]:
@@ -182,8 +186,11 @@ def times(lm: lp.LM, makers: dict[str, Callable], args) -> None:
         for name in ways
     }
     rows.append(_row("step", whole["plain"], whole["langppl"]))
-    name = "step" if args.dtype == "float32" else f"step_{args.dtype}"
-    common.report(name, list(rows[0]), rows, args)
+    common.report(named("step", args), list(rows[0]), rows, args)
+
+
+def named(name: str, args) -> str:
+    return name if args.dtype == "float32" else f"{name}_{args.dtype}"
 
 
 def _row(part: str, plain_way: float, own: float) -> dict[str, object]:

@@ -7,6 +7,7 @@ strings' forward pass reads them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ _PROBES = 64
 
 _ROWS = 128
 """Rows of input for which the layout is chosen; it takes any number."""
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Float types that are laid out, and how far a product may be from the plain one, relative."""
 
 
 def _lay_out(weight: Tensor) -> Tensor:
@@ -49,8 +53,8 @@ class FrozenLinear(nn.Linear):
     """A linear layer that keeps a second copy of its weight in oneDNN's layout.
 
     It shares the parameters of the layer it replaces. The copy is made at the first call, and anew
-    when the weight has changed; off the CPU, in another float type, or where the weight itself
-    takes gradients, it is a plain linear layer.
+    when the weight has changed; off the CPU, in a float type that oneDNN does not multiply here, or
+    where the weight itself takes gradients, it is a plain linear layer.
 
     A change is seen by the weight's identity, memory and version, and, since what is written
     through `.data` (as peft's merging does) leaves no trace in these, by some of its numbers.
@@ -100,13 +104,16 @@ class FrozenLinear(nn.Linear):
 
 
 def _suits(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return (
+        weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and weight.dtype in _TOLERANCE
+        and _works(weight.dtype)
+    )
 
 
 def freeze(model: nn.Module) -> None:
     """Replaces a model's large linear layers, if this machine's torch has oneDNN's products."""
-    if not _works():
-        return
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if (
@@ -117,11 +124,14 @@ def freeze(model: nn.Module) -> None:
                 setattr(parent, name, FrozenLinear(layer))
 
 
-def _works() -> bool:
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this float type here; not all machines' do in bfloat16."""
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3)
+    x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12.0).reshape(4, 3).to(dtype)
     try:
-        return torch.allclose(_multiply(x, _lay_out(weight), None), x @ weight.T)
+        found = _multiply(x, _lay_out(weight), None)
     except (AttributeError, RuntimeError):  # the operators are torch's own, and may go
         return False
+    return torch.allclose(found, x @ weight.T, rtol=_TOLERANCE[dtype])

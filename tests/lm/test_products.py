@@ -17,7 +17,9 @@ from langppl.lm.rules import StringRules
 from langppl.lm.scoring import score_with_gradients
 from langppl.testing import tiny_lm
 
-pytestmark = pytest.mark.skipif(not products._works(), reason="torch has no oneDNN products here")
+pytestmark = pytest.mark.skipif(
+    not products._works(torch.float32), reason="torch has no oneDNN products here"
+)
 
 
 def layers(inputs, outputs, bias, seed=0):
@@ -43,6 +45,23 @@ def test_equal_with_gradients(rows, inputs, outputs, bias, seed):
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(frozen(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not products._works(torch.bfloat16), reason="no bfloat16 products here")
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_equal_with_gradients_in_bfloat16(rows, inputs, outputs, bias):
+    plain, frozen = (layer.bfloat16() for layer in layers(inputs, outputs, bias))
+    x = torch.randn(2, rows, inputs, dtype=torch.bfloat16)
+    found = []
+    for layer in (plain, frozen):
+        own = x.clone().requires_grad_(True)
+        y = layer(own)
+        y.sum().backward()
+        found.append((y.detach(), own.grad))
+    assert frozen._laid is not None
+    for a, b in zip(*found, strict=True):  # sums in another order, rounded to 8 bits
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
 
 
 def test_a_changed_weight_is_laid_out_anew():
