@@ -35,6 +35,9 @@ of each prefix.""",
 weights included, and the processor's time for the gradient part of later ones. With fewer nodes
 to a row than the gradient needs (`lm.gradient_node_budget`, 1,024 by default), rows but the last
 are run again in the backward pass: less memory, more work.""",
+    "step_bfloat16": """The same step with langppl in bfloat16, and the plain way in float32 as
+above.""",
+    "step_memory_bfloat16": """Its peak memory. The seconds were taken beside other work.""",
     "decoding": """## Decoding
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
