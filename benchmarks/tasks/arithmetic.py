@@ -2,10 +2,11 @@
 
 Every way answers for sums of 3, 4 and 5 operands that no training saw: from the LM itself
 (zero-shot and few-shot), from maximum likelihood on a few sums with worked steps (supervised), and
-from three trainings that begin there and go on with sums of which the answer alone is known:
-the GFlowNet, and reinforcement learning with (`reverse_kl`) and without (`reward`) an entropy
-term. Five operands occur in no training. Finished runs are kept, and a training that was cut off
-goes on from its checkpoint.
+from four trainings that begin there, take it for the model's prior, and go on with sums of which
+the answer alone is known: reweighted wake-sleep (`rws`), trajectory balance (`gflownet`), and
+reinforcement learning with (`reverse_kl`) and without (`reward`) an entropy term. Five operands
+occur in no training. Finished runs are kept, and a training that was cut off goes on from its
+checkpoint.
 
     python benchmarks/tasks/arithmetic.py --data DIR
     python benchmarks/tasks/arithmetic.py --help
@@ -28,7 +29,12 @@ from langppl.guides import Guide, PriorGuide
 
 sums = example("arithmetic")
 UNTRAINED = {"zero-shot": "", "few-shot": sums.SHOTS}
-REFINED = {"reverse_kl": "reverse_kl", "reward": "reward", "gflownet": "vargrad"}
+REFINED = {
+    "rws": "rws",
+    "gflownet": "vargrad",
+    "reverse_kl": "reverse_kl",
+    "reward": "reward",
+}
 """Ways that begin with the supervised guide, and their objectives."""
 OPERANDS = (3, 4, 5)
 
@@ -85,7 +91,7 @@ class Task:
         guide = self.supervised(seed)
         sums.refine(
             guide,
-            self.solvers[sums.SHOTS],
+            sums.learned(self.lm, self.args.work / f"supervised-{seed}" / "guide"),
             chosen(self.labelled, seed, self.args.labels),
             self.args.steps,
             objective=REFINED[way],
@@ -151,7 +157,7 @@ def main() -> None:
     options.add_argument("--demo-steps", type=int, default=40, help="supervised steps")
     options.add_argument("--labels", type=int, default=1000, help="sums with the answer alone")
     options.add_argument("--steps", type=int, default=100, help="steps after the supervised ones")
-    options.add_argument("--learning-rate", type=float, default=1.5e-4, help="of these")
+    options.add_argument("--learning-rate", type=float, default=1e-3, help="of these")
     options.add_argument("--test", type=int, default=30, help="sums to answer, of each length")
     options.add_argument("--draws", type=int, default=10, help="for each, of which most win")
     ways = [*UNTRAINED, "supervised", *REFINED]
