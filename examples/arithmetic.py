@@ -233,9 +233,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=12, help="sums to answer, of each length")
     parser.add_argument("--draws", type=int, default=4, help="draws for each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path("arithmetic-output"), help="for the guides"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for the guides")
     args = parser.parse_args()
     started = time.monotonic()
     console = Console(width=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -86,6 +87,26 @@ def test_a_guide_imitates_and_is_refined() -> None:
     before = solver.draw(PriorGuide(), problems[:1], 2, seed=0)
     found = arithmetic.figures(problems[:1], before)
     assert 0.0 <= found["one"] <= 1.0 <= found["distinct"] <= 2.0
+
+
+def test_what_was_imitated_is_the_prior(tmp_path: Path) -> None:
+    lm = tiny_lm(ALPHABET)
+    problems = arithmetic.make_sums((3, 4), 6, seed=2)
+    guide = lp.GFlowNetGuide(lm, context=arithmetic.without_shots, rank=4)
+    arithmetic.imitate(
+        guide, arithmetic.Solver(lm), problems, 5, learning_rate=2e-2, progress=False
+    )
+    guide.save(tmp_path)
+    solver = arithmetic.learned(lm, tmp_path)
+    for problem, program in zip(problems, solver.programs(problems), strict=True):
+        (log_q,) = guide.log_q(program, [problem.steps])
+        assert float(program.log_joint(problem.steps)) == pytest.approx(float(log_q), abs=1e-4)
+        (before,) = arithmetic.Solver(lm).programs([problem])
+        assert abs(float(before.log_joint(problem.steps)) - float(log_q)) > 0.1
+    arithmetic.refine(guide, solver, problems, 2, progress=False)
+    after = float(solver.programs(problems[:1])[0].log_joint(problems[0].steps))
+    (program,) = solver.programs(problems[:1])
+    assert after != pytest.approx(float(guide.log_q(program, [problems[0].steps])[0]), abs=1e-6)
 
 
 def test_what_a_guide_reads_never_shows_the_answer() -> None:
