@@ -190,7 +190,7 @@ def refine(
 ) -> None:
     """Training on sums whose answers are known, and whose steps are not."""
     settings: Mapping[str, Any] = {
-        "objective": "rws",
+        "objective": "vargrad",
         "steps": steps,
         "observations": 8,
         "batch": 8,
