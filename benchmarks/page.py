@@ -83,11 +83,11 @@ impossible, on the same stories (commit 5b12d8a).""",
     "contrast": """## Proposals without training
 
 The same stories, training ones that no guide was trained on. A proposal is a sum of
-log-probabilities under several contexts, normalised at every token: the beginning alone (prior), the
-story with its gap and ending (whole), that after four whole stories (shots), and each of these
+log-probabilities under several contexts, normalised at every token: the beginning alone (prior),
+the story with its gap and ending (whole), that after four whole stories (shots), and each of these
 without the endings. Gain: log p(fifth | first four) above the prior's; KL is exact at each state
-met. A proposal is above the prior's ELBO by gain − KL. Unended: no end within 20 tokens; these draws
-are left out. In bfloat16.""",
+met. A proposal is above the prior's ELBO by gain − KL. Unended: no end within 20 tokens; these
+draws are left out. In bfloat16.""",
     "methods": """## Methods at equal wall time
 
 The evidence of test stories as above: root-mean-square error against long runs, in nats, each
