@@ -41,8 +41,7 @@ def test_killed_at_twenty_moments_it_ends_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *trials, last = done.stdout.splitlines()
     assert len(trials) == 20 and all(line.endswith("True") for line in trials), done.stdout
-    _, killed, _, digests = last.split()
-    assert int(killed) >= 15 and digests == "3"
+    assert last == "digests 3"
     # Some were killed in the middle: after the first checkpoint, before the last.
     assert sum("step-00000003" in t or "step-00000006" in t or "step-00000009" in t for t in trials)
 
