@@ -84,11 +84,10 @@ class Sampler:
 
     def __init__(self, lm: lp.LM, draws: int) -> None:
         self.lm, self.draws = lm, draws
-        texts = [lm.vocabulary.join((i,)).decode("utf-8", "replace") for i in self._ids()]
+        texts = [
+            lm.vocabulary.join((i,)).decode("utf-8", "replace") for i in range(lm.vocabulary.size)
+        ]
         self.ends = torch.tensor([any(c in t for c in STOPS) for t in texts])
-
-    def _ids(self) -> range:
-        return range(self.lm.vocabulary.size)
 
     @torch.inference_mode()
     def draw(
