@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         PromptedGuide,
         RewardSchedule,
     )
-    from langppl.inference import calibrate, compare, evidence_bounds, infer
+    from langppl.inference import calibrate, compare, evidence_bounds, infer, pool_bounds
     from langppl.learning import EMResult, em
     from langppl.lm import LM, Grammar, TrainableLM, json_schema, lark, log_matches, one_of, regex
     from langppl.posterior import ABSENT, Posterior
@@ -44,7 +44,7 @@ _HOMES = {
         "PromptedGuide",
         "RewardSchedule",
     ),
-    "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer"),
+    "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer", "pool_bounds"),
     "langppl.learning": ("EMResult", "em"),
     "langppl.lm": (
         "LM",
@@ -105,6 +105,7 @@ __all__ = [
     "lark",
     "log_matches",
     "one_of",
+    "pool_bounds",
     "potential",
     "regex",
     "sample",

@@ -5,6 +5,7 @@ from langppl.inference.calibration import Calibration, calibrate
 from langppl.inference.comparing import compare
 from langppl.inference.comparison import Comparison
 from langppl.inference.methods import infer
+from langppl.inference.pooled import pool_bounds
 
 __all__ = [
     "Calibration",
@@ -14,4 +15,5 @@ __all__ = [
     "compare",
     "evidence_bounds",
     "infer",
+    "pool_bounds",
 ]

@@ -95,7 +95,8 @@ class EvidenceBounds:
         kl_p_q_error: of the two ends of `kl_p_q`.
         impossible: share of the guide's draws that have weight zero.
         missed: share of the exact samples that the guide cannot draw.
-        observations: `lower`, `upper`, `elbo` and `eubo` of each observation.
+        observations: `lower`, `upper`, `elbo`, `eubo` and `log_joint` of each observation; the
+            last is log p(z*, x) of the exact sample and the data.
     """
 
     guide: str
@@ -120,7 +121,7 @@ class EvidenceBounds:
         """The bounds of each observation, one row each.
 
         Returns:
-            The columns `lower`, `upper`, `elbo` and `eubo`, nats.
+            The columns of `observations`, nats.
 
         Raises:
             ImportError: if pandas is not installed.
@@ -226,7 +227,7 @@ def evidence_bounds(
     proposing = given_guide(guide)
     proposing.check(program)
     pairs = simulate_pairs(program, num_observations, (seed, "bounds"), lengths)
-    exact, drawn = _weights(pairs, proposing, num_samples, seed, progress)
+    log_joint, exact, drawn = _weights(pairs, proposing, num_samples, seed, progress)
     if callable(method):
         low, high = _by_particles(method, pairs, proposing, num_samples, seed)
     elif method == "smc":
@@ -237,19 +238,20 @@ def evidence_bounds(
     else:
         low, high = _log_mean(drawn), _log_mean(np.column_stack([exact, drawn[:, 1:]]))
     name = method if isinstance(method, str) else _name_of(method)
-    return _report(proposing.name, name, exact, drawn, low, high)
+    return _report(proposing.name, name, log_joint, exact, drawn, low, high)
 
 
 def _weights(
     pairs: Sequence[Pair], guide: Guide, num_samples: int, seed: int, progress: bool
-) -> tuple[Array, Array]:
-    """Log weights: of the exact samples, shape [n], and of the guide's draws, shape [n, K]."""
+) -> tuple[Array, Array, Array]:
+    """Log p(z*, x), shape [n]; log weights of the z*, shape [n], and of draws, shape [n, K]."""
     truths = score_truths(pairs)
     log_q: list[float] = []
     for first in range(0, len(pairs), BATCH):
         chunk = pairs[first : first + BATCH]
         log_q += log_q_together(guide, [(p, latents) for latents, p in chunk]).tolist()
-    exact = np.array([t.log_joint - q for t, q in zip(truths, log_q, strict=True)])
+    log_joint = np.array([float(t.log_joint) for t in truths])
+    exact = log_joint - np.array(log_q)
     rows = []
     programs = [p for _, p in pairs]
     with bar(f"sampling from {guide.name}", len(pairs) * num_samples, progress) as advance:
@@ -257,7 +259,7 @@ def _weights(
         for truth, executions in zip(truths, draws, strict=True):
             check_same_observed(truth, executions)
             rows.append([log_weight(e) for e in executions])
-    return exact, np.array(rows)
+    return log_joint, exact, np.array(rows)
 
 
 def _by_particles(
@@ -290,34 +292,40 @@ def _by_particles(
 
 
 def _report(
-    guide: str, method: str, exact: Array, drawn: Array, low: Array, high: Array
+    guide: str, method: str, log_joint: Array, exact: Array, drawn: Array, low: Array, high: Array
 ) -> EvidenceBounds:
-    elbo = drawn.mean(1)
-    with np.errstate(invalid="ignore"):
-        forward = [np.where(elbo == -np.inf, np.inf, b - elbo) for b in (low, high)]
-        backward = [np.where(exact == np.inf, np.inf, exact - b) for b in (high, low)]
-    lower, upper, gap = (_mean(v) for v in (low, high, high - low))
-    q_p, p_q = [_mean(v) for v in forward], [_mean(v) for v in backward]
-    table = {"lower": low, "upper": high, "elbo": elbo, "eubo": exact}
     return EvidenceBounds(
         guide=guide,
         method=method,
         num_observations=len(exact),
         num_samples=drawn.shape[1],
-        lower=lower[0],
-        upper=upper[0],
-        gap=gap[0],
-        kl_q_p=(q_p[0][0], q_p[1][0]),
-        kl_p_q=(p_q[0][0], p_q[1][0]),
-        lower_error=lower[1],
-        upper_error=upper[1],
-        gap_error=gap[1],
-        kl_q_p_error=(q_p[0][1], q_p[1][1]),
-        kl_p_q_error=(p_q[0][1], p_q[1][1]),
         impossible=float((drawn == -np.inf).mean()),
         missed=float((exact == np.inf).mean()),
-        observations={name: tuple(map(float, values)) for name, values in table.items()},
+        **figures(low, high, drawn.mean(1), exact, log_joint),
     )
+
+
+def figures(low: Array, high: Array, elbo: Array, eubo: Array, log_joint: Array) -> dict[str, Any]:
+    """What `EvidenceBounds` says of the columns of its `observations`, and these; shapes [n]."""
+    with np.errstate(invalid="ignore"):
+        forward = [np.where(elbo == -np.inf, np.inf, b - elbo) for b in (low, high)]
+        backward = [np.where(eubo == np.inf, np.inf, eubo - b) for b in (high, low)]
+    lower, upper, gap = (_mean(v) for v in (low, high, high - low))
+    q_p, p_q = [_mean(v) for v in forward], [_mean(v) for v in backward]
+    table = {"lower": low, "upper": high, "elbo": elbo, "eubo": eubo, "log_joint": log_joint}
+    return {
+        "lower": lower[0],
+        "upper": upper[0],
+        "gap": gap[0],
+        "kl_q_p": (q_p[0][0], q_p[1][0]),
+        "kl_p_q": (p_q[0][0], p_q[1][0]),
+        "lower_error": lower[1],
+        "upper_error": upper[1],
+        "gap_error": gap[1],
+        "kl_q_p_error": (q_p[0][1], q_p[1][1]),
+        "kl_p_q_error": (p_q[0][1], p_q[1][1]),
+        "observations": {name: tuple(map(float, values)) for name, values in table.items()},
+    }
 
 
 def _log_mean(log_weights: Array) -> Array:

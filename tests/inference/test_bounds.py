@@ -265,7 +265,7 @@ def test_another_particle_method() -> None:
 def test_the_report() -> None:
     found = bounds("prior")
     frame = found.to_pandas()
-    assert list(frame.columns) == ["lower", "upper", "elbo", "eubo"]
+    assert list(frame.columns) == ["lower", "upper", "elbo", "eubo", "log_joint"]
     assert len(frame) == OBSERVATIONS
     assert frame["lower"].mean() == pytest.approx(found.lower)
     text = str(found)

@@ -1,0 +1,107 @@
+"""`pool_bounds`: what the bounds of several guides say together.
+
+The evidence is the program's, so every guide's draws bear on it. With Ẑ_g the estimate of guide g
+from K_g particles, all for the same data, and N = Σ K_g,
+
+    E[log Σ_g K_g/N Ẑ_g]  ≤  log p(x)  ≤  E[log (K_h/N Ẑ_h* + Σ_{g≠h} K_g/N Ẑ_g)],
+
+where h is drawn with probability K_h/N and Ẑ_h* has the exact sample among its particles. The
+first is Jensen's inequality. For the second, let q be the density of all particles of all guides,
+q_g* that of guide g's with the exact sample in the place of one; q_g* / q_g = Ẑ_g / p(x). Then the
+particles have density Σ_h K_h/N q_h* Π_{g≠h} q_g = q Ẑ / p(x), and E[log Ẑ − log p(x)] is the KL
+divergence of that density from q. Here the mean over h is taken, not a draw.
+
+A guide that is much better than the others has sharper bounds alone. So each side is the best of
+the single guides' bounds and the pool's, and which one that is for half of the observations is
+decided on the other half: a choice by the same noise that it is judged by would break the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from langppl.diagnostics import Array
+from langppl.inference.bounds import EvidenceBounds, figures
+
+__all__ = ["pool_bounds"]
+
+
+def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
+    """The bounds of several guides, with the sharpest bracket of the evidence that they give.
+
+    Both divergences of each guide are as sharp as the bounds of the evidence; a guide that is far
+    from the posterior needs the others for that.
+
+    Args:
+        bounds: of one program and one seed, so of the same simulated observations, with
+            `method="importance"` or `"smc"`.
+
+    Returns:
+        For each guide its own ELBO, EUBO and shares with the common bounds; `num_samples` is
+        still its own.
+
+    Raises:
+        ValueError: for no bounds, other methods, or other observations.
+
+    Example:
+        >>> found = [evidence_bounds(story, *pair, guide=g) for g in guides]  # doctest: +SKIP
+        >>> for own in pool_bounds(found): print(own)  # doctest: +SKIP
+    """
+    if not bounds:
+        raise ValueError("pool_bounds needs the bounds of at least one guide")
+    first = bounds[0]
+    for b in bounds:
+        if b.method not in ("importance", "smc"):
+            raise ValueError(
+                f"the bounds of guide {b.guide!r} are of method {b.method!r}; those that can be "
+                'pooled are "importance" and "smc"'
+            )
+        if not _same(b, first):
+            raise ValueError(
+                f"the bounds of guides {first.guide!r} and {b.guide!r} are of other observations; "
+                "give evidence_bounds the same program, num_observations, seed and lengths"
+            )
+    low, high = _sharpest(bounds)
+    found = []
+    for b in bounds:
+        own = {name: np.array(b.observations[name]) for name in ("elbo", "eubo", "log_joint")}
+        found.append(replace(b, **figures(low, high, **own)))
+    return found
+
+
+def _same(one: EvidenceBounds, other: EvidenceBounds) -> bool:
+    a, b = (np.array(x.observations["log_joint"]) for x in (one, other))
+    # Scores of the same string may differ in the last digits from batch to batch.
+    return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.0, atol=1e-2))
+
+
+def _sharpest(bounds: Sequence[EvidenceBounds]) -> tuple[Array, Array]:
+    """The common lower and upper bound of each observation, shape [n]."""
+    pool_low, pool_high = _pooled(bounds)
+    lows = np.array([*(b.observations["lower"] for b in bounds), pool_low])
+    highs = np.array([*(b.observations["upper"] for b in bounds), pool_high])
+    low, high = pool_low.copy(), pool_high.copy()
+    if len(low) < 2:
+        return low, high
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    for half, other in ((even, odd), (odd, even)):
+        low[half] = lows[int(lows[:, other].mean(1).argmax()), half]
+        high[half] = highs[int(highs[:, other].mean(1).argmin()), half]
+    return low, high
+
+
+def _pooled(bounds: Sequence[EvidenceBounds]) -> tuple[Array, Array]:
+    """The bounds of each observation by all particles, shape [n]."""
+    count = np.array([b.num_samples for b in bounds], dtype=float)
+    log_share = np.log(count / count.sum())[:, None]
+    low = np.array([b.observations["lower"] for b in bounds]) + log_share
+    high = np.array([b.observations["upper"] for b in bounds]) + log_share
+    rows = []
+    for h in range(len(bounds)):
+        together = low.copy()
+        together[h] = high[h]
+        rows.append(np.logaddexp.reduce(together, axis=0))
+    return np.logaddexp.reduce(low, axis=0), np.exp(log_share[:, 0]) @ np.array(rows)

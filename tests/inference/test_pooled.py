@@ -1,0 +1,207 @@
+"""Bounds of several guides together, against exact sums and enumeration."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from langppl import GFlowNetGuide, LMString, compile, evidence_bounds, infer, pool_bounds, sample
+from langppl.guides import Guide, PriorGuide, PromptedGuide
+from langppl.inference import EvidenceBounds
+from langppl.inference.simulated import simulate_pairs
+from langppl.testing import tiny_lm
+
+LM = tiny_lm("abcd.", seed=1)
+OBSERVATIONS = 60
+
+
+def story(seen: str) -> None:
+    z = sample("z", LMString(LM, "a", stop=".", max_tokens=2, allow=list("abcd.")))
+    sample("seen", LMString(LM, z, temperature=0.6), obs=seen)
+
+
+PROGRAM = compile(story, "ab")
+
+
+@functools.cache
+def trained() -> Guide:
+    guide = GFlowNetGuide(LM, rank=16, objective="forward_kl", seed=0)
+    return guide.fit(PROGRAM, steps=15, batch=48, learning_rate=8e-3, progress=False)
+
+
+@functools.cache
+def several(method: str = "importance") -> list[EvidenceBounds]:
+    # Few particles, so that pooling has something to mend; another number for each guide.
+    return [
+        evidence_bounds(
+            PROGRAM,
+            guide=guide,
+            method=method,
+            num_samples=count,
+            num_observations=OBSERVATIONS,
+            progress=False,
+        )
+        for guide, count in ((PriorGuide(), 2), (PromptedGuide(), 3), (trained(), 6))
+    ]
+
+
+def enumerated(weights: Sequence[Sequence[float]], counts: Sequence[int]) -> tuple[float, float]:
+    """Expected pooled bounds, less log Z, of guides over a few values, by all that can be drawn.
+
+    Guide g draws value v with probability q_g(v) and weighs it `weights[g][v]`; q_g is then
+    proportional to 1 / `weights[g]`, with the joint p(v, x) = q_g(v) `weights[g][v]` the same
+    for all, here a third of Z for each of three values.
+    """
+    joint = np.array([0.1, 0.25, 0.05])
+    qs = [joint / np.array(w) for w in weights]
+    assert all(q.sum() == pytest.approx(1.0) for q in qs)
+    z = joint.sum()
+    values, slots = range(len(joint)), [g for g, c in enumerate(counts) for _ in range(c)]
+    low = high = 0.0
+    for drawn in itertools.product(values, repeat=len(slots)):
+        share = math.prod(float(qs[g][v]) for g, v in zip(slots, drawn, strict=True))
+        for exact in values:
+            columns = []
+            for g in range(len(counts)):
+                own = [weights[g][v] for h, v in zip(slots, drawn, strict=True) if h == g]
+                with_exact = [weights[g][exact], *own[1:]]
+                columns.append((math.log(np.mean(own)), math.log(np.mean(with_exact))))
+            made = [made_bounds(lo, up, n) for (lo, up), n in zip(columns, counts, strict=True)]
+            found = pool_bounds(made)[0]
+            chance = share * float(joint[exact]) / z
+            low += chance * found.lower
+            high += chance * found.upper
+    return low - math.log(z), high - math.log(z)
+
+
+def made_bounds(lower: float, upper: float, count: int) -> EvidenceBounds:
+    """Bounds of one observation."""
+    rows = {"lower": lower, "upper": upper, "elbo": -3.0, "eubo": -1.0, "log_joint": -2.0}
+    return EvidenceBounds(
+        guide="made",
+        method="importance",
+        num_observations=1,
+        num_samples=count,
+        lower=lower,
+        upper=upper,
+        gap=upper - lower,
+        kl_q_p=(0.0, 0.0),
+        kl_p_q=(0.0, 0.0),
+        lower_error=0.0,
+        upper_error=0.0,
+        gap_error=0.0,
+        kl_q_p_error=(0.0, 0.0),
+        kl_p_q_error=(0.0, 0.0),
+        impossible=0.0,
+        missed=0.0,
+        observations={name: (value,) for name, value in rows.items()},
+    )
+
+
+def test_expected_bounds_are_those_of_the_extended_densities() -> None:
+    joint = np.array([0.1, 0.25, 0.05])
+    qs = np.array([[0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
+    counts = (1, 2)
+    low, high = enumerated((joint / qs).tolist(), counts)
+    assert low < 0.0 < high
+    # The same from the densities of all particles: E_q[log Ẑ/Z], and KL of q Ẑ/Z from q.
+    z, of = joint.sum(), [0, 1, 1]
+    expected_low = expected_high = 0.0
+    for drawn in itertools.product(range(3), repeat=3):
+        q = math.prod(float(qs[g][v]) for g, v in zip(of, drawn, strict=True))
+        ratio = np.mean([joint[v] / qs[g][v] for g, v in zip(of, drawn, strict=True)]) / z
+        expected_low += q * math.log(ratio)
+        expected_high += q * ratio * math.log(ratio)
+    assert low == pytest.approx(expected_low, abs=1e-12)
+    assert high == pytest.approx(expected_high, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_the_exact_evidence_lies_between_and_the_bounds_are_sharper(method: str) -> None:
+    own = several(method)
+    pooled = pool_bounds(own)
+    pairs = simulate_pairs(PROGRAM, OBSERVATIONS, (0, "bounds"))
+    exact = np.array([infer(p, method="exact", progress=False).log_evidence for _, p in pairs])
+    lower, upper = (np.array(pooled[0].observations[k]) for k in ("lower", "upper"))
+    for difference in (exact - lower, upper - exact):
+        # Each holds in expectation: one-sided, at 3 standard errors of the paired difference.
+        assert difference.mean() >= -3.0 * difference.std(ddof=1) / math.sqrt(OBSERVATIONS)
+    # The halves may choose differently: no wider than the best guide's, at 3 standard errors.
+    best = min(own, key=lambda b: b.gap)
+    of_best = np.array(best.observations["upper"]) - np.array(best.observations["lower"])
+    wider = upper - lower - of_best
+    assert wider.mean() <= 3.0 * wider.std(ddof=1) / math.sqrt(OBSERVATIONS)
+    assert pooled[0].gap < 0.5 * max(b.gap for b in own)
+    assert len({(p.lower, p.upper) for p in pooled}) == 1
+    for before, after in zip(own, pooled, strict=True):
+        elbo, eubo = (np.array(before.observations[k]).mean() for k in ("elbo", "eubo"))
+        assert after.kl_q_p == pytest.approx((after.lower - elbo, after.upper - elbo))
+        assert after.kl_p_q == pytest.approx((eubo - after.upper, eubo - after.lower))
+        assert (after.guide, after.num_samples) == (before.guide, before.num_samples)
+
+
+def test_one_guide_alone_keeps_its_bounds() -> None:
+    (own,) = several()[:1]
+    (pooled,) = pool_bounds([own])
+    assert (pooled.lower, pooled.upper) == pytest.approx((own.lower, own.upper))
+    assert pooled.kl_q_p == pytest.approx(own.kl_q_p)
+
+
+def test_the_choice_for_an_observation_does_not_depend_on_it() -> None:
+    """Two guides whose lower bounds are noise: choosing by that noise would lift their mean."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(200):
+        made = []
+        for _ in range(6):
+            lower = 0.1 * rng.normal(size=8)
+            rows = {"lower": lower, "upper": lower + 9.0, "elbo": lower - 1.0, "eubo": lower + 9.0}
+            table = {k: tuple(map(float, v)) for k, v in rows.items()}
+            table["log_joint"] = (-2.0,) * 8
+            made.append(replace(made_bounds(0.0, 9.0, 1), num_observations=8, observations=table))
+        means.append(pool_bounds(made)[0].lower)
+    # The log of the mean of several is 0.005 above the mean of a log; a choice by the same noise
+    # would come to 0.06, the largest of six means of four.
+    error = 0.1 / math.sqrt(8 * len(means))
+    assert np.mean(means) < 0.1**2 / 2 + 3 * error
+
+
+def test_a_guide_that_misses_the_exact_sample_is_not_chosen() -> None:
+    table = {"lower": (-2.0, -2.5), "upper": (-1.0, -1.5), "elbo": (-3.0,) * 2, "eubo": (-1.0,) * 2}
+    table["log_joint"] = (-2.0, -2.0)
+    good = replace(made_bounds(0.0, 0.0, 4), observations=table)
+    bad = replace(
+        good,
+        observations={
+            **table,
+            "lower": (-math.inf,) * 2,
+            "upper": (math.inf,) * 2,
+            "eubo": (math.inf,) * 2,
+        },
+    )
+    first, second = pool_bounds([good, bad])
+    assert (first.lower, first.upper) == pytest.approx((-2.25, -1.25))
+    assert first.kl_p_q == pytest.approx((0.25, 1.25))
+    assert second.kl_p_q == (math.inf, math.inf)
+
+
+def test_bounds_that_cannot_be_pooled() -> None:
+    own = several()
+    with pytest.raises(ValueError, match="at least one guide"):
+        pool_bounds([])
+    with pytest.raises(ValueError, match="of method 'annealed'"):
+        pool_bounds([replace(own[0], method="annealed")])
+    other = evidence_bounds(
+        PROGRAM, num_samples=2, num_observations=OBSERVATIONS, seed=1, progress=False
+    )
+    with pytest.raises(ValueError, match="guides 'prior' and 'prior' are of other observations"):
+        pool_bounds([own[0], other])
+    fewer = evidence_bounds(PROGRAM, num_samples=2, num_observations=3, progress=False)
+    with pytest.raises(ValueError, match="other observations"):
+        pool_bounds([own[0], fewer])
