@@ -20,6 +20,7 @@ RECORD = "record.json"
 TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
 _VERSION = 2
+_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def write(
@@ -91,3 +92,45 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
         return int(record["step"]), record, load_file(str(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def check_same(
+    folder: Path, known: Mapping[str, Any], described: Mapping[str, Any], what: str
+) -> None:
+    """Raises ValueError if a record is of a training or run (`what`) with other settings."""
+    other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
+    if other:
+        raise ValueError(
+            f"{folder} holds a checkpoint of a {what} with other {', '.join(other)}; give the same "
+            "arguments to go on with it, or another folder"
+        )
+
+
+def state_of(
+    named: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Weights and what Adam knows of them, as tensors to write."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, p in named.items():
+        tensors[f"weight {name}"] = p.detach()
+        for key, value in optimiser.state.get(p, {}).items():
+            tensors[f"{key} {name}"] = value
+    return tensors
+
+
+def restore(
+    named: Mapping[str, torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Takes over what `state_of` gave."""
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(tensors[f"weight {name}"])
+            kept = {k: tensors[f"{k} {name}"] for k in _OF_ADAM if f"{k} {name}" in tensors}
+            optimiser.state.pop(p, None)
+            if kept:
+                # Adam counts its steps on the CPU, wherever the weights are.
+                optimiser.state[p] = {
+                    k: v if k == "step" else v.to(p.device) for k, v in kept.items()
+                }

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from langppl.guides.settings import Settings
     from langppl.guides.training import Trainer
 
-_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
-
 
 class Keeper:
     """Writes what a training asks it to.
@@ -88,11 +86,7 @@ class Keeper:
         own = [(k, _state_of(o)) for k, o in enumerate(trainer.observations) if o.is_visited]
         visited = trainer.workers.gather(own)
         if trainer.workers.is_first:
-            tensors: dict[str, torch.Tensor] = {}
-            for n, p in trainer.all_named().items():
-                tensors[f"weight {n}"] = p.detach()
-                for key, value in trainer.optimiser.state.get(p, {}).items():
-                    tensors[f"{key} {n}"] = value
+            tensors = checkpoints.state_of(trainer.all_named(), trainer.optimiser)
             for n, b in trainer.guide.heads.named_buffers():
                 tensors[f"buffer {n}"] = b
             best = None
@@ -124,14 +118,9 @@ class Keeper:
         if found is None:
             return 0
         step, record, tensors = found
-        described = self._described(trainer)
-        known = record["settings"]
-        other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
-        if other:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint of a training with other {', '.join(other)}; "
-                "give the same arguments to go on with it, or another folder"
-            )
+        checkpoints.check_same(
+            self.folder, record["settings"], self._described(trainer), "training"
+        )
         guide = trainer.guide
         for name, count in record["heads"].items():
             guide.heads.ensure(name, count)
@@ -141,13 +130,7 @@ class Keeper:
         with torch.no_grad():
             for n, b in guide.heads.named_buffers():
                 b.copy_(tensors[f"buffer {n}"])
-            for n, p in named.items():
-                p.copy_(tensors[f"weight {n}"])
-                kept = {k: tensors[f"{k} {n}"] for k in _OF_ADAM if f"{k} {n}" in tensors}
-                if kept:
-                    trainer.optimiser.state[p] = {
-                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
-                    }
+        checkpoints.restore(named, trainer.optimiser, tensors)
         if record["best"] is not None:
             device = trainer.lm.device
             weights = {n: tensors[f"best {n}"].to(device) for n in named if f"best {n}" in tensors}

@@ -18,8 +18,6 @@ from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
 
-_OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
-
 
 class Keeper:
     """Writes rounds, and reads the last one.
@@ -78,11 +76,7 @@ class Keeper:
         if self.folder is None:
             return
         self._forget_scores()
-        tensors: dict[str, torch.Tensor] = {}
-        for name, p in self.maximiser.named.items():
-            tensors[f"weight {name}"] = p.detach()
-            for key, value in self.maximiser.optimiser.state.get(p, {}).items():
-                tensors[f"{key} {name}"] = value
+        tensors = checkpoints.state_of(self.maximiser.named, self.maximiser.optimiser)
         record: dict[str, Any] = {
             "settings": described,
             "history": dict(history),
@@ -115,23 +109,8 @@ class Keeper:
         if found is None:
             return History()
         _, record, tensors = found
-        known = record["settings"]
-        other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
-        if other:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint of a run with other {', '.join(other)}; give "
-                "the same arguments to go on with it, or another folder"
-            )
-        optimiser = self.maximiser.optimiser
-        with torch.no_grad():
-            for name, p in self.maximiser.named.items():
-                p.copy_(tensors[f"weight {name}"])
-                kept = {k: tensors[f"{k} {name}"] for k in _OF_ADAM if f"{k} {name}" in tensors}
-                optimiser.state.pop(p, None)
-                if kept:
-                    optimiser.state[p] = {
-                        k: v if k == "step" else v.to(p.device) for k, v in kept.items()
-                    }
+        checkpoints.check_same(self.folder, record["settings"], described, "run")
+        checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
         self.maximiser.done = record["steps"]
         if self.guide is not None:
             self._restore_guide(self.guide, record["guide"], tensors)
