@@ -26,7 +26,7 @@ import langppl as lp
 from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.base import log_q_together
-from langppl.guides.context import ContextInfo
+from langppl.guides.context import ContextInfo, observations_first
 from langppl.guides.settings import BALANCE
 from langppl.inference.importance import log_weight
 from langppl.program import Program, run_together
@@ -92,6 +92,10 @@ def whole_story(info: ContextInfo) -> str:
     """The story with a gap, then its beginning again: what the guides read."""
     beginning, ending = info.args
     return f"{beginning} [...] {str(ending).strip()}\n\nThe full story:\n\n{beginning}"
+
+
+CONTEXTS = {"whole story": whole_story, "ending first": observations_first}
+"""What the guides may read."""
 
 
 def read_stories(folder: Path, split: str, count: int) -> list[tuple[str, str, str]]:
@@ -172,7 +176,8 @@ def train(
     """A guide trained for the time that every way has; and its steps."""
     story = make_story(lm)
     pairs = [(b, e) for b, _, e in rows]
-    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=args.seed)
+    context = CONTEXTS[args.context]
+    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed)
     total = 0
     for k, (objective, share) in enumerate(WAYS[way]):
         options: dict[str, Any] = {
@@ -194,7 +199,7 @@ def train(
             steps = json.loads(known.read_text())["steps"]
         else:
             # How long a step takes is seen on a guide that is thrown away.
-            trial = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=args.seed + 1)
+            trial = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed + 1)
             trial.fit(story, pairs, steps=2, progress=False, **options)
             started = time.monotonic()
             trial.fit(story, pairs, steps=args.trial, progress=False, **options)
@@ -231,8 +236,9 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="guides to judge that were trained and saved before, on `whole_story`",
+        help="guides to judge that were trained and saved before, on the same context",
     )
+    options.add_argument("--context", default="whole story", choices=CONTEXTS, help="of guides")
     options.add_argument("--samples", type=int, default=8, help="draws for each unseen story")
     options.add_argument("--pairs", type=int, default=40, help="simulated pairs for KL(p‖q)")
     options.add_argument("--observations", type=int, default=4, help="stories in a step")
@@ -261,7 +267,8 @@ def main() -> None:
     guides: dict[str, Guide] = {
         "prior": PriorGuide(),
         "prompted": PromptedGuide(),
-        "prompted, whole story": PromptedGuide(whole_story),  # where the trainings begin
+        # Where the trainings begin.
+        **{f"prompted, {name}": PromptedGuide(context) for name, context in CONTEXTS.items()},
     }
     drawn: dict[str, list[Draws]] = {
         name: draw(guide, programs, 10 if name == "prior" else args.samples, args.seed)
@@ -270,7 +277,7 @@ def main() -> None:
     steps: dict[str, int | str] = dict.fromkeys(guides, 0)
     on_pairs: dict[str, list[np.ndarray]] = {}
     for name, _, folder in (found.partition("=") for found in args.trained):
-        guides[name] = lp.GFlowNetGuide.load(folder, lm, context=whole_story)
+        guides[name] = lp.GFlowNetGuide.load(folder, lm, context=CONTEXTS[args.context])
         drawn[name] = draw(guides[name], programs, args.samples, args.seed)
         steps[name] = "–"
         finish(guides, drawn, on_pairs, steps, pairs, log_joints, args)

@@ -96,11 +96,14 @@ read by the LM in a run.""",
     "twisted_short": """## The infilling setting of twisted SMC
 
 After "Once upon a time, there was a" come latent tokens and then observed ones, both simulated from
-the LM (Zhao et al. 2024, arXiv 2404.17546); the divergences are bracketed from both sides. Two
-latent tokens, one observed; three minutes of one core for each guide.""",
+the LM (Zhao et al. 2024, arXiv 2404.17546); the divergences are bracketed from both sides, with the
+sharpest bracket of the evidence that the guides give (`lp.pool_bounds`; own gap: of a guide alone).
+Two latent tokens, one observed; three minutes of one core for each guide, less for `vargrad` and
+`tb`, beside which other work ran. `subtb` is `vargrad` here: no inner prefix can end.""",
     "twisted_long": """Fifteen latent tokens, ten observed. Four minutes of one core are 7 to 11
 steps here, so these guides are hardly trained, and 16 particles leave the bounds far apart.""",
-    "twisted_variable": """One to fifteen latent tokens, ten observed.""",
+    "twisted_variable": """One to fifteen latent tokens, ten observed: inner prefixes can end, so
+`subtb` differs.""",
     "truth": """## Is SMC unbiased?
 
 Mean and standard deviation of estimated over exact evidence in tiny programs, over 400 runs, for

@@ -159,9 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lm", default="smollm2-135m-instruct", help="name, hub id or folder")
     parser.add_argument("--samples", type=int, default=256, help="samples for each guide")
-    parser.add_argument("--steps", type=int, default=28, help="training steps for each story")
+    parser.add_argument("--steps", type=int, default=32, help="training steps for each story")
     parser.add_argument("--batch", type=int, default=40, help="trajectories in a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapter")
     parser.add_argument(
         "--tempered-share", type=float, default=0.25, help="of draws from the tempered policy"

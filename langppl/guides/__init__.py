@@ -1,7 +1,7 @@
 """Guides: what proposes values for the latents."""
 
 from langppl.guides.base import Guide, PriorGuide
-from langppl.guides.context import ContextInfo, default_context
+from langppl.guides.context import ContextInfo, default_context, observations_first
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.history import History
 from langppl.guides.masked import MaskedGuide
@@ -18,4 +18,5 @@ __all__ = [
     "PromptedGuide",
     "RewardSchedule",
     "default_context",
+    "observations_first",
 ]

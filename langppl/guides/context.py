@@ -53,7 +53,20 @@ ContextFunction = Callable[[ContextInfo], Prompt]
 
 def default_context(info: ContextInfo) -> Prompt:
     """The observations with the latent left blank, then the site's own prompt."""
-    lines = [prompt + text for prompt, text in info.observations]
+    return _before_prompt(info, [prompt + text for prompt, text in info.observations])
+
+
+def observations_first(info: ContextInfo) -> Prompt:
+    """The observations alone, without what they are scored under; then the site's own prompt.
+
+    A text that is not told twice is not taken for one to repeat, so a guide begins nearer to the
+    prior than with `default_context`; but it does not read where the latent stands in an
+    observation.
+    """
+    return _before_prompt(info, [text.strip() for _, text in info.observations])
+
+
+def _before_prompt(info: ContextInfo, lines: list[str]) -> Prompt:
     shown = "\n".join([*lines, *(f"{name} = {text}" for name, text in info.known)])
     if not shown:
         return info.prompt

@@ -8,7 +8,13 @@ from typing import Any
 import pyro.distributions as dist
 
 from langppl import LMString, Text, compile, sample
-from langppl.guides.context import ContextInfo, context_ids, context_info, default_context
+from langppl.guides.context import (
+    ContextInfo,
+    context_ids,
+    context_info,
+    default_context,
+    observations_first,
+)
 from langppl.program import Program
 from langppl.program.execution import Execution, given, run_many, run_once
 from langppl.testing import tiny_lm
@@ -52,6 +58,18 @@ def chain() -> None:
     two = sample("two", LMString(LM, f"b{one}", max_tokens=2))
     sample("seen", LMString(LM, f"{one} {two}"), obs=" c")
     sample("apart", LMString(LM, "d"), obs="e")
+
+
+def test_observations_first_shows_them_without_their_prompts() -> None:
+    program = compile(infilling, "ab.", " de")
+    fn, execution = at(program, "middle")
+    assert observations_first(context_info(program, "middle", fn, execution)) == "de\n\nab."
+    info = ContextInfo("z", "b", (("a ___", " c"), ("", "n = 2")), {}, (), (("m", "1"),))
+    assert observations_first(info) == "c\nn = 2\nm = 1\n\nb"
+    chat = [{"role": "user", "content": "go on"}]
+    shown = observations_first(ContextInfo("z", chat, (("a ___", " c"),), {}, ()))
+    assert shown == [{"role": "system", "content": "c"}, *chat]
+    assert observations_first(ContextInfo("z", "b", (), {}, ())) == "b"
 
 
 def test_infilling_shows_the_ending_after_a_blank() -> None:
