@@ -276,6 +276,7 @@ def main() -> None:
     }
     steps: dict[str, int | str] = dict.fromkeys(guides, 0)
     on_pairs: dict[str, list[np.ndarray]] = {}
+    finish(guides, drawn, on_pairs, steps, pairs, log_joints, args)
     for name, _, folder in (found.partition("=") for found in args.trained):
         guides[name] = lp.GFlowNetGuide.load(folder, lm, context=CONTEXTS[args.context])
         drawn[name] = draw(guides[name], programs, args.samples, args.seed)
