@@ -103,7 +103,8 @@ Two latent tokens, one observed; three minutes of one core for each guide, less 
     "twisted_long": """Fifteen latent tokens, ten observed. Four minutes of one core are 7 to 11
 steps here, so these guides are hardly trained, and 16 particles leave the bounds far apart.""",
     "twisted_variable": """One to fifteen latent tokens, ten observed: inner prefixes can end, so
-`subtb` differs.""",
+`subtb` differs. Four minutes of one core each, beside other work: these guides are hardly trained,
+and no bracket with 16 particles is narrow.""",
     "truth": """## Is SMC unbiased?
 
 Mean and standard deviation of estimated over exact evidence in tiny programs, over 400 runs, for
