@@ -80,8 +80,9 @@ learning_rate=5e-4, schedule=RewardSchedule(start=2.0, until=1.0)`; 12 to 17 s a
 beside other work. The second keeps more of what it reads in the ending, and pays for it. VarGrad on
 the default context, 345 steps in 58 minutes of one core, came to a log weight of -31.45, 2.1 %
 impossible, on the same stories (commit 5b12d8a).""",
-    "objectives_contexts": """What guides read, without training: the default context (prompted), the
-story with a gap (whole story) and the ending alone (`observations_first`), on 40 stories.""",
+    "objectives_contexts": """What guides read, without training: the default context
+(prompted), the story with a gap (whole story) and the ending alone (`observations_first`), on 40
+stories.""",
     "contrast": """## Proposals without training
 
 The same stories, training ones that no guide was trained on. A proposal is a sum of
