@@ -54,9 +54,8 @@ def several(method: str = "importance") -> list[EvidenceBounds]:
 def enumerated(weights: Sequence[Sequence[float]], counts: Sequence[int]) -> tuple[float, float]:
     """Expected pooled bounds, less log Z, of guides over a few values, by all that can be drawn.
 
-    Guide g draws value v with probability q_g(v) and weighs it `weights[g][v]`; q_g is then
-    proportional to 1 / `weights[g]`, with the joint p(v, x) = q_g(v) `weights[g][v]` the same
-    for all, here a third of Z for each of three values.
+    Guide g draws value v with probability q_g(v) and weighs it `weights[g][v]`, so that the joint
+    p(v, x) = q_g(v) `weights[g][v]` is the same for all.
     """
     joint = np.array([0.1, 0.25, 0.05])
     qs = [joint / np.array(w) for w in weights]
@@ -154,7 +153,7 @@ def test_one_guide_alone_keeps_its_bounds() -> None:
 
 
 def test_the_choice_for_an_observation_does_not_depend_on_it() -> None:
-    """Two guides whose lower bounds are noise: choosing by that noise would lift their mean."""
+    """Six guides whose lower bounds are noise: choosing by that noise would lift their mean."""
     rng = np.random.default_rng(0)
     means = []
     for _ in range(200):
