@@ -186,7 +186,7 @@ def train(
             "batch": args.batch,
             "learning_rate": args.learning_rate,
             "betas": (0.9, 0.99),
-            "schedule": lp.RewardSchedule(start=1.0),
+            "schedule": lp.RewardSchedule(start=args.power),
             "simulated_share": SIMULATED.get(way, 0.0),
         }
         if objective in BALANCE:
@@ -246,6 +246,7 @@ def main() -> None:
     options.add_argument("--every", type=int, default=2, help="prefixes whose reward is taken")
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
+    options.add_argument("--power", type=float, default=1.0, help="of the reward at the first step")
     options.add_argument("--trial", type=int, default=3, help="steps by which time is measured")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--work", type=Path, help="folder of checkpoints and guides")

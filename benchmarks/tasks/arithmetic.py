@@ -89,13 +89,21 @@ class Task:
     def refined(self, way: str, seed: int) -> lp.GFlowNetGuide:
         """From the supervised guide on, with sums whose answers alone are known."""
         guide = self.supervised(seed)
+        learnt = sums.learned(self.lm, self.args.work / f"supervised-{seed}" / "guide")
+        order = chosen(self.labelled, seed, self.args.labels + self.args.held_out)
+        held_out = order[self.args.labels :]
         sums.refine(
             guide,
-            sums.learned(self.lm, self.args.work / f"supervised-{seed}" / "guide"),
-            chosen(self.labelled, seed, self.args.labels),
+            learnt,
+            order[: self.args.labels],
             self.args.steps,
             objective=REFINED[way],
             learning_rate=self.args.learning_rate,
+            batch=self.args.batch,
+            validation=[(p, None) for p in learnt.programs(held_out)] or None,
+            validate_every=max(self.args.steps // 8, 1),
+            validation_samples=4,
+            keep_best=way != "reward",  # which is not after the ELBO
             checkpoint=self.args.work / f"{way}-{seed}",
         )
         return guide
@@ -155,8 +163,10 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="folder with arithmetic.jsonl")
     options.add_argument("--demos", type=int, default=20, help="sums with worked steps")
     options.add_argument("--demo-steps", type=int, default=40, help="supervised steps")
-    options.add_argument("--labels", type=int, default=1000, help="sums with the answer alone")
+    options.add_argument("--labels", type=int, default=950, help="sums with the answer alone")
+    options.add_argument("--held-out", type=int, default=50, help="more of these, to validate on")
     options.add_argument("--steps", type=int, default=100, help="steps after the supervised ones")
+    options.add_argument("--batch", type=int, default=8, help="draws for each of 8 sums in a step")
     options.add_argument("--learning-rate", type=float, default=1e-3, help="of these")
     options.add_argument("--test", type=int, default=30, help="sums to answer, of each length")
     options.add_argument("--draws", type=int, default=10, help="for each, of which most win")
@@ -164,8 +174,8 @@ def main() -> None:
     options.add_argument("--ways", nargs="+", default=ways, choices=ways)
     args = options.parse_args()
     args.work = args.work or args.out / "arithmetic-work"
-    same = ("model", "demos", "demo_steps", "labels", "steps", "learning_rate", "test", "draws")
-    kept = Runs(args.work, {k: getattr(args, k) for k in (*same, "device")})
+    free = ("ways", "seeds", "out", "work", "data", "task", "device")
+    kept = Runs(args.work, {k: v for k, v in vars(args).items() if k not in free})
     task: Task | None = None
     runs: dict[str, dict[str, Any]] = {}
     # By seeds, so that a run that is cut off has a whole table of the seeds before.

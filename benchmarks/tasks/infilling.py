@@ -306,7 +306,7 @@ def main() -> None:
     args = options.parse_args()
     args.work = args.work or args.out / "infilling-work"
     ways = [*args.ways, *([GUIDE] if args.guide else [])]
-    free = ("ways", "seeds", "out", "work", "shown", "data", "task", "guide", "unseen")
+    free = ("ways", "seeds", "out", "work", "shown", "data", "task", "guide", "unseen", "device")
     kept = Runs(args.work, {k: v for k, v in vars(args).items() if k not in free})
     lm = lp.LM(args.model, device=args.device)
     story = make_story(lm)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,10 +25,20 @@ CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
+_known: WeakKeyDictionary[Any, tuple[object, list[Any]]] = WeakKeyDictionary()
+"""The adapters that a model had, and its layers that take adapters."""
+
+
 def _layers(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    # Asked for with every pass, and the search through all modules takes longer than a small one.
+    state = sorted((n, id(config)) for n, config in getattr(model, "peft_config", {}).items())
+    found = _known.get(model)
+    if found is None or found[0] != state:
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        found = _known[model] = (state, layers)
+    return found[1]
 
 
 def names(model: Any) -> set[str]:
@@ -72,6 +83,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     known = dict(getattr(model, "peft_config", {}))
     try:
+        _known.pop(model, None)
         with warnings.catch_warnings():
             # Several adapters on one model are what this module is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -80,6 +92,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         _restore(model, name, known, before)
         raise
     model.peft_config = {**known, name: config}
+    _known.pop(model, None)
     # New modules are in training mode, where LoRA's dropout makes every answer random.
     model.eval()
     parameters = []
@@ -104,6 +117,7 @@ def _restore(model: Any, name: str, known: dict[str, Any], before: dict[str, boo
 
 def remove(model: Any, name: str) -> None:
     """Removes an adapter and its weights."""
+    _known.pop(model, None)
     for layer in _layers(model):
         # peft would activate another adapter in its place, and flip `requires_grad` with it.
         layer._active_adapter = [n for n in layer.active_adapters if n != name]
@@ -134,9 +148,13 @@ def digest(model: Any, name: str) -> bytes:
         if f".{name}." in key and ".lora_" in key:
             found.update(key.replace(f".{name}.", ".").encode())
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    scales = [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]
-    found.update(repr(scales).encode())
+    found.update(repr(scales(model, name)).encode())
     return found.digest()
+
+
+def scales(model: Any, name: str | None) -> list[float]:
+    """LoRA's scale in each layer that an adapter has; empty for none."""
+    return [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]
 
 
 def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:

@@ -32,6 +32,9 @@ NAME = "langppl_tree"
 BLOCK = 64
 """Nodes of a block: fewer repeat more of the paths, more see more of each other in vain."""
 
+SPARED_BYTES = 64 * 2**20
+"""Copies of a layer's keys and values that an accelerator keeps for the backward pass."""
+
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
@@ -248,13 +251,19 @@ def attend(
 
     if blocks.is_whole and most == key.shape[2]:
         found = attended(query, key, value)
-    elif torch.is_grad_enabled() and key.requires_grad:
+    elif torch.is_grad_enabled() and key.requires_grad and _is_large(blocks, key):
         # Each block's copy of what it sees is made again in the backward pass, not kept.
         found = checkpoint(of_blocks, query, key, value, use_reentrant=False)
     else:
         found = of_blocks(query, key, value)
     found = found.view(count, shared, groups, size, -1).permute(0, 3, 1, 2, 4)
     return found.reshape(count * size, heads, -1)[None, :n], None
+
+
+def _is_large(blocks: Blocks, key: Tensor) -> bool:
+    """Whether the copies of keys and values are worth the time to make them again."""
+    copied = 2 * key[0, :, 0].nbytes * blocks.keys.numel()
+    return key.device.type == "cpu" or copied > SPARED_BYTES
 
 
 @functools.cache

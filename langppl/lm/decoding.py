@@ -2,9 +2,10 @@
 
 Strings with few and short prompts grow as one tree in a single row, whose KV cache holds every
 token once; else each distinct prompt is encoded once and its cache row repeated. Rows that are
-finished leave the batch. Each row walks its own rules. A token is drawn by inverse CDF from one
-uniform number that depends on the row's key and the token's place alone, so the draws do not depend
-on the batch (up to rounding in the model).
+finished leave the batch. On cuda, steps of short strings are captured (`langppl.lm.captured`). Each
+row walks its own rules. A token is drawn by inverse CDF from one uniform number that depends on the
+row's key and the token's place alone, so the draws do not depend on the batch (up to rounding in
+the model).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from langppl.lm import kept, packed
+from langppl.lm import captured, kept, packed
 from langppl.lm.kept import Tree
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
@@ -160,6 +161,10 @@ class _Row:
 
 def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget."""
+    if captured.takes(lm, requests):
+        found = _draw_captured(lm, requests)
+        if found is not None:
+            return found
     tree = _tree_of(lm, requests)
     if lm.packs is not None and tree is not None:
         return _draw_on(lm, lm.packs, requests, tree)
@@ -312,6 +317,38 @@ def _grow(
         tokens = [token for token in chosen if token is not None]
         before = [last[line] for line in going]
         logits, seen, last = _run(lm, packing, tokens, seen, tree, before, cache)
+
+
+def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None] | None:
+    """Draws strings in captured steps; None if the LM does not take these."""
+    replies: list[DrawReply | None] = []
+    for first in range(0, len(requests), captured.MOST_ROWS):
+        rows = [_Row(r) for r in requests[first : first + captured.MOST_ROWS]]
+        prompts = sorted({r.request.read for r in rows})
+        number = {prompt: k for k, prompt in enumerate(prompts)}
+        logits, cache, mask = _encode(lm, prompts)
+        owner = torch.tensor([number[r.request.read] for r in rows], device=lm.device)
+        most = max(r.request.most_tokens or 0 for r in rows)
+        found = packed.keys_and_values(cache)
+        steps = captured.steps_of(lm, most, found, mask, owner)
+        if steps is None:
+            return None
+        logits = logits[owner]
+        alive = list(range(len(rows)))
+        tokens = [0] * len(rows)
+        while True:
+            of_alive = logits
+            if len(alive) < len(rows):
+                of_alive = logits[torch.tensor(alive, device=lm.device)]
+            chosen = _choose([rows[k] for k in alive], of_alive)
+            for k, token in zip(alive, chosen, strict=True):
+                tokens[k] = token or 0
+            alive = [k for k, token in zip(alive, chosen, strict=True) if token is not None]
+            if not alive:
+                break
+            logits = steps.step(tokens)
+        replies += [row.reply() for row in rows]
+    return replies
 
 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from langppl.lm.reading import LOGIT_BYTES
+from langppl.lm.reading import logit_bytes
 from langppl.lm.rules import Step
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def step_divergences(
     Returns:
         Shape [n], nats, float32, with gradients to q's states.
     """
-    most = max(1, LOGIT_BYTES // (4 * 4 * lm.vocabulary.size))
+    most = max(1, logit_bytes(own.device) // (4 * 4 * lm.vocabulary.size))
     by_step: dict[int, list[int]] = {}
     for k, step in enumerate(steps):
         by_step.setdefault(id(step), []).append(k)

@@ -25,6 +25,8 @@ from langppl.lm.weights import resolve
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from langppl.lm.captured import Steps
+
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
 MOST_GRAMMARS = 32
@@ -40,7 +42,8 @@ class LM:
             of the model's author is run.
         device: where the weights live; cuda if there is one, else the CPU.
         dtype: float type of the weights; float32 on the CPU, the checkpoint's own elsewhere.
-        token_budget: most tokens (padding included) in one forward pass; bounds memory.
+        token_budget: most tokens (padding included) in one forward pass; bounds memory. By default
+            4096, and on cuda up to 8 times as many, by how much memory the device has.
 
     Attributes:
         model: transformers' model, in evaluation mode, its weights frozen.
@@ -56,6 +59,8 @@ class LM:
         splits_head: whether logits are the output layer's product with the model's last states,
             nothing more, so that they can be taken from some states at a time. Found out when
             the LM is made.
+        captures: whether strings may be drawn in steps captured as CUDA graphs (see
+            `langppl.lm.captured`); switched off by itself where that fails.
         packs: how the model takes packed rows; None if it is scored in padded batches. Found
             out, by comparing logits, when the LM is made.
 
@@ -75,7 +80,7 @@ class LM:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        token_budget: int | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,21 +100,22 @@ class LM:
 
     @classmethod
     def from_parts(
-        cls, model: Any, tokenizer: Any, name: str, *, token_budget: int = DEFAULT_TOKEN_BUDGET
+        cls, model: Any, tokenizer: Any, name: str, *, token_budget: int | None = None
     ) -> LM:
         """An LM from a model and a fast tokenizer that are already in memory."""
         self = cls.__new__(cls)
         self._setup(model, tokenizer, name, token_budget)
         return self
 
-    def _setup(self, model: Any, tokenizer: Any, name: str, token_budget: int) -> None:
-        if token_budget < 1:
+    def _setup(self, model: Any, tokenizer: Any, name: str, token_budget: int | None) -> None:
+        if token_budget is not None and token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
         self.model = model.eval().requires_grad_(False)
         products.freeze(self.model)
         self.tokenizer = tokenizer
-        self.token_budget = token_budget
+        wide = _times_wider(model.device)
+        self.token_budget = token_budget or DEFAULT_TOKEN_BUDGET * wide
         config = model.config.get_text_config()
         self.window: int | None = getattr(config, "max_position_embeddings", None)
         ends = _ids(config.eos_token_id) | _ids(tokenizer.eos_token_id)
@@ -121,10 +127,11 @@ class LM:
         self._begin: int | None = begins[0] if begins else None
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits_head = self._splits_head()
-        self.node_budget = DEFAULT_NODE_BUDGET
-        self.gradient_node_budget = DEFAULT_NODE_BUDGET
+        self.node_budget = self.gradient_node_budget = DEFAULT_NODE_BUDGET * wide
         self.memo = Memo()
         self.tally = Tally()
+        self.captures = True
+        self.captured: OrderedDict[tuple[object, ...], Steps] = OrderedDict()
         self._active: str | None = None
         self._rules: dict[StringRules, BoundRules] = {}
         self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
@@ -243,17 +250,17 @@ class LM:
             Shape [rows, kept, width] in the model's float type (width is the vocabulary's where
             the head is not split off), and the KV cache.
         """
-        if keep is None:
-            keep = torch.tensor([ids.shape[1] - 1])
-        keep, ids = keep.to(self.device), ids.to(self.device)
+        # The last one is found without its number, which would have to go to the device first.
+        places: Any = slice(-1, None) if keep is None else keep.to(self.device)
+        ids = ids.to(self.device)
         self.tally.add(ids.numel() - padding)
         if self.splits_head:
             out = self.model.base_model(input_ids=ids, **options)
-            return out.last_hidden_state[:, keep], out.past_key_values
+            return out.last_hidden_state[:, places], out.past_key_values
         if self.takes_keep:
-            options["logits_to_keep"] = keep
+            options["logits_to_keep"] = 1 if keep is None else places
         out = self.model(input_ids=ids, **options)
-        return out.logits if self.takes_keep else out.logits[:, keep], out.past_key_values
+        return out.logits if self.takes_keep else out.logits[:, places], out.past_key_values
 
     @property
     def state_width(self) -> int:
@@ -408,6 +415,14 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
+
+
+def _times_wider(device: torch.device) -> int:
+    """How many times the CPU's tokens a pass takes: small ones leave an accelerator idle."""
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(8, memory // (8 * 2**30)))
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from langppl.lm.model import LM
 
 LOGIT_BYTES = 32 * 2**20
-"""Most bytes of logits (float32) at once, unless a single row is larger."""
+"""Most bytes of logits (float32) at once on the CPU, unless a single row is larger."""
+
+ACCELERATED = 16
+"""How many times as many there are at once on an accelerator, where each piece has its price."""
+
+
+def logit_bytes(device: torch.device) -> int:
+    """Most bytes of logits (float32) at once, unless a single row is larger."""
+    return LOGIT_BYTES * (1 if device.type == "cpu" else ACCELERATED)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def _read(
     illegal = ~wanted.legal
     tempered = bool((wanted.temperatures != 1.0).any())
     weight = lm.model.get_output_embeddings().weight if expected is not None else None
-    most = max(1, LOGIT_BYTES // (4 * wanted.legal.shape[1]))
+    most = max(1, logit_bytes(states.device) // (4 * wanted.legal.shape[1]))
     for part, slots, places, set_places in wanted.parts(most):
         rows, back = torch.unique_consecutive(part.rows, return_inverse=True)
         logits = lm.logits_of(states[rows]).float()
