@@ -152,6 +152,11 @@ def digest(model: Any, name: str) -> bytes:
     return found.digest()
 
 
+def merged(model: Any) -> list[tuple[str, ...]]:
+    """The adapters that peft has added to each layer's own weight."""
+    return [tuple(layer.merged_adapters) for layer in _layers(model)]
+
+
 def scales(model: Any, name: str | None) -> list[float]:
     """LoRA's scale in each layer that an adapter has; empty for none."""
     return [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]

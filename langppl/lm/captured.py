@@ -123,9 +123,14 @@ def steps_of(
 
 
 def _weights(lm: LM) -> tuple[object, ...]:
-    """Where the weights are, and what else of them is fixed in a graph."""
-    places = tuple(p.data_ptr() for p in lm.model.parameters())
-    return (places, adapters.scales(lm.model, lm.active_adapter))
+    """Where the weights are, and what else is fixed in a graph."""
+    return (
+        tuple(p.data_ptr() for p in lm.model.parameters()),
+        adapters.scales(lm.model, lm.active_adapter),
+        adapters.merged(lm.model),
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled(lm.device.type),
+    )
 
 
 def _agrees(steps: Steps, found: KeysAndValues, mask: torch.Tensor, owner: torch.Tensor) -> bool:

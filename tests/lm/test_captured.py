@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from test_decoding import PROMPTS, draw, family, request
 
 from langppl.distributions import LMString
@@ -132,6 +133,21 @@ def test_new_weights_are_seen(device: str, captures: None) -> None:
     assert_alike(lm, wanted)
     (other,) = lm.captured.values()
     assert other is not steps
+    # Products of fewer digits are other kernels.
+    before_all = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        draw(wanted)
+    finally:
+        torch.set_float32_matmul_precision(before_all)
+    (coarse,) = lm.captured.values()
+    assert coarse is not other
+    for layer in lm.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge(adapter_names=["a"])
+    assert_alike(lm, wanted)
+    (whole,) = lm.captured.values()
+    assert whole is not coarse
 
 
 @pytest.mark.parametrize("device", DEVICES)
