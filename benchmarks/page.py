@@ -83,6 +83,12 @@ impossible, on the same stories (commit 5b12d8a).""",
     "objectives_contexts": """What guides read, without training: the default context
 (prompted), the story with a gap (whole story) and the ending alone (`observations_first`), on 40
 stories.""",
+    "objectives_gpu": """A guide that was trained on an H200, on all 1,500 stories: 79 steps of
+sixteen with sixteen draws, `schedule=RewardSchedule(start=1.5)`, learning rate 1e-3,
+TensorFloat-32; at first with eight other trainings on the device (9 s a step), then with one (3 s).
+It was asked here on the CPU. 150 more steps there (four stories with sixteen draws, learning rate
+5e-4, power 1.25; mean of the last six checkpoints) led to a log weight of -30.87 and a log p(fifth)
+of -29.23, with 2.9 % impossible ([infilling](tasks/infilling.md)).""",
     "contrast": """## Proposals without training
 
 The same stories, training ones that no guide was trained on. A proposal is a sum of
