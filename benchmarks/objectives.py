@@ -76,7 +76,7 @@ class Draws:
         return np.isfinite(self.log_weights)
 
 
-def make_story(lm: lp.LM) -> Any:
+def make_story(lm: lp.LM | lp.TrainableLM) -> Any:
     def story(beginning: str, ending: str) -> str:
         middle = lp.sample(
             "middle",

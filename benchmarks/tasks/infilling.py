@@ -26,7 +26,9 @@ from results import Runs, parser, write
 
 import langppl as lp
 from langppl.guides import Guide, PriorGuide, PromptedGuide
+from langppl.guides.context import ContextInfo
 from langppl.guides.gflownet import GUIDE_FILE
+from langppl.lm.prompts import Prompt
 from langppl.program import Program
 
 import measures  # isort: skip - results finds the folder of these
@@ -125,6 +127,43 @@ def smc(
 # -- training ---------------------------------------------------------------------------------
 
 
+def as_asked(info: ContextInfo) -> Prompt:
+    """What the author reads: what the LM reads."""
+    return info.prompt
+
+
+def author(lm: lp.LM, args: argparse.Namespace) -> lp.LM | lp.TrainableLM:
+    """The LM that tells the stories: as it is, or after it has learned their manner.
+
+    Maximum likelihood of the true fourth and fifth sentences, each after what stands before it.
+    """
+    if not args.author_steps:
+        return lm
+    folder = args.work / "author"
+    if not (folder / "guide" / GUIDE_FILE).is_file():
+        rows = read_stories(args.data, "train", args.train)
+        rules = {"stop": (".", "!", "?"), "truncate": "reject"}
+
+        def tell(beginning: str) -> None:
+            middle = lp.sample("middle", lp.LMString(lm, beginning, max_tokens=20, **rules))
+            lp.sample("ending", lp.LMString(lm, f"{beginning}{middle}", max_tokens=40, **rules))
+
+        learner = lp.GFlowNetGuide(lm, rank=args.rank, context=as_asked, seed=0)
+        learner.fit(
+            tell,
+            [(b,) for b, _, _ in rows],
+            objective="mle",
+            given=[{"middle": m, "ending": e} for _, m, e in rows],
+            steps=args.author_steps,
+            observations=args.observations,
+            batch=2,
+            learning_rate=args.author_rate,
+            checkpoint=folder / "state",
+        )
+        learner.save(folder / "guide")
+    return lm.trainable("author", rank=args.rank).load(folder / "guide")
+
+
 def phases(way: str, args: argparse.Namespace) -> list[tuple[str, float]]:
     """Objectives one after the other, each with its share of the steps."""
     own = objectives.WAYS[args.objective]
@@ -135,7 +174,9 @@ def phases(way: str, args: argparse.Namespace) -> list[tuple[str, float]]:
     return [("mle", 0.3), (own[-1][0], 0.7)]
 
 
-def train(lm: lp.LM, way: str, seed: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
+def train(
+    lm: lp.LM, teller: lp.LM | lp.TrainableLM, way: str, seed: int, args: argparse.Namespace
+) -> lp.GFlowNetGuide:
     """A guide of a way, from its folder if it was trained before."""
     folder = args.work / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
     if (folder / "guide" / GUIDE_FILE).is_file():
@@ -143,7 +184,7 @@ def train(lm: lp.LM, way: str, seed: int, args: argparse.Namespace) -> lp.GFlowN
     rows = read_stories(args.data, "train", args.train + args.held_out)
     held_out = [(b, e) for b, _, e in rows[args.train :]]
     rows = rows[: args.train]
-    story, pairs = make_story(lm), [(b, e) for b, _, e in rows]
+    story, pairs = make_story(teller), [(b, e) for b, _, e in rows]
     guide = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=seed)
     seconds = 0.0
     for k, (objective, share) in enumerate(phases(way, args)):
@@ -205,7 +246,7 @@ def given_guide(lm: lp.LM, folder: Path) -> lp.GFlowNetGuide:
 
 
 def answer(
-    lm: lp.LM, way: str, seed: int, args: argparse.Namespace
+    lm: lp.LM, teller: lp.LM | lp.TrainableLM, way: str, seed: int, args: argparse.Namespace
 ) -> Callable[[Sequence[Program], int], list[Found]]:
     """What draws fourth sentences in a way, for programs and a seed."""
     if way == "importance":
@@ -217,7 +258,7 @@ def answer(
     elif way == "prompted":
         guide = PromptedGuide(whole_story)
     else:
-        guide = given_guide(lm, args.guide) if way == GUIDE else train(lm, way, seed, args)
+        guide = given_guide(lm, args.guide) if way == GUIDE else train(lm, teller, way, seed, args)
     return lambda ps, s: raw(guide, ps, args.samples, s)
 
 
@@ -298,6 +339,13 @@ def main() -> None:
     options.add_argument("--every", type=int, default=2, help="prefixes whose reward is taken")
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
+    options.add_argument(
+        "--author-steps",
+        type=int,
+        default=0,
+        help="steps in which the LM first learns the manner of the stories, as in the paper",
+    )
+    options.add_argument("--author-rate", type=float, default=3e-4, help="learning rate of these")
     options.add_argument("--guide", type=Path, help="folder of a trained guide, as one more way")
     options.add_argument(
         "--ways", nargs="+", default=[*UNTRAINED, *TRAINED], choices=[*UNTRAINED, *TRAINED]
@@ -309,7 +357,8 @@ def main() -> None:
     free = ("ways", "seeds", "out", "work", "shown", "data", "task", "guide", "unseen", "device")
     kept = Runs(args.work, {k: v for k, v in vars(args).items() if k not in free})
     lm = lp.LM(args.model, device=args.device)
-    story = make_story(lm)
+    teller = author(lm, args)
+    story = make_story(teller)
     rows = read_stories(args.data, "test", args.unseen)
     programs = [lp.compile(story, b, e) for b, _, e in rows]
     drawn: dict[tuple[str, int], list[Found]] = {}
@@ -324,7 +373,7 @@ def main() -> None:
                     name += f"-{args.guide.resolve().as_posix().replace('/', '_')}"
                 found = kept.get(name)
                 if found is None:
-                    make = make or answer(lm, way, seed, args)
+                    make = make or answer(lm, teller, way, seed, args)
                     started = time.monotonic()
                     answers = make(part, 1_000 * seed + first)
                     spent = time.monotonic() - started

@@ -61,7 +61,14 @@ def test_infilling_runs_and_takes_a_trained_guide(tiny: Path, tmp_path: Path) ->
     shown = benchmark("infilling", *options, "--guide", str(work / "supervised-0" / "guide"))
     assert kept == {p: p.stat().st_mtime_ns for p in kept}  # nothing was done twice
     assert "| guide |" in shown
-    lines = (tmp_path / "infilling.md").read_text().splitlines()
+    written = (tmp_path / "infilling.md").read_text()
+    learned = ["--author-steps", "3", "--ways", "prior", "supervised", "--out", str(tmp_path / "a")]
+    benchmark("infilling", *options, *learned)
+    author = json.loads((tmp_path / "a" / "infilling.json").read_text())["runs"]["figures"]
+    # The stories are the same, and told by another LM.
+    assert author["prior"]["0"]["ELBO"] != found["runs"]["figures"]["prior"]["0"]["ELBO"]
+    assert (tmp_path / "a" / "infilling-work" / "author" / "guide").is_dir()
+    lines = written.splitlines()
     # The same guide with the same seed says the same, trained here or loaded.
     (trained,) = [li for li in lines if li.startswith("| supervised |")]
     (loaded,) = [li for li in lines if li.startswith("| guide | ") and "±" in li][:1]
