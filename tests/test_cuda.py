@@ -43,7 +43,7 @@ def both(ask: Any) -> tuple[Any, Any]:
     "options",
     [
         {"method": "importance", "num_samples": 64},
-        {"method": "importance", "num_samples": 64, "proposal": "prompted"},
+        {"method": "importance", "num_samples": 64, "guide": "prompted"},
         {"method": "smc", "num_samples": 32, "twist": "lookahead"},
         {"method": "smc", "num_samples": 32, "rejuvenation": 1},
         {"method": "mh", "num_samples": 32},
@@ -52,12 +52,8 @@ def both(ask: Any) -> tuple[Any, Any]:
 )
 def test_methods(options: dict[str, Any]) -> None:
     def ask(lm: lp.LM) -> Any:
-        own = dict(options)
-        if own.get("proposal") == "prompted":
-            own["guide"] = lp.PromptedGuide()
-            del own["proposal"]
-        model = one if own.get("twist") or own["method"] == "exact" else story
-        return lp.infer(model, lm, "a.", seed=3, progress=False, **own)
+        model = one if "twist" in options or options["method"] == "exact" else story
+        return lp.infer(model, lm, "a.", seed=3, progress=False, **options)
 
     here, there = both(ask)
     assert [str(s) for s in here.samples] == [str(s) for s in there.samples]

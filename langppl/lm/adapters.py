@@ -33,6 +33,7 @@ def _layers(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     # Asked for with every pass, and the search through all modules takes longer than a small one.
+    # Adapters that peft put there by itself are seen by their configs.
     state = sorted((n, id(config)) for n, config in getattr(model, "peft_config", {}).items())
     found = _known.get(model)
     if found is None or found[0] != state:
@@ -83,7 +84,6 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     known = dict(getattr(model, "peft_config", {}))
     try:
-        _known.pop(model, None)
         with warnings.catch_warnings():
             # Several adapters on one model are what this module is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")

@@ -1,11 +1,11 @@
 """Decoding in steps of one shape, each captured once as a CUDA graph and replayed.
 
-A step of a small batch is hundreds of kernels of a few microseconds each: on an accelerator the
-time goes to launching them, not to their work. A graph launches them all at once. It wants shapes
-and addresses that never change, so the KV cache is a block of memory with room for so many rows and
-tokens, prompts are padded on the left, and rows that are finished stay, unread. A graph stands for
-the weights that it was captured with: it is used while these, adapter included, are where they
-were, and the first step after each capture is compared with a plain one.
+A step of a small batch is hundreds of small kernels, each launched by itself from Python. A graph
+launches them all at once. It wants shapes and addresses that never change, so the KV cache is a
+block of memory with room for so many rows and tokens, prompts are padded on the left, and rows that
+are finished stay, unread. A graph stands for the weights that it was captured with: it is used
+while these, adapter included, are where they were, and the first step after each capture is
+compared with a plain one.
 """
 
 from __future__ import annotations

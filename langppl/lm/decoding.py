@@ -324,10 +324,7 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), captured.MOST_ROWS):
         rows = [_Row(r) for r in requests[first : first + captured.MOST_ROWS]]
-        prompts = sorted({r.request.read for r in rows})
-        number = {prompt: k for k, prompt in enumerate(prompts)}
-        logits, cache, mask = _encode(lm, prompts)
-        owner = torch.tensor([number[r.request.read] for r in rows], device=lm.device)
+        logits, cache, mask, owner = _encode(lm, [r.request.read for r in rows])
         most = max(r.request.most_tokens or 0 for r in rows)
         found = packed.keys_and_values(cache)
         steps = captured.steps_of(lm, most, found, mask, owner)
@@ -354,9 +351,7 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings as rows of a batch, each with a cache of its own."""
     rows = [_Row(r) for r in requests]
-    prompts = sorted({r.read for r in requests})
-    logits, cache, mask = _encode(lm, prompts)
-    owner = torch.tensor([prompts.index(r.read) for r in requests], device=lm.device)
+    logits, cache, mask, owner = _encode(lm, [r.read for r in requests])
     cache.batch_select_indices(owner)
     logits, mask = logits[owner], mask[owner]
 
@@ -388,8 +383,17 @@ def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | No
         logits = lm.logits_of(found[:, -1])
 
 
-def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """Last logits, KV cache and mask of prompts padded on the left."""
+def _encode(
+    lm: LM, reads: Sequence[tuple[int, ...]]
+) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    """What is read before strings, each different prompt once, padded on the left.
+
+    Returns:
+        Last logits, KV cache and mask of the different prompts, and which of them is each string's.
+    """
+    prompts = sorted(set(reads))
+    number = {prompt: k for k, prompt in enumerate(prompts)}
+    owner = torch.tensor([number[r] for r in reads], device=lm.device)
     longest = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -405,7 +409,7 @@ def _encode(lm: LM, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, A
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         use_cache=True,
     )
-    return lm.logits_of(found[:, -1]), cache, mask
+    return lm.logits_of(found[:, -1]), cache, mask, owner
 
 
 def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:

@@ -35,18 +35,15 @@ from langppl.lm.trie import Ids, Row, lay_out, shared
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
-TOLERANCE = 1e-3
-"""Largest difference between packed and plain logits, relative to the largest logit."""
-
-COARSE_TOLERANCE = 0.1
-"""The same where products are of fewer digits than float32 has."""
+TOLERANCES = {"highest": 1e-3, "high": 1e-2, "medium": 0.1}
+"""Largest difference between packed and plain logits, relative to the largest logit, by the digits
+that torch leaves to float32 products on cuda: float32's, TensorFloat-32's or bfloat16's."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Largest relative difference between logits that are computed in two ways."""
-    # On cuda a float32 product may be one of TensorFloat-32 numbers, if the user wants it so.
-    is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return TOLERANCE if is_exact else COARSE_TOLERANCE
+    is_whole = dtype == torch.float32
+    return TOLERANCES[torch.get_float32_matmul_precision() if is_whole else "medium"]
 
 
 SPARED = 2048

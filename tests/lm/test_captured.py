@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from test_decoding import PROMPTS, draw, family, request
 
 from langppl.distributions import LMString
-from langppl.lm import LM, captured
+from langppl.lm import LM, captured, packed
 from langppl.lm.requests import DrawRequest
 from langppl.testing import tiny_lm
 
@@ -134,12 +134,12 @@ def test_new_weights_are_seen(device: str, captures: None) -> None:
     (other,) = lm.captured.values()
     assert other is not steps
     # Products of fewer digits are other kernels.
-    before_all = torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         draw(wanted)
     finally:
-        torch.set_float32_matmul_precision(before_all)
+        torch.set_float32_matmul_precision(precision)
     (coarse,) = lm.captured.values()
     assert coarse is not other
     for layer in lm.model.modules():
@@ -204,3 +204,23 @@ def test_tokens_are_counted_once(captures: None) -> None:
     draw(wanted)
     prompt = len(wanted[0].prompt)
     assert (lm.tally - before).drawn == prompt + 4 * 3  # the fifth token is not read
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("highest", torch.float32, 1e-3),
+        ("high", torch.float32, 1e-2),
+        ("medium", torch.float32, 0.1),
+        ("highest", torch.bfloat16, 0.1),
+    ],
+)
+def test_logits_are_compared_by_the_digits_of_their_products(
+    precision: str, dtype: torch.dtype, expected: float
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert packed.tolerance(dtype) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

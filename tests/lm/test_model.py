@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from langppl.lm import LM
 from langppl.testing import tiny_lm
@@ -203,3 +204,19 @@ def test_token_budget_must_be_positive() -> None:
     lm = tiny_lm()
     with pytest.raises(ValueError, match="token_budget must be at least 1"):
         LM.from_parts(lm.model, lm.tokenizer, "x", token_budget=0)
+
+
+def test_adapters_that_peft_added_by_itself_are_switched_off_too() -> None:
+    lm = tiny_lm(seed=1)
+    base = lm.model(input_ids=IDS).logits
+    own = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    lm.add_adapter("own", own)
+    with lm.adapter("own"):
+        assert not torch.equal(lm.model(input_ids=IDS).logits, base)
+    other = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(other, lm.model, adapter_name="other")
+    lm.model.eval()
+    with lm.adapter(None):
+        torch.testing.assert_close(lm.model(input_ids=IDS).logits, base)
