@@ -194,7 +194,7 @@ def train(
             "batch": args.batch,
             "learning_rate": args.learning_rate,
             "betas": (0.8, 0.95),
-            "schedule": lp.RewardSchedule(start=1.0),
+            "schedule": lp.RewardSchedule(start=args.power, until=1.0),
             "sampling_temperature": (1.0, 1.3),
             "every": args.every,
         }
@@ -337,6 +337,9 @@ def main() -> None:
     options.add_argument("--observations", type=int, default=4, help="stories in a step")
     options.add_argument("--batch", type=int, default=8, help="draws for each story in a step")
     options.add_argument("--every", type=int, default=2, help="prefixes whose reward is taken")
+    options.add_argument(
+        "--power", type=float, default=1.0, help="of the reward at the first step; 1 at the last"
+    )
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument(
