@@ -12,6 +12,7 @@ are not, and asked for sums whose answers it never sees.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import time
 from collections import Counter
@@ -36,9 +37,6 @@ SHOTS = "4+5-1:4+5=9-1=8;\n1-6-9+3:1-6=-5-9=-14+3=-11;\n"
 FIRST = lp.regex(r"[0-9][+-][0-9]=")
 NEXT = lp.regex(r"[+-][0-9]=|;")
 MOST_STEPS = 6
-WRONG = -6.0
-"""Log weight (nats) of steps that come to another answer than the one observed."""
-
 CHUNK = 128
 """Draws at once."""
 
@@ -75,7 +73,7 @@ def make_solver(lm: lp.LM | TrainableLM, shots: str = SHOTS) -> Callable[..., st
             total = str(lp.call(f"result {turn}", calculate, f"{total}{step}"))
             text += f"{step}{total}"
         if answer is not None:
-            lp.factor("answer", 0.0 if text.endswith(f"={answer};") else WRONG)
+            lp.factor("answer", 0.0 if text.endswith(f"={answer};") else -math.inf)
         return text.removeprefix(shots)
 
     return solve
@@ -190,11 +188,11 @@ def refine(
 ) -> None:
     """Training on sums whose answers are known, and whose steps are not."""
     settings: Mapping[str, Any] = {
-        "objective": "vargrad",
+        "objective": "rws",
         "steps": steps,
         "observations": 8,
         "batch": 8,
-        "learning_rate": 1e-3,
+        "learning_rate": 7e-4,
         "betas": (0.9, 0.99),
         "warmup": 10,
         "schedule": lp.RewardSchedule(start=1.0),
