@@ -152,6 +152,11 @@ class _Row:
         self.is_ended = self.state.remaining == 0
         return not self.is_ended and len(self.ids) != self.request.length
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has the length that was asked for, and goes on later."""
+        return not self.is_ended and not self.is_dead and len(self.ids) == self.request.length
+
     def reply(self) -> DrawReply:
         join = self.request.rules.vocabulary.join
         data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
@@ -199,7 +204,8 @@ def _draw_packed(
     leaves = np.unique([path[-1] for path in row.paths.values()])
     place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
     cache = packed.cache_of([])
-    logits = lm.logits_of(packed.run_row(lm, packing, row, 0, leaves, cache))
+    states = packed.run_row(lm, packing, row, 0, leaves, cache)
+    logits = lm.logits_of(states)
     seen = row.mask(0)[leaves]
     keys = packed.keys_and_values(cache)
     replies: list[DrawReply | None] = []
@@ -208,6 +214,7 @@ def _draw_packed(
         at = np.array([place[s.request.read] for s in strings])
         of_first = logits[torch.from_numpy(at).to(lm.device)]
         tree = Tree.of_row(row)
+        tree.note(lm, leaves.tolist(), states)
         own = packed.cache_of(keys)
         _grow(lm, packing, strings, of_first, seen[at], tree, leaves[at].tolist(), own)
         # Of a guide's draws, those that are to go on from where they stop.
@@ -225,7 +232,7 @@ def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
     if any(m is None or m > PLANNED_LENGTH for m in most):
         return None
     reads = [r.read[:-1] for r in requests]
-    found = kept.known(lm, reads, [len(r) for r in reads], lm.active_adapter)
+    found = kept.known(kept.trees_of(lm, lm.active_adapter), reads, [len(r) for r in reads])
     if not found:
         return None
     trees = {id(tree): tree for tree, _ in found}
@@ -236,7 +243,7 @@ def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
 def _draw_on(
     lm: LM, packing: packed.Packing, requests: Sequence[DrawRequest], tree: Tree
 ) -> list[DrawReply | None]:
-    """Draws strings on from where a tree's stopped: each step runs their last tokens alone.
+    """Draws strings on from where a tree's stopped, beginning with the states that it left there.
 
     Strings that have begun with the same tokens share these by reference.
 
@@ -244,18 +251,25 @@ def _draw_on(
         lm: the LM.
         packing: how it takes the tree's mask.
         requests: the strings.
-        tree: it holds all that the LM reads before them, but the last tokens; it grows with them.
+        tree: it holds all that the LM reads before them, or all but the last tokens, which are then
+            run first; it grows with them.
     """
     strings = [_Row(r) for r in requests]
     reads = [r.read for r in requests]
-    paths = {r: tree.path(r[:-1]) for r in set(reads)}
+    paths = {r: tree.path(r) for r in set(reads)}
+    is_run = all(len(p) == len(r) and p[-1] in tree.places for r, p in paths.items())
+    if not is_run:
+        paths = {r: path[: len(r) - 1] for r, path in paths.items()}
     seen = np.zeros((len(requests), len(tree.parents)), dtype=bool)
     for line, read in enumerate(reads):
         seen[line, paths[read]] = True
     cache = packed.cache_of(tree.keys)
     last = [paths[read][-1] for read in reads]
-    logits, seen, last = _run(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
-    _grow(lm, packing, strings, logits, seen, tree, last, cache)
+    if is_run:
+        states = tree.states(np.array([tree.places[node] for node in last]))
+    else:
+        states, seen, last = _run(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
+    _grow(lm, packing, strings, lm.logits_of(states), seen, tree, last, cache)
     kept.keep(lm, tree, packed.keys_and_values(cache))
     return [s.reply() for s in strings]
 
@@ -272,7 +286,7 @@ def _run(
     """One step of a tree: a token for each row, after the row's last node.
 
     Returns:
-        Logits of the next tokens, what of the cache each row sees by then, and the new last nodes.
+        States after the tokens, what of the cache each row sees by then, and the new last nodes.
     """
     nodes = [tree.add(node, token) for node, token in zip(last, tokens, strict=True)]
     seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)], axis=1)
@@ -280,7 +294,8 @@ def _run(
     sees = packed.seen_by(lm, packing, seen, depth[nodes], depth, BLOCK)
     at, everyone = torch.from_numpy(depth[nodes]), torch.arange(len(nodes))
     found = packed.run(lm, packing, torch.tensor(tokens), at, sees, everyone, cache)
-    return lm.logits_of(found), seen, nodes
+    tree.note(lm, nodes, found)
+    return found, seen, nodes
 
 
 def _grow(
@@ -295,6 +310,9 @@ def _grow(
 ) -> None:
     """Draws rows to their ends.
 
+    Of a row that is to go on later the last token is run too: what comes next is drawn, or asked
+    for, from the state after it.
+
     Args:
         lm: the LM.
         packing: how it takes the tree's mask.
@@ -308,15 +326,24 @@ def _grow(
     alive = list(rows)
     while True:
         chosen = _choose(alive, logits)
-        going = [line for line, token in enumerate(chosen) if token is not None]
+        pairs = zip(alive, chosen, strict=True)
+        going = [k for k, (row, token) in enumerate(pairs) if token is not None or row.is_paused]
         if not going:
             return
         if len(going) < len(alive):
             seen = seen[going]
             alive = [alive[line] for line in going]
-        tokens = [token for token in chosen if token is not None]
         before = [last[line] for line in going]
-        logits, seen, last = _run(lm, packing, tokens, seen, tree, before, cache)
+        tokens = [row.ids[-1] for row in alive]
+        states, seen, last = _run(lm, packing, tokens, seen, tree, before, cache)
+        going = [line for line, row in enumerate(alive) if not row.is_paused]
+        if not going:
+            return
+        if len(going) < len(alive):
+            states, seen = states[torch.tensor(going, device=lm.device)], seen[going]
+            last = [last[line] for line in going]
+            alive = [alive[line] for line in going]
+        logits = lm.logits_of(states)
 
 
 def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None] | None:

@@ -1,9 +1,11 @@
 """What decoding has computed, kept for the scoring that follows it.
 
-Draws are mostly scored at once: an ending after each middle that was just drawn. Their keys and
-values are in the decoder's cache by then, so while a batch of executions goes on (`keeping`), the
-trees of its draws are kept, and scoring begins where a tree ends. Of draws under an adapter only
-those are kept that are to go on later, as it is under the LM itself that draws are scored.
+Draws are mostly scored at once: an ending after each middle that was just drawn, or the middle
+itself under other rules than those it was drawn by. Their keys and values are in the decoder's
+cache by then, and what each next token was drawn from was computed, so while a batch of executions
+goes on (`keeping`), the trees of its draws are kept: scoring begins where a tree ends, and what
+lies within one needs no pass at all. Of draws under an adapter only those are kept that are to go
+on later, as it is under the LM itself that draws are scored.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Tree:
         nodes: (parent, token) → node; of equal nodes the first stands for all.
         first: for each node, the first equal one.
         keys: keys and values of all nodes; empty while it grows.
+        ends: states (see `LM.states`) after some of the nodes, each [n, width].
+        places: node (the first of equal ones) → row of all these.
         state: of the LM's weights when they were computed.
     """
 
@@ -51,6 +55,8 @@ class Tree:
     nodes: dict[tuple[int, int], int] = field(default_factory=dict)
     first: list[int] = field(default_factory=list)
     keys: KeysAndValues = field(default_factory=list)
+    ends: list[torch.Tensor] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
     state: object = None
 
     @classmethod
@@ -83,10 +89,27 @@ class Tree:
             found.append(node)
         return found
 
+    def note(self, lm: LM, nodes: Sequence[int], states: torch.Tensor) -> None:
+        """Keeps the states [nodes, width] after some nodes, unless a state is a row of logits."""
+        if not lm.splits_head:
+            return
+        row = sum(map(len, self.ends))
+        for k, node in enumerate(nodes):
+            self.places.setdefault(self.first[node], row + k)
+        self.ends.append(states)
+
+    def states(self, rows: np.ndarray) -> torch.Tensor:
+        """Rows of the states that are kept."""
+        if len(self.ends) > 1:
+            self.ends = [torch.cat(self.ends)]
+        (every,) = self.ends
+        return every[torch.from_numpy(rows).to(every.device)]
+
     @property
     def bytes(self) -> int:
-        """Room that its keys and values take."""
-        return sum(x.numel() * x.element_size() for pair in self.keys for x in pair)
+        """Room that its keys and values take, and its states."""
+        tensors = [x for pair in self.keys for x in pair] + self.ends
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
 _trees: ContextVar[dict[int, list[Tree]] | None] = ContextVar("langppl_trees", default=None)
@@ -127,24 +150,61 @@ def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:
         trees.pop(0)
 
 
+def trees_of(lm: LM, adapter: str | None) -> list[Tree]:
+    """The trees that are kept of an LM as its weights are now.
+
+    Args:
+        lm: the LM.
+        adapter: the adapter under which they were made, or None.
+    """
+    trees = (_trees.get() or {}).get(id(lm), [])
+    if not trees:
+        return []
+    state = state_of(lm, adapter)
+    return [t for t in trees if t.state == state]
+
+
+def computed(
+    trees: Sequence[Tree], sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    """States that were computed when strings were drawn.
+
+    Args:
+        trees: where they are looked for.
+        sequences: token ids.
+        first: for each, the first position whose state is wanted.
+        count: for each, how many.
+
+    Yields:
+        As `langppl.lm.packed.states`, for the sequences all of whose states are known.
+    """
+    done: set[int] = set()
+    for tree in trees:
+        rows: dict[int, list[int]] = {}
+        for k, ids in enumerate(sequences):
+            nodes = [] if k in done else tree.path(ids[: first[k] + count[k]])[first[k] :]
+            places = [tree.places.get(node, -1) for node in nodes]
+            if len(places) == count[k] > 0 and min(places) >= 0:
+                rows[k] = places
+        if rows:
+            done |= rows.keys()
+            which = np.unique(np.concatenate([np.array(own) for own in rows.values()]))
+            yield tree.states(which), {k: np.searchsorted(which, own) for k, own in rows.items()}
+
+
 def known(
-    lm: LM, sequences: Sequence[Ids], most: Sequence[int], adapter: str | None = None
+    trees: Sequence[Tree], sequences: Sequence[Ids], most: Sequence[int]
 ) -> list[tuple[Tree, list[int]]]:
     """For each sequence, the tree that knows most of its first tokens, and their nodes.
 
     Args:
-        lm: the LM.
+        trees: where they are looked for.
         sequences: token ids.
         most: how many tokens of each may be taken from a tree.
-        adapter: the adapter under which the trees were made.
 
     Returns:
         One entry for each sequence; empty if nothing is known of any of them.
     """
-    trees = (_trees.get() or {}).get(id(lm), [])
-    if trees:
-        state = state_of(lm, adapter)
-        trees = [t for t in trees if t.state == state]
     if not trees:
         return []
     found = []

@@ -85,12 +85,33 @@ def states(
         States [n, width] (see `LM.states`), and for some of the sequences (by their number; each
         comes once) the n-indices of what they want, shape [count].
     """
+    trees = [] if torch.is_grad_enabled() else kept.trees_of(lm, lm.active_adapter)
+    done: set[int] = set()
+    for found, wanted in kept.computed(trees, sequences, first, count):
+        done |= wanted.keys()
+        yield found, wanted
+    rest = [k for k in range(len(sequences)) if k not in done]
+    if not rest:
+        return
+    ids = [sequences[k] for k in rest]
+    at, many = [first[k] for k in rest], [count[k] for k in rest]
+    for found, wanted in _new_states(lm, ids, at, many, trees):
+        yield found, {rest[k]: own for k, own in wanted.items()}
+
+
+def _new_states(
+    lm: LM,
+    sequences: Sequence[Ids],
+    first: Sequence[int],
+    count: Sequence[int],
+    trees: Sequence[Tree] = (),
+) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    """As `states`, by passes over what trees do not know."""
     assert lm.packs is not None
-    if lm.active_adapter is None and not torch.is_grad_enabled():
-        known = kept.known(lm, sequences, first)
-        if known:
-            yield from _after_trees(lm, lm.packs, sequences, first, count, known)
-            return
+    known = kept.known(trees, sequences, first)
+    if known:
+        yield from _after_trees(lm, lm.packs, sequences, first, count, known)
+        return
     most_stem = min(first)
     budget = lm.node_budget
     if torch.is_grad_enabled():

@@ -70,7 +70,8 @@ def test_for_every_family(family: str) -> None:
     with kept.keeping():
         begun = draws_of(lm, 1)
         requests = endings_of(lm, begun, "ab a", 2)
-        assert kept.known(lm, [(*r.prompt,) for r in requests], [len(r.prompt) for r in requests])
+        prompts = [(*r.prompt,) for r in requests]
+        assert kept.known(kept.trees_of(lm, None), prompts, [len(p) for p in prompts])
         found = score(requests)
     assert_equal(found, score(requests))
 
@@ -106,6 +107,59 @@ def test_inference_reads_no_drawn_token_twice() -> None:
     assert tokens.count == 3 + 12 * 5 + distinct * 3
 
 
+def masked_of(lm: lp.LM, seed: int, temperature: float, length: int | None) -> list[ScoreRequest]:
+    """Strings drawn under tight rules, not all to their ends, to score under looser ones."""
+    tight = lm.bind(StringRules(stop=(".",), min_tokens=2, max_tokens=6, ban=("ab",)))
+    free = lm.bind(StringRules(stop=(".",), min_tokens=0, max_tokens=6))
+    wanted = [
+        DrawRequest(lm, lm.encode_prompt(PROMPTS[k % 4]), tight, 6, (seed, k), length=length)
+        for k in range(9)
+    ]
+    requests = []
+    for r, d in zip(wanted, draw(wanted), strict=True):
+        path = free.parse(d.ids, d.text.encode(), 6) if d.is_ended else free.begun(d.ids, 6)
+        assert path is not None
+        requests.append(ScoreRequest(lm, r.prompt, path, temperature=temperature))
+    return requests
+
+
+@given(st.integers(0, 99), st.sampled_from([1.0, 0.5]), st.sampled_from([None, 1, 3]))
+@settings(max_examples=100, deadline=None)
+def test_draws_are_scored_under_other_rules_without_a_pass(
+    seed: int, temperature: float, length: int | None
+) -> None:
+    tokens = Tokens(LM)
+    with kept.keeping():
+        requests = masked_of(LM, seed, temperature, length)
+        before = tokens.count
+        # A text that goes on from a draw is not known as a whole, and is scored beside them.
+        unknown = endings_of(LM, [(*r.prompt, *r.path.tokens) for r in requests[:2]], "abab", 0)
+        known, rest = score(requests), score([*requests, *unknown])
+        tokens.handle.remove()
+        asked = {r.prompt + r.path.tokens for r in unknown}
+        assert before < tokens.count <= before + sum(map(len, asked))
+    expected = score([*requests, *unknown])
+    assert_equal(known, expected[: len(requests)])
+    assert_equal(rest, expected)
+
+
+def test_a_masked_guide_reads_no_token_twice() -> None:
+    lm = tiny_lm("abcd", seed=3, sharpness=0.1)
+    form = lp.regex("[ab]{6}")
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(lm, "abb", min_tokens=6, max_tokens=6))
+        lp.factor("form", lp.log_matches(z, form))
+
+    program = lp.compile(model)
+    lm.memo.clear()
+    tokens = Tokens(lm)
+    guide = lp.MaskedGuide({"z": form})
+    lp.infer(program, num_samples=12, seed=3, progress=False, guide=guide)
+    tokens.handle.remove()
+    assert tokens.count == 3 + 12 * 5
+
+
 def test_what_was_computed_with_other_weights_is_not_used() -> None:
     lm = tiny_lm(["a", "b", ".", " "], seed=4, merged=["ab", "b."])
     with kept.keeping():
@@ -125,7 +179,7 @@ def test_trees_end_with_the_outermost_block_and_keep_within_their_bytes(
 ) -> None:
     def knows() -> bool:
         begun = [(*LM.encode_prompt(p),) for p in PROMPTS]
-        return bool(kept.known(LM, begun, [len(b) for b in begun]))
+        return bool(kept.known(kept.trees_of(LM, None), begun, [len(b) for b in begun]))
 
     with kept.keeping():
         draws_of(LM, 1)
