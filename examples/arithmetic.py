@@ -192,7 +192,7 @@ def refine(
         "steps": steps,
         "observations": 8,
         "batch": 8,
-        "learning_rate": 7e-4,
+        "learning_rate": 3e-4,
         "betas": (0.9, 0.99),
         "warmup": 10,
         "schedule": lp.RewardSchedule(start=1.0),
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lm", default="smollm2-135m-instruct", help="name, hub id or folder")
     parser.add_argument("--demos", type=int, default=20, help="sums with worked steps")
-    parser.add_argument("--demo-steps", type=int, default=30, help="steps of imitation")
+    parser.add_argument("--demo-steps", type=int, default=40, help="steps of imitation")
     parser.add_argument("--steps", type=int, default=30, help="steps on answers alone")
     parser.add_argument("--test", type=int, default=12, help="sums to answer, of each length")
     parser.add_argument("--draws", type=int, default=4, help="draws for each")

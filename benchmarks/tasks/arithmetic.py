@@ -165,7 +165,7 @@ def main() -> None:
     options.add_argument("--demo-steps", type=int, default=40, help="supervised steps")
     options.add_argument("--labels", type=int, default=950, help="sums with the answer alone")
     options.add_argument("--held-out", type=int, default=50, help="more of these, to validate on")
-    options.add_argument("--steps", type=int, default=60, help="steps after the supervised ones")
+    options.add_argument("--steps", type=int, default=120, help="steps after the supervised ones")
     options.add_argument("--batch", type=int, default=8, help="draws for each of 8 sums in a step")
     options.add_argument("--learning-rate", type=float, default=7e-4, help="of these")
     options.add_argument("--test", type=int, default=30, help="sums to answer, of each length")
