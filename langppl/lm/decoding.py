@@ -310,8 +310,8 @@ def _grow(
 ) -> None:
     """Draws rows to their ends.
 
-    Of a row that is to go on later the last token is run too: what comes next is drawn, or asked
-    for, from the state after it.
+    Of a row that is to go on later the last token is run too, where its state can be kept: what
+    comes next is drawn, or asked for, from that.
 
     Args:
         lm: the LM.
@@ -326,8 +326,11 @@ def _grow(
     alive = list(rows)
     while True:
         chosen = _choose(alive, logits)
-        pairs = zip(alive, chosen, strict=True)
-        going = [k for k, (row, token) in enumerate(pairs) if token is not None or row.is_paused]
+        going = [
+            line
+            for line, (row, token) in enumerate(zip(alive, chosen, strict=True))
+            if token is not None or (row.is_paused and lm.splits_head)
+        ]
         if not going:
             return
         if len(going) < len(alive):

@@ -1,5 +1,6 @@
 """Scores that begin where a draw's tree ends are those from the beginning."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,41 @@ def test_a_masked_guide_reads_no_token_twice() -> None:
     lp.infer(program, num_samples=12, seed=3, progress=False, guide=guide)
     tokens.handle.remove()
     assert tokens.count == 3 + 12 * 5
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_string_in_pieces_is_that_in_one_and_reads_each_token_once(
+    splits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("abcd", seed=3, sharpness=0.1)
+    monkeypatch.setattr(lm, "splits_head", splits)
+    rules = lm.bind(StringRules(min_tokens=6, max_tokens=6))
+    whole = [DrawRequest(lm, lm.encode_prompt("abb"), rules, 6, (k,)) for k in range(12)]
+    expected = draw(whole)
+    tokens = Tokens(lm)
+    begun = [()] * 12
+    log_probs = np.zeros(12)
+    with kept.keeping():
+        for length in (2, 3, 5, None):
+            found = draw(
+                [replace(r, begun=b, length=length) for r, b in zip(whole, begun, strict=True)]
+            )
+            begun = [d.ids for d in found]
+            log_probs += [d.log_prob for d in found]
+            if length is None:
+                break
+            paths = [rules.begun(b, 6) for b in begun]
+            assert all(paths)
+            before = tokens.count
+            pairs = zip(whole, paths, strict=True)
+            replies = score([ScoreRequest(lm, r.prompt, p) for r, p in pairs if p is not None])
+            assert not splits or tokens.count == before
+            np.testing.assert_allclose([r.log_prob for r in replies], log_probs, atol=2e-5)
+    tokens.handle.remove()
+    assert [d.ids for d in found] == [d.ids for d in expected]
+    np.testing.assert_allclose(log_probs, [d.log_prob for d in expected], atol=2e-5)
+    if splits:
+        assert tokens.count == 3 + 12 * 5
 
 
 def test_what_was_computed_with_other_weights_is_not_used() -> None:
