@@ -226,11 +226,13 @@ def _draw_packed(
 
 def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
     """A kept tree that holds all that the LM reads, but the last tokens; None if there is none."""
-    if not any(r.begun for r in requests):
+    if lm.packs is None or not any(r.begun for r in requests):
         return None
-    most = [r.most_tokens for r in requests]
-    if any(m is None or m > PLANNED_LENGTH for m in most):
-        return None
+    for r in requests:
+        most = r.most_tokens
+        # A tree cannot put off what outgrows the budget, nor hide what a narrow window would.
+        if most is None or most > PLANNED_LENGTH or len(r.read) + most > lm.packs.window:
+            return None
     reads = [r.read[:-1] for r in requests]
     found = kept.known(kept.trees_of(lm, lm.active_adapter), reads, [len(r) for r in reads])
     if not found:
@@ -256,6 +258,8 @@ def _draw_on(
     """
     strings = [_Row(r) for r in requests]
     reads = [r.read for r in requests]
+    # If this is broken off, nodes without keys are in no tree that is kept.
+    kept.forget(lm, tree)
     paths = {r: tree.path(r) for r in set(reads)}
     is_run = all(len(p) == len(r) and p[-1] in tree.places for r, p in paths.items())
     if not is_run:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from langppl.lm.model import LM
 
 KEPT_BYTES = 256 * 2**20
-"""Most bytes of keys and values that are kept of one LM."""
+"""Most bytes of keys, values and states that are kept of one LM."""
 
 KEPT_TREES = 32
 """Most trees that are kept of one LM: what is looked for is looked for in each of them."""
@@ -139,8 +139,8 @@ def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:
     every = _trees.get()
     if every is None:
         return
+    forget(lm, tree)
     trees = every.setdefault(id(lm), [])
-    trees[:] = [t for t in trees if t is not tree]
     tree.keys = keys
     if tree.bytes > KEPT_BYTES:
         return
@@ -148,6 +148,12 @@ def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:
     trees.append(tree)
     while len(trees) > KEPT_TREES or sum(t.bytes for t in trees) > KEPT_BYTES:
         trees.pop(0)
+
+
+def forget(lm: LM, tree: Tree) -> None:
+    """Keeps a tree no longer."""
+    trees = (_trees.get() or {}).get(id(lm), [])
+    trees[:] = [t for t in trees if t is not tree]
 
 
 def trees_of(lm: LM, adapter: str | None) -> list[Tree]:

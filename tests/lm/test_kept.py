@@ -1,5 +1,6 @@
 """Scores that begin where a draw's tree ends are those from the beginning."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from test_packed import FAMILIES, other
 
 import langppl as lp
-from langppl.lm import attention, kept
+from langppl.lm import attention, decoding, kept
 from langppl.lm.decoding import draw
 from langppl.lm.requests import DrawRequest, ScoreRequest
 from langppl.lm.rules import StringRules
@@ -194,6 +195,77 @@ def test_a_string_in_pieces_is_that_in_one_and_reads_each_token_once(
     np.testing.assert_allclose(log_probs, [d.log_prob for d in expected], atol=2e-5)
     if splits:
         assert tokens.count == 3 + 12 * 5
+
+
+def test_pieces_that_outgrow_the_window_are_not_drawn_on_a_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = tiny_lm("abcd", seed=3, sharpness=0.1)
+    assert lm.packs is not None
+    monkeypatch.setattr(lm, "packs", replace(lm.packs, window=8))
+    calls = []
+    on_tree = decoding._draw_on
+
+    def counted(*args: Any) -> Any:
+        calls.append(len(args[2][0].begun))
+        return on_tree(*args)
+
+    monkeypatch.setattr(decoding, "_draw_on", counted)
+    rules = lm.bind(StringRules(min_tokens=6, max_tokens=6))
+    first = [DrawRequest(lm, lm.encode_prompt("abb"), rules, 6, (k,), length=2) for k in range(5)]
+    with kept.keeping():
+        begun = draw(first)
+        for length in (4, 6):
+            requests = [
+                replace(r, begun=d.ids, length=length) for r, d in zip(first, begun, strict=True)
+            ]
+            begun = draw(requests)
+    assert calls == [2]  # 3 + 4 tokens; with the last two, nine, the tree's mask would be wrong
+    assert all(len(d.ids) == 6 for d in begun)
+
+
+def test_trees_of_an_adapter_are_its_own() -> None:
+    lm = tiny_lm("abcd", seed=3, sharpness=0.1)
+    view = lm.trainable("own", rank=2)
+    weights = [p for n, p in lm.model.named_parameters() if f"lora_B.{view.adapter}" in n]
+    assert weights
+
+    def change(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in weights:
+                p.copy_(0.5 * torch.randn(p.shape, generator=generator))
+
+    def asked(adapter: str | None) -> list[ScoreRequest]:
+        paths = [rules.begun(d.ids, 6) for d in drawn]
+        return [
+            ScoreRequest(lm, r.prompt, p, adapter=adapter)
+            for r, p in zip(requests, paths, strict=True)
+            if p is not None
+        ]
+
+    change(1)
+    rules = lm.bind(StringRules(min_tokens=6, max_tokens=6))
+    requests = [
+        DrawRequest(lm, lm.encode_prompt("abb"), rules, 6, (k,), adapter=view.adapter, length=3)
+        for k in range(6)
+    ]
+    with kept.keeping():
+        drawn = draw(requests)
+        tokens = Tokens(lm)
+        own = score(asked(view.adapter))
+        assert tokens.count == 0
+        base = score(asked(None))
+        assert tokens.count > 0
+        change(2)
+        changed = score(asked(view.adapter))
+    tokens.handle.remove()
+    assert_equal(changed, score(asked(view.adapter)))
+    assert_equal(base, score(asked(None)))
+    change(1)
+    assert_equal(own, score(asked(view.adapter)))
+    totals = [np.array([r.log_prob for r in found]) for found in (own, base, changed)]
+    assert all(np.abs(a - b).max() > 1e-2 for a, b in itertools.pairwise(totals))
 
 
 def test_what_was_computed_with_other_weights_is_not_used() -> None:
