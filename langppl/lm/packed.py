@@ -104,7 +104,7 @@ def _new_states(
     sequences: Sequence[Ids],
     first: Sequence[int],
     count: Sequence[int],
-    trees: Sequence[Tree] = (),
+    trees: Sequence[Tree],
 ) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
     """As `states`, by passes over what trees do not know."""
     assert lm.packs is not None
