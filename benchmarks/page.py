@@ -54,7 +54,8 @@ N particles of a missing sentence with its ending observed. langppl runs its imp
 here.""",
     "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
 other token.""",
-    "particles_128": """More particles, on one core of a slower hour; a training ran on the other.""",
+    "particles_128": """More particles, on one core of a slower hour; a training ran on the
+other.""",
     "particles_json": """A record under a JSON schema, with a remark on it observed. langppl draws
 through llguidance's mask and weights with what it took; genlm-control draws with AWRS and its
 JsonSchema, whose validator runs in Python. One core; a training ran on the other. 1,000 draws of
