@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from notes import note
+from peft import PeftModel
 from results import Runs, parser, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import langppl as lp
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.context import ContextInfo
 from langppl.guides.gflownet import GUIDE_FILE
 from langppl.lm.prompts import Prompt
+from langppl.lm.weights import resolve
 from langppl.program import Program
 
 import measures  # isort: skip - results finds the folder of these
@@ -132,15 +136,17 @@ def as_asked(info: ContextInfo) -> Prompt:
     return info.prompt
 
 
-def author(lm: lp.LM, args: argparse.Namespace) -> lp.LM | lp.TrainableLM:
+def author(args: argparse.Namespace) -> lp.LM:
     """The LM that tells the stories: as it is, or after it has learned their manner.
 
-    Maximum likelihood of the true fourth and fifth sentences, each after what stands before it.
+    Maximum likelihood of the true fourth and fifth sentences, each after what stands before it;
+    then it is an LM of its own, which every way begins with.
     """
     if not args.author_steps:
-        return lm
+        return lp.LM(args.model, device=args.device)
     folder = args.work / "author"
     if not (folder / "guide" / GUIDE_FILE).is_file():
+        lm = lp.LM(args.model, device=args.device)
         rows = read_stories(args.data, "train", args.train)
         rules = {"stop": (".", "!", "?"), "truncate": "reject"}
 
@@ -161,7 +167,20 @@ def author(lm: lp.LM, args: argparse.Namespace) -> lp.LM | lp.TrainableLM:
             checkpoint=folder / "state",
         )
         learner.save(folder / "guide")
-    return lm.trainable("author", rank=args.rank).load(folder / "guide")
+    if not (folder / "lm" / "config.json").is_file():
+        merge(args.model, folder / "guide", folder / "lm")
+    return lp.LM(folder / "lm", device=args.device)
+
+
+def merge(model: str, adapter: Path, folder: Path) -> None:
+    """Writes an LM whose weights hold what an adapter has learned."""
+    source = resolve(model)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    whole = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    part = folder.with_name(folder.name + ".part")
+    whole.save_pretrained(part)
+    AutoTokenizer.from_pretrained(source).save_pretrained(part)
+    part.replace(folder)
 
 
 def phases(way: str, args: argparse.Namespace) -> list[tuple[str, float]]:
@@ -174,9 +193,7 @@ def phases(way: str, args: argparse.Namespace) -> list[tuple[str, float]]:
     return [("mle", 0.3), (own[-1][0], 0.7)]
 
 
-def train(
-    lm: lp.LM, teller: lp.LM | lp.TrainableLM, way: str, seed: int, args: argparse.Namespace
-) -> lp.GFlowNetGuide:
+def train(lm: lp.LM, way: str, seed: int, args: argparse.Namespace) -> lp.GFlowNetGuide:
     """A guide of a way, from its folder if it was trained before."""
     folder = args.work / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
     if (folder / "guide" / GUIDE_FILE).is_file():
@@ -184,7 +201,7 @@ def train(
     rows = read_stories(args.data, "train", args.train + args.held_out)
     held_out = [(b, e) for b, _, e in rows[args.train :]]
     rows = rows[: args.train]
-    story, pairs = make_story(teller), [(b, e) for b, _, e in rows]
+    story, pairs = make_story(lm), [(b, e) for b, _, e in rows]
     guide = lp.GFlowNetGuide(lm, rank=args.rank, context=whole_story, seed=seed)
     seconds = 0.0
     for k, (objective, share) in enumerate(phases(way, args)):
@@ -246,7 +263,7 @@ def given_guide(lm: lp.LM, folder: Path) -> lp.GFlowNetGuide:
 
 
 def answer(
-    lm: lp.LM, teller: lp.LM | lp.TrainableLM, way: str, seed: int, args: argparse.Namespace
+    lm: lp.LM, way: str, seed: int, args: argparse.Namespace
 ) -> Callable[[Sequence[Program], int], list[Found]]:
     """What draws fourth sentences in a way, for programs and a seed."""
     if way == "importance":
@@ -258,7 +275,7 @@ def answer(
     elif way == "prompted":
         guide = PromptedGuide(whole_story)
     else:
-        guide = given_guide(lm, args.guide) if way == GUIDE else train(lm, teller, way, seed, args)
+        guide = given_guide(lm, args.guide) if way == GUIDE else train(lm, way, seed, args)
     return lambda ps, s: raw(guide, ps, args.samples, s)
 
 
@@ -359,9 +376,8 @@ def main() -> None:
     ways = [*args.ways, *([GUIDE] if args.guide else [])]
     free = ("ways", "seeds", "out", "work", "shown", "data", "task", "guide", "unseen", "device")
     kept = Runs(args.work, {k: v for k, v in vars(args).items() if k not in free})
-    lm = lp.LM(args.model, device=args.device)
-    teller = author(lm, args)
-    story = make_story(teller)
+    lm = author(args)
+    story = make_story(lm)
     rows = read_stories(args.data, "test", args.unseen)
     programs = [lp.compile(story, b, e) for b, _, e in rows]
     drawn: dict[tuple[str, int], list[Found]] = {}
@@ -376,7 +392,7 @@ def main() -> None:
                     name += f"-{args.guide.resolve().as_posix().replace('/', '_')}"
                 found = kept.get(name)
                 if found is None:
-                    make = make or answer(lm, teller, way, seed, args)
+                    make = make or answer(lm, way, seed, args)
                     started = time.monotonic()
                     answers = make(part, 1_000 * seed + first)
                     spent = time.monotonic() - started

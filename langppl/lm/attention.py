@@ -227,14 +227,44 @@ def attend(
     windows = _windows.get()
     if windows is not None and sliding_window is not None:
         windows.add(sliding_window)
+    found = attend_to(
+        blocks, query, key, value, dropout=dropout, scaling=scaling, window=sliding_window
+    )
+    return found, None
+
+
+def attend_to(
+    blocks: Blocks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of queries to the keys of their blocks.
+
+    Args:
+        blocks: what each query sees.
+        query: see `attend`, as are key, value, dropout and scaling.
+        key: the keys.
+        value: the values.
+        dropout: share of the attention weights set to 0.
+        scaling: of the scores.
+        window: how far back a query sees.
+
+    Returns:
+        Shape [1, queries, heads, value width].
+    """
     (count, most), size = blocks.keys.shape, blocks.size
     heads, n, width = query.shape[1:]
     shared = key.shape[1]
     groups = heads // shared
-    query = pad(query[0], (0, 0, 0, count * size - n))
-    query = query.view(shared, groups, count, size, width).permute(2, 0, 1, 3, 4)
+    query = query[0] if count * size == n else pad(query[0], (0, 0, 0, count * size - n))
+    query = query.reshape(shared, groups, count, size, width).permute(2, 0, 1, 3, 4)
     query = query.reshape(count, shared, groups * size, width)
-    bias = blocks.bias(sliding_window, query.dtype, groups)
+    bias = blocks.bias(window, query.dtype, groups)
 
     def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(
@@ -257,7 +287,7 @@ def attend(
     else:
         found = of_blocks(query, key, value)
     found = found.view(count, shared, groups, size, -1).permute(0, 3, 1, 2, 4)
-    return found.reshape(count * size, heads, -1)[None, :n], None
+    return found.reshape(count * size, heads, -1)[None, :n]
 
 
 def _is_large(blocks: Blocks, key: Tensor) -> bool:

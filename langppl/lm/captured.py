@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from langppl.lm import adapters, packed
+from langppl.lm import adapters, caches, packed
 from langppl.lm.kept import KeysAndValues
 from langppl.lm.requests import DrawRequest
 
@@ -143,7 +143,7 @@ def _agrees(steps: Steps, found: KeysAndValues, mask: torch.Tensor, owner: torch
     lines = torch.tensor([of_string.index(p) for p in compared], device=lm.device)
     used = torch.tensor(compared, device=lm.device)
     ordinary = used % lm.vocabulary.size
-    cache = packed.cache_of([(k[used], v[used]) for k, v in found])
+    cache = caches.cache_of([(k[used], v[used]) for k, v in found])
     seen = torch.cat([mask[used], mask.new_ones(len(used), 1)], dim=1)
     states, _ = lm.states(
         ordinary[:, None],

@@ -11,18 +11,17 @@ the model).
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from langppl.lm import captured, kept, packed
+from langppl.lm import caches, captured, kept, packed, products
 from langppl.lm.kept import Tree
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
-from langppl.lm.trie import Row, lay_out
+from langppl.lm.trie import Row, lay_out, shared
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 PACKED_ROWS = 256
 """Most strings that grow in one tree, whose cache keeps the tokens of finished ones too."""
 
-BLOCK = 16
+BLOCK = 8
 """Strings whose attention goes together: each looks through the tokens of all of them."""
 
 PLANNED_LENGTH = 64
@@ -67,7 +66,7 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
         key=lambda k: (len(requests[k].read), requests[k].read),
     )
     planned = PLANNED_LENGTH
-    with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing():
+    with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing(), products.unchanged():
         while order:
             unfinished: list[int] = []
             for batch in _batches(lm, requests, order, planned):
@@ -84,9 +83,12 @@ def _batches(
     lm: LM, requests: Sequence[DrawRequest], order: Sequence[int], planned: int
 ) -> Iterator[list[int]]:
     """Requests that fit the token budget together if no string is longer than planned."""
+    grows = lm.packs is not None and lm.device.type == "cpu"
+    trees = [k for k in order if grows and _is_short(lm, requests[k])]
+    yield from _tree_batches(lm, requests, sorted(trees, key=lambda k: requests[k].read))
     batch: list[int] = []
     longest = 0
-    for k in order:
+    for k in sorted(set(order).difference(trees), key=order.index):
         limit = requests[k].most_tokens
         length = len(requests[k].read) + (planned if limit is None else min(limit, planned))
         if batch and (len(batch) + 1) * max(longest, length) > lm.token_budget:
@@ -94,7 +96,55 @@ def _batches(
             batch, longest = [], 0
         batch.append(k)
         longest = max(longest, length)
-    yield batch
+    if batch:
+        yield batch
+
+
+def _tree_batches(
+    lm: LM, requests: Sequence[DrawRequest], order: Sequence[int]
+) -> Iterator[list[int]]:
+    """Requests that grow as one tree: what their prompts share counts once.
+
+    Args:
+        lm: the LM.
+        requests: of all strings.
+        order: those that are short, sorted by what is read before them.
+    """
+    batch: list[int] = []
+    nodes = drawn = 0
+    for k in order:
+        read, most = requests[k].read, requests[k].most_tokens or 0
+        if batch:
+            new = len(read) - shared(requests[batch[-1]].read, read)
+            room = _tree_room(lm, requests[batch[0]].read)
+            if nodes + new > room or drawn + most > lm.token_budget:
+                yield batch
+                batch = []
+        if not batch:
+            nodes, drawn, new = 0, 0, len(read)
+        batch.append(k)
+        nodes, drawn = nodes + new, drawn + most
+    if batch:
+        yield batch
+
+
+def _tree_room(lm: LM, first: Sequence[int]) -> int:
+    """Most nodes of prompts in a tree whose first prompt is this."""
+    return max(len(first), min(len(first) + lm.node_budget, lm.token_budget))
+
+
+def _is_short(lm: LM, request: DrawRequest) -> bool:
+    """Whether a string can grow in a tree, which cannot put off what outgrows the budget.
+
+    Nor can it hide what a narrow window would.
+    """
+    most = request.most_tokens
+    return (
+        lm.packs is not None
+        and most is not None
+        and most <= PLANNED_LENGTH
+        and len(request.read) + most <= lm.packs.window
+    )
 
 
 class _Row:
@@ -131,19 +181,19 @@ class _Row:
     def step(self) -> Step:
         return self.request.rules.step(self.state)
 
-    def take(self, token: int, log_prob: float, step: Step, log_probs: torch.Tensor) -> bool:
+    def take(self, token: int, log_prob: float, step: Step, logits: torch.Tensor) -> bool:
         """Takes the drawn token; True while the string goes on."""
         rules = self.request.rules
         if token in step.kept:
             kept = step.kept[token]
             members = step.groups[kept]
-            self.log_prob += float(log_probs[members].logsumexp(-1))
+            self.log_prob += float(logits.log_softmax(-1)[members].logsumexp(-1))
             self.ids.append(rules.representative(kept, members.tolist()))
             self.kept = kept
             self.is_ended = True
             return False
         if token in rules.vocabulary.end_ids:
-            self.log_prob += float(log_probs[step.end_ids].logsumexp(-1))
+            self.log_prob += float(logits.log_softmax(-1)[step.end_ids].logsumexp(-1))
             self.is_ended = True
             return False
         self.log_prob += log_prob
@@ -173,14 +223,10 @@ def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     tree = _tree_of(lm, requests)
     if lm.packs is not None and tree is not None:
         return _draw_on(lm, lm.packs, requests, tree)
-    if lm.packs is not None and len(requests) > 1:
+    if lm.packs is not None and len(requests) > 1 and all(_is_short(lm, r) for r in requests):
         prompts = sorted({r.read for r in requests})
-        layout = lay_out(prompts, lm.node_budget)
-        most = [math.inf if r.most_tokens is None else r.most_tokens for r in requests]
-        longest = max(len(r.read) + m for r, m in zip(requests, most, strict=True))
-        # Longer strings could outgrow the token budget, and a tree cannot put some of them off.
-        is_short = max(most) <= PLANNED_LENGTH
-        if len(layout.rows) == 1 and is_short and longest <= lm.packs.window:
+        layout = lay_out(prompts, _tree_room(lm, prompts[0]))
+        if len(layout.rows) == 1:
             return _draw_packed(lm, lm.packs, requests, prompts, layout.rows[0])
     return _draw_padded(lm, requests)
 
@@ -203,11 +249,11 @@ def _draw_packed(
     """
     leaves = np.unique([path[-1] for path in row.paths.values()])
     place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
-    cache = packed.cache_of([])
+    cache = caches.cache_of([])
     states = packed.run_row(lm, packing, row, 0, leaves, cache)
     logits = lm.logits_of(states)
     seen = row.mask(0)[leaves]
-    keys = packed.keys_and_values(cache)
+    keys = caches.keys_and_values(cache)
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), PACKED_ROWS):
         strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
@@ -215,24 +261,19 @@ def _draw_packed(
         of_first = logits[torch.from_numpy(at).to(lm.device)]
         tree = Tree.of_row(row)
         tree.note(lm, leaves.tolist(), states)
-        own = packed.cache_of(keys)
+        own = caches.cache_of(keys)
         _grow(lm, packing, strings, of_first, seen[at], tree, leaves[at].tolist(), own)
         # Of a guide's draws, those that are to go on from where they stop.
         if lm.active_adapter is None or any(s.request.length is not None for s in strings):
-            kept.keep(lm, tree, packed.keys_and_values(own))
+            kept.keep(lm, tree, caches.keys_and_values(own))
         replies += [s.reply() for s in strings]
     return replies
 
 
 def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
     """A kept tree that holds all that the LM reads, but the last tokens; None if there is none."""
-    if lm.packs is None or not any(r.begun for r in requests):
+    if not any(r.begun for r in requests) or not all(_is_short(lm, r) for r in requests):
         return None
-    for r in requests:
-        most = r.most_tokens
-        # A tree cannot put off what outgrows the budget, nor hide what a narrow window would.
-        if most is None or most > PLANNED_LENGTH or len(r.read) + most > lm.packs.window:
-            return None
     reads = [r.read[:-1] for r in requests]
     found = kept.known(kept.trees_of(lm, lm.active_adapter), reads, [len(r) for r in reads])
     if not found:
@@ -267,14 +308,14 @@ def _draw_on(
     seen = np.zeros((len(requests), len(tree.parents)), dtype=bool)
     for line, read in enumerate(reads):
         seen[line, paths[read]] = True
-    cache = packed.cache_of(tree.keys)
+    cache = caches.cache_of(tree.keys)
     last = [paths[read][-1] for read in reads]
     if is_run:
         states = tree.states(np.array([tree.places[node] for node in last]))
     else:
         states, seen, last = _run(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
     _grow(lm, packing, strings, lm.logits_of(states), seen, tree, last, cache)
-    kept.keep(lm, tree, packed.keys_and_values(cache))
+    kept.keep(lm, tree, caches.keys_and_values(cache))
     return [s.reply() for s in strings]
 
 
@@ -360,7 +401,7 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
         rows = [_Row(r) for r in requests[first : first + captured.MOST_ROWS]]
         logits, cache, mask, owner = _encode(lm, [r.request.read for r in rows])
         most = max(r.request.most_tokens or 0 for r in rows)
-        found = packed.keys_and_values(cache)
+        found = caches.keys_and_values(cache)
         steps = captured.steps_of(lm, most, found, mask, owner)
         if steps is None:
             return None
@@ -447,7 +488,12 @@ def _encode(
 
 
 def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
-    """Draws the next token of each row and takes it; None for rows that are finished."""
+    """Draws the next token of each row and takes it; None for rows that are finished.
+
+    Args:
+        rows: the rows.
+        logits: of their next tokens, shape [rows, vocabulary]; they are written over.
+    """
     device = logits.device
     steps = [row.step() for row in rows]
     kinds = {id(step): step for step in steps}
@@ -459,17 +505,17 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     scaled = logits.float()
     if any(scale != 1.0 for scale in scales):
         scaled = scaled / torch.tensor(scales, device=device)[:, None]
-    log_probs = scaled.masked_fill(illegal, -torch.inf).log_softmax(-1)
+    # On the CPU every pass over a large new tensor counts.
+    shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
     # The sum is in double, so that a draw does not depend on how many rows are summed at once.
-    cdf = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    cdf = shares.cumsum(-1, dtype=torch.float64)
     uniforms = torch.tensor([[row.uniforms.random()] for row in rows], device=device)
     drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    of_drawn = shares.gather(1, drawn.clamp(max=shares.shape[1] - 1))[:, 0].log()
     # Read for all rows at once: on an accelerator each read waits for it.
-    tokens = drawn[:, 0].tolist()
-    numbers = log_probs.gather(1, drawn.clamp(max=log_probs.shape[1] - 1))[:, 0].tolist()
+    tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
     chosen: list[int | None] = []
-    every = zip(rows, steps, tokens, numbers, log_probs, strict=True)
-    for row, step, token, log_prob, line in every:
+    for row, step, token, log_prob, line in zip(rows, steps, tokens, numbers, scaled, strict=True):
         if step.is_dead:
             row.is_dead = True
             chosen.append(None)

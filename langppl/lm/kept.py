@@ -108,8 +108,10 @@ class Tree:
     @property
     def bytes(self) -> int:
         """Room that its keys and values take, and its states."""
-        tensors = [x for pair in self.keys for x in pair] + self.ends
-        return sum(x.numel() * x.element_size() for x in tensors)
+        # Keys and values may lie in one room, with some to spare.
+        rooms = [x.untyped_storage() for pair in self.keys for x in pair]
+        of_keys = {room.data_ptr(): room.nbytes() for room in rooms}
+        return sum(of_keys.values()) + sum(x.numel() * x.element_size() for x in self.ends)
 
 
 _trees: ContextVar[dict[int, list[Tree]] | None] = ContextVar("langppl_trees", default=None)

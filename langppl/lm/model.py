@@ -14,7 +14,7 @@ import torch
 
 from langppl.lm import adapters, products
 from langppl.lm.memo import Memo
-from langppl.lm.packed import Packing, probe
+from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.tally import Tally
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from langppl.lm.captured import Steps
+    from langppl.lm.lean import Lean
 
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
@@ -63,6 +64,7 @@ class LM:
             `langppl.lm.captured`); switched off by itself where that fails.
         packs: how the model takes packed rows; None if it is scored in padded batches. Found
             out, by comparing logits, when the LM is made.
+        lean: the layers of a model of Llama's form on the CPU, taken apart (`langppl.lm.lean`).
 
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, or the tokenizer is
@@ -137,7 +139,9 @@ class LM:
         self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._trainables: dict[str, TrainableLM] = {}
+        self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
+        self.lean = lean_of(self)
         self.tally = Tally()  # the probe's own tokens are nobody's
 
     def __repr__(self) -> str:

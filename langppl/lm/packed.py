@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from langppl.lm import attention, kept
+from langppl.lm import attention, kept, lean
 from langppl.lm.attention import Blocks
+from langppl.lm.caches import cache_of, keys_and_values
 from langppl.lm.kept import KeysAndValues, Tree
+from langppl.lm.lean import Lean
 from langppl.lm.recompute import elementwise_again
 from langppl.lm.trie import Ids, Row, lay_out, shared
 
@@ -212,22 +214,6 @@ def _row_states(
         return run_row(lm, packing, row, len(stem), nodes, cache)
 
 
-def keys_and_values(cache: Any) -> KeysAndValues:
-    """What a KV cache holds, layer by layer."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def cache_of(found: KeysAndValues) -> Any:
-    """A new KV cache that begins with what another held."""
-    from transformers import DynamicCache
-
-    # Without a config it keeps every position, whatever the layers' own windows.
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(found):
-        cache.update(keys, values, layer)
-    return cache
-
-
 def run(
     lm: LM,
     packing: Packing,
@@ -252,6 +238,14 @@ def run(
         States, shape [kept, width].
     """
     if isinstance(seen, Blocks):
+        if (
+            lm.lean is not None
+            and lm.lean.suits()
+            and lm.splits_head
+            and not torch.is_grad_enabled()
+        ):
+            lm.tally.add(len(ids))
+            return lm.lean.states(ids, depth, seen, keep, cache)
         # No layer reads this mask, but with it transformers makes none of its own.
         mask: Any = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=lm.device)
         way: contextlib.AbstractContextManager[None] = attention.in_blocks(lm.model, seen)
@@ -316,15 +310,45 @@ def probe(lm: LM) -> Packing | None:
     return None
 
 
-def _agrees(lm: LM, packing: Packing) -> set[int] | None:
-    """The sliding windows that were applied; None if packed and plain logits differ."""
+def lean_of(lm: LM) -> Lean | None:
+    """A model's layers taken apart (`langppl.lm.lean`), if these give the same states."""
+    found = lean.of_model(lm.model)
+    if found is None or lm.packs is None or not (lm.packs.in_blocks and lm.splits_head):
+        return None
+    stem, sequences = _made_up(lm, lm.packs)
+    (row,) = lay_out([s[len(stem) :] for s in sequences], 10**6).rows
+    row = Row(row.ids, row.depth + len(stem), row.below, row.paths)
+    passes = []
+    with torch.no_grad(), lm.adapter(None):
+        keys = keys_and_values(lm.states(torch.tensor([stem]), use_cache=True)[1])
+        for way in (None, found):
+            lm.lean = way
+            cache = cache_of(keys)
+            states = run_row(lm, lm.packs, row, len(stem), np.arange(len(row.ids)), cache)
+            passes.append([states, *(x for pair in keys_and_values(cache) for x in pair)])
+    lm.lean = None
+    most = tolerance(lm.model.dtype)
+    same = all(
+        bool((own - of_model).abs().max() <= most * of_model.abs().max())
+        for of_model, own in zip(*passes, strict=True)
+    )
+    return found if same else None
+
+
+def _made_up(lm: LM, packing: Packing) -> tuple[Ids, list[Ids]]:
+    """A stem of tokens, and three sequences that begin with it, all of one length."""
     rng = np.random.default_rng(0)
     ordinary = np.flatnonzero(~lm.vocabulary.special)
     length = int(min(lm.window or 14, packing.window, 14))
     stem = tuple(int(t) for t in rng.choice(ordinary, max(length - 4, 1)))
     ends = [tuple(int(t) for t in rng.choice(ordinary, 4)) for _ in range(3)]
     sequences = [stem + e for e in [ends[0], ends[1], ends[0][:2] + ends[2][:2]]]
-    sequences = [s[:length] for s in sequences]  # all of one length: a batch without padding
+    return stem, [s[:length] for s in sequences]
+
+
+def _agrees(lm: LM, packing: Packing) -> set[int] | None:
+    """The sliding windows that were applied; None if packed and plain logits differ."""
+    stem, sequences = _made_up(lm, packing)  # of one length: a batch without padding
     windows: set[int] = set()
     with torch.no_grad(), lm.adapter(None):
         plain = lm.model(input_ids=torch.tensor(sequences, device=lm.device), use_cache=False)

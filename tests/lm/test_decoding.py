@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, perform
 from langppl.lm.kept import keeping
+from langppl.lm.lean import Lean
 from langppl.lm.requests import DrawReply, ScoreReply
 from langppl.testing import tiny_lm
 
@@ -97,6 +98,13 @@ class Watched:
             return forward(model, *args, **kwargs)
 
         monkeypatch.setattr(base, "forward", watched)
+        states = Lean.states
+
+        def of_lean(lean: Lean, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+            self.shapes.append((1, len(ids)))
+            return states(lean, ids, *args)
+
+        monkeypatch.setattr(Lean, "states", of_lean)
 
 
 def test_finished_rows_leave_and_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
