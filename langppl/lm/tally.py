@@ -1,9 +1,9 @@
 """How many tokens went through an LM: the work of a method, whatever the machine.
 
-Every forward pass goes through `LM.states`, which counts there what it is given: each node of a
-packed trie once, each token of a prompt or a prefix once however many strings go on from it, and
-no padding. So it is what was computed, not what was asked for; scores that are remembered
-(`langppl.lm.memo`) count nothing.
+Every forward pass goes through `LM.states` or `langppl.lm.packed.run`, which count what they are
+given: each node of a packed trie once, each token of a prompt or a prefix once however many strings
+go on from it, and no padding. So it is what was computed, not what was asked for; scores that are
+remembered (`langppl.lm.memo`) count nothing.
 """
 
 from __future__ import annotations

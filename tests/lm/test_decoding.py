@@ -18,6 +18,7 @@ from langppl.lm import LM, DrawRequest, perform
 from langppl.lm.kept import keeping
 from langppl.lm.lean import Lean
 from langppl.lm.requests import DrawReply, ScoreReply
+from langppl.lm.trie import shared
 from langppl.testing import tiny_lm
 
 TINY = tiny_lm("ab.", merged=["b.", "ab"], split=["é"])
@@ -288,6 +289,22 @@ def test_token_budget_bounds_every_pass(packs: bool, monkeypatch: pytest.MonkeyP
     # Strings together: lines of a batch, or nodes of a tree after its prompts.
     together = max(max(shape) if packs else shape[0] for shape in watched.shapes)
     assert longest <= 60 and together >= 60 // longest
+
+
+def test_a_long_prompt_is_read_once_for_all_its_strings() -> None:
+    lm = LM.from_parts(TINY.model, TINY.tokenizer, "tiny", token_budget=200)
+    prompt, other = "ab.b" * 15, "ab.b" * 14 + "a"
+    dists = [LMString(lm, p, min_tokens=4, max_tokens=4) for p in (prompt, other)]
+    requests = [request(d, ("long", k)) for k in range(20) for d in dists]
+    lengths = [len(d.prompt_ids()) for d in dists]
+    assert 40 * (max(lengths) + 4) > 4 * lm.token_budget  # padded, it would be many batches
+    before = lm.tally.copy()
+    replies = draw(requests)
+    nodes = lengths[0] + lengths[1] - shared(*(d.prompt_ids() for d in dists))
+    assert nodes < lengths[0] + 10
+    assert (lm.tally - before).drawn == nodes + 3 * len(requests)
+    for one, reply in zip(requests[:4], replies[:4], strict=True):
+        assert draw([one])[0].ids == reply.ids
 
 
 def test_temperature_multiplies_the_distributions_own() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import langppl as lp
 from langppl.lm import products
-from langppl.lm.products import FrozenLinear
+from langppl.lm.products import FrozenLinear, unchanged
 from langppl.lm.requests import ScoreRequest
 from langppl.lm.rules import StringRules
 from langppl.lm.scoring import score_with_gradients
@@ -99,6 +99,25 @@ def test_it_can_be_copied_after_use():
     x = torch.randn(3, 6)
     frozen(x)
     torch.testing.assert_close(copy.deepcopy(frozen)(x), plain(x))
+
+
+def test_a_stretch_without_changes_looks_at_each_layer_once():
+    plain, frozen = layers(8, 5, bias=True)
+    x = torch.randn(3, plain.in_features)
+    with torch.no_grad():
+        with unchanged():
+            torch.testing.assert_close(frozen(x), plain(x))
+            before = frozen(x)
+            frozen.weight.mul_(2.0)  # what the stretch promises not to do it does not see
+            assert torch.equal(frozen(x), before)
+        plain.weight.mul_(2.0)
+        torch.testing.assert_close(frozen(x), plain(x))
+        with unchanged():
+            torch.testing.assert_close(frozen(x), plain(x))
+            torch.testing.assert_close(frozen(x), plain(x))
+        frozen.weight.mul_(2.0)
+        with unchanged():
+            torch.testing.assert_close(frozen(x), plain(x) + plain(x) - plain.bias)
 
 
 def large_lm(freeze):
