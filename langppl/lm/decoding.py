@@ -69,8 +69,9 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
     with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing(), products.unchanged():
         while order:
             unfinished: list[int] = []
-            for batch in _batches(lm, requests, order, planned):
-                for k, reply in zip(batch, _draw(lm, [requests[j] for j in batch]), strict=True):
+            for batch, tree in _batches(lm, requests, order, planned):
+                found = _draw(lm, [requests[k] for k in batch], tree)
+                for k, reply in zip(batch, found, strict=True):
                     if reply is None:
                         unfinished.append(k)
                     else:
@@ -81,23 +82,51 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
 
 def _batches(
     lm: LM, requests: Sequence[DrawRequest], order: Sequence[int], planned: int
-) -> Iterator[list[int]]:
-    """Requests that fit the token budget together if no string is longer than planned."""
-    grows = lm.packs is not None and lm.device.type == "cpu"
-    trees = [k for k in order if grows and _is_short(lm, requests[k])]
-    yield from _tree_batches(lm, requests, sorted(trees, key=lambda k: requests[k].read))
-    batch: list[int] = []
+) -> Iterator[tuple[list[int], Tree | None]]:
+    """Requests that are drawn together, and the kept tree from which they go on, if any.
+
+    They fit the token budget if no string is longer than planned.
+    """
+    rest = set(order)
+    for tree, members in _kept_trees(lm, requests, order):
+        most = max(requests[k].most_tokens or 1 for k in members)
+        rows = max(1, lm.token_budget // most)
+        yield from ((members[at : at + rows], tree) for at in range(0, len(members), rows))
+        rest.difference_update(members)
+    if lm.packs is not None and lm.device.type == "cpu":
+        short = [k for k in rest if _is_short(lm, requests[k])]
+        for batch in _tree_batches(lm, requests, sorted(short, key=lambda k: requests[k].read)):
+            yield batch, None
+        rest.difference_update(short)
+    batch = []
     longest = 0
-    for k in sorted(set(order).difference(trees), key=order.index):
+    for k in (k for k in order if k in rest):
         limit = requests[k].most_tokens
         length = len(requests[k].read) + (planned if limit is None else min(limit, planned))
         if batch and (len(batch) + 1) * max(longest, length) > lm.token_budget:
-            yield batch
+            yield batch, None
             batch, longest = [], 0
         batch.append(k)
         longest = max(longest, length)
     if batch:
-        yield batch
+        yield batch, None
+
+
+def _kept_trees(
+    lm: LM, requests: Sequence[DrawRequest], order: Sequence[int]
+) -> list[tuple[Tree, list[int]]]:
+    """Strings that have begun, by the kept tree that holds what they read, but perhaps its end."""
+    begun = [k for k in order if requests[k].begun and _is_short(lm, requests[k])]
+    reads = [requests[k].read for k in begun]
+    groups: dict[tuple[int, bool], tuple[Tree, list[int]]] = {}
+    trees = kept.trees_of(lm, lm.active_adapter)
+    known = kept.known(trees, reads, [len(r) for r in reads])
+    for k, read, (tree, path) in zip(begun, reads, known, strict=bool(known)):
+        # Strings whose last token has to be run would have all others' run with them.
+        if len(path) >= max(len(read) - 1, 1):
+            key = (id(tree), len(path) == len(read))
+            groups.setdefault(key, (tree, []))[1].append(k)
+    return list(groups.values())
 
 
 def _tree_batches(
@@ -214,15 +243,20 @@ class _Row:
         return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended)
 
 
-def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
-    """Draws strings together; None for those put off because the batch outgrew the budget."""
+def _draw(lm: LM, requests: Sequence[DrawRequest], tree: Tree | None) -> list[DrawReply | None]:
+    """Draws strings together; None for those put off because the batch outgrew the budget.
+
+    Args:
+        lm: the LM.
+        requests: the strings.
+        tree: where they go on from.
+    """
+    if lm.packs is not None and tree is not None:
+        return _draw_on(lm, lm.packs, requests, tree)
     if captured.takes(lm, requests):
         found = _draw_captured(lm, requests)
         if found is not None:
             return found
-    tree = _tree_of(lm, requests)
-    if lm.packs is not None and tree is not None:
-        return _draw_on(lm, lm.packs, requests, tree)
     if lm.packs is not None and len(requests) > 1 and all(_is_short(lm, r) for r in requests):
         prompts = sorted({r.read for r in requests})
         layout = lay_out(prompts, _tree_room(lm, prompts[0]))
@@ -268,19 +302,6 @@ def _draw_packed(
             kept.keep(lm, tree, caches.keys_and_values(own))
         replies += [s.reply() for s in strings]
     return replies
-
-
-def _tree_of(lm: LM, requests: Sequence[DrawRequest]) -> Tree | None:
-    """A kept tree that holds all that the LM reads, but the last tokens; None if there is none."""
-    if not any(r.begun for r in requests) or not all(_is_short(lm, r) for r in requests):
-        return None
-    reads = [r.read[:-1] for r in requests]
-    found = kept.known(kept.trees_of(lm, lm.active_adapter), reads, [len(r) for r in reads])
-    if not found:
-        return None
-    trees = {id(tree): tree for tree, _ in found}
-    whole = all(len(path) == len(r) > 0 for (_, path), r in zip(found, reads, strict=True))
-    return next(iter(trees.values())) if whole and len(trees) == 1 else None
 
 
 def _draw_on(

@@ -197,6 +197,25 @@ def test_a_string_in_pieces_is_that_in_one_and_reads_each_token_once(
         assert tokens.count == 3 + 12 * 5
 
 
+def test_pieces_of_many_strings_go_on_from_their_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("abcd", seed=3, sharpness=0.1)
+    monkeypatch.setattr(decoding, "PACKED_ROWS", 5)
+    rules = lm.bind(StringRules(min_tokens=6, max_tokens=6))
+    whole = [DrawRequest(lm, lm.encode_prompt("abb"), rules, 6, (k,)) for k in range(12)]
+    expected = draw(whole)
+    tokens = Tokens(lm)
+    begun: list[tuple[int, ...]] = [()] * 12
+    with kept.keeping():
+        for length in (3, 4, None):
+            order = range(12) if length == 3 else range(11, -1, -1)
+            pieces = [replace(whole[k], begun=begun[k], length=length) for k in order]
+            for k, found in zip(order, draw(pieces), strict=True):
+                begun[k] = found.ids
+    tokens.handle.remove()
+    assert begun == [d.ids for d in expected]
+    assert tokens.count == 3 + 12 * 5
+
+
 def test_pieces_that_outgrow_the_window_are_not_drawn_on_a_tree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
