@@ -37,28 +37,35 @@ def _growing() -> Any:
     class Growing(DynamicLayer):
         """Writes behind what it holds, in room for more, so that few tokens cost few copies."""
 
-        room: Tensor | None = None
+        rooms: tuple[Tensor, Tensor] | None = None
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
+                self.dtype, self.device = key_states.dtype, key_states.device
+                self.is_initialized = True
                 # Another's, perhaps, who may write behind it too: room of its own is made later.
                 self.keys, self.values = key_states, value_states
                 return key_states, value_states
-            keys, values = self.keys, self.values
-            assert keys is not None and values is not None
-            *outer, held, width = keys.shape
-            whole = held + key_states.shape[-2]
-            if self.room is None or self.room.shape[-2] < whole:
-                self.room = keys.new_empty(2, *outer, 3 * whole // 2, width)
-                self.room[0, ..., :held, :] = keys
-                self.room[1, ..., :held, :] = values
-            self.room[0, ..., held:whole, :] = key_states
-            self.room[1, ..., held:whole, :] = value_states
-            keys, values = self.room[0, ..., :whole, :], self.room[1, ..., :whole, :]
-            self.keys, self.values = keys, values
-            return keys, values
+            assert self.keys is not None and self.values is not None
+            held, new = self.keys.shape[-2], key_states.shape[-2]
+            if self.rooms is None or self.rooms[0].shape[-2] < held + new:
+                self.rooms = (
+                    _roomier(self.keys, 3 * (held + new) // 2),
+                    _roomier(self.values, 3 * (held + new) // 2),
+                )
+            keys, values = self.rooms
+            keys.narrow(-2, held, new).copy_(key_states)
+            values.narrow(-2, held, new).copy_(value_states)
+            self.keys = keys.narrow(-2, 0, held + new)
+            self.values = values.narrow(-2, 0, held + new)
+            return self.keys, self.values
 
     return functools.partial(Cache, layer_class_to_replicate=Growing)
+
+
+def _roomier(held: Tensor, length: int) -> Tensor:
+    room = held.new_empty(*held.shape[:-2], length, held.shape[-1])
+    room.narrow(-2, 0, held.shape[-2]).copy_(held)
+    return room

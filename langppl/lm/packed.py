@@ -48,6 +48,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES[torch.get_float32_matmul_precision() if is_whole else "medium"]
 
 
+SAME = 1e-5
+"""Largest difference between float32 states that come of the same operations, relative to the
+largest state."""
+
 SPARED = 2048
 """Nodes of a row whose inner states an accelerator keeps whole: making some of them again takes
 Python longer than the device needs for the row."""
@@ -327,7 +331,7 @@ def lean_of(lm: LM) -> Lean | None:
             states = run_row(lm, lm.packs, row, len(stem), np.arange(len(row.ids)), cache)
             passes.append([states, *(x for pair in keys_and_values(cache) for x in pair)])
     lm.lean = None
-    most = tolerance(lm.model.dtype)
+    most = SAME if lm.model.dtype == torch.float32 else tolerance(lm.model.dtype)
     same = all(
         bool((own - of_model).abs().max() <= most * of_model.abs().max())
         for of_model, own in zip(*passes, strict=True)
