@@ -93,7 +93,8 @@ def _balance(
         log_z = turn.observation.estimate(
             piece, gap[: turn.fresh], gap, power, turn.learns_from_given
         )
-    return objectives.trajectory_balance(reward, own, log_z)
+    drawn = [k < turn.fresh and not (d.is_tempered or d.is_given) for k, d in enumerate(turn.own)]
+    return objectives.trajectory_balance(reward, own, log_z, torch.tensor(drawn, device=own.device))
 
 
 def _over_prefixes(

@@ -83,21 +83,52 @@ def vargrad(log_reward: Tensor, log_q: Tensor) -> Tensor:
     return (_residuals(gap, log_q, log_evidence(gap)) ** 2).mean()
 
 
-def trajectory_balance(log_reward: Tensor, log_q: Tensor, log_z: Tensor) -> Tensor:
+def trajectory_balance(
+    log_reward: Tensor, log_q: Tensor, log_z: Tensor, own: Tensor | None = None
+) -> Tensor:
     """Trajectory balance with a given (or learned) log Z.
 
     Args:
         log_reward: shape [n]; −inf marks an impossible trajectory.
         log_q: shape [n], with gradients.
         log_z: scalar, or shape [n].
+        own: bool [n], the policy's own draws. The floor of these has a baseline, which is nothing
+            on average and takes noise from the gradient; see `penalties`.
+
+    Returns:
+        The mean squared residual, a scalar.
     """
-    return (_residuals(log_reward - log_q, log_q, log_z) ** 2).mean()
+    gap = log_reward - log_q
+    loss = (_residuals(gap, log_q, log_z) ** 2).mean()
+    if own is None or not bool(own.any()):
+        return loss
+    possible = torch.isfinite(gap[own])
+    baseline = penalties(possible) - FLOOR * (~possible)
+    less = 2.0 * (baseline * log_q[own]).sum() / len(log_q)
+    return loss + less - less.detach()
 
 
 def log_evidence(gap: Tensor) -> Tensor:
     """The batch's estimate of log Z: the mean of the possible log R − log q, detached."""
     possible = gap[torch.isfinite(gap)].detach()
     return possible.mean() if possible.numel() else gap.new_zeros(())
+
+
+def penalties(possible: Tensor) -> Tensor:
+    """What each of a policy's own draws counts for being impossible, less what the others do.
+
+    As a factor of ∇ log q it minimises FLOOR · P(impossible). Without the others' mean it would be
+    the same on average, but where many draws are impossible it pushes down what they have in common
+    with the possible ones, and nothing pushes it up.
+
+    Args:
+        possible: bool [n].
+
+    Returns:
+        Shape [n], in float32; of a single draw FLOOR or 0.
+    """
+    own = FLOOR * (~possible).float()
+    return own - (own.sum() - own) / max(len(own) - 1, 1)
 
 
 def _residuals(gap: Tensor, log_q: Tensor, log_z: Tensor) -> Tensor:
@@ -196,8 +227,8 @@ def reverse_kl(log_reward: Tensor, log_q: Tensor) -> Tensor:
     """Policy gradient on the ELBO with a leave-one-out baseline.
 
     Args:
-        log_reward: shape [n], of draws from the policy itself; −inf marks an impossible one, whose
-            advantage is the balance losses' floor.
+        log_reward: shape [n], of draws from the policy itself; −inf marks an impossible one, which
+            counts by the balance losses' floor; see `penalties`.
         log_q: shape [n], with gradients.
 
     Returns:
@@ -218,7 +249,7 @@ def rao_blackwell(actions: Sequence[Actions], log_rest: Tensor) -> Tensor:
     Args:
         actions: of n draws from the policy itself.
         log_rest: log R without the latents' prior, shape [n], nats; −inf marks an impossible
-            draw, whose advantage is the balance losses' floor.
+            draw, which counts by the balance losses' floor; see `penalties`.
 
     Returns:
         A scalar: an estimate of −ELBO over the possible draws, in whose gradient the policy
@@ -244,9 +275,8 @@ def rao_blackwell(actions: Sequence[Actions], log_rest: Tensor) -> Tensor:
     later = known.flip(1).cumsum(1).flip(1) - known + sampled.flip(1).cumsum(1).flip(1) - rest
     later = torch.where(possible[:, None], later, 0.0)
     baseline = (later.sum(0) - later) / max(count - 1, 1)
-    advantage = torch.where(
-        possible[:, None], later - baseline if count > 1 else torch.zeros_like(later), FLOOR
-    )
+    is_compared = possible[:, None] & (count > 1)
+    advantage = torch.where(is_compared, later - baseline, 0.0) + penalties(possible)[:, None]
     surrogate = (advantage * log_q).sum() / len(actions)
     direct = torch.where(possible[:, None], exact, 0.0).sum() / len(actions)
     value = torch.where(possible[:, None], known + sampled, 0.0).sum() - rest.sum()
@@ -264,7 +294,7 @@ def _policy_gradient(cost: Tensor, log_q: Tensor) -> Tensor:
     n = int(possible.sum())
     known = torch.where(possible, cost, 0.0)
     baseline = (known.sum() - known) / max(n - 1, 1)
-    advantage = torch.where(possible, cost - baseline if n > 1 else 0.0, FLOOR)
+    advantage = torch.where(possible & (n > 1), known - baseline, 0.0) + penalties(possible)
     surrogate = (advantage * log_q).mean()
     value = known.sum() / max(n, 1)
     return surrogate - surrogate.detach() + value
