@@ -20,6 +20,7 @@ from langppl.guides.objectives import (
     Trajectory,
     detailed_balance,
     likelihood,
+    penalties,
     rao_blackwell,
     reverse_kl,
     reward,
@@ -240,6 +241,49 @@ def test_policy_gradients_are_unbiased(loss: Callable[..., Tensor], entropy: flo
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
 
 
+def test_the_floors_baseline_is_nothing_on_average_and_takes_noise() -> None:
+    is_possible = torch.tensor([len(tokens) % 2 == 0 for tokens, _ in WHOLES])
+    rewards = torch.stack(list(REWARD.values())).masked_fill(~is_possible, -math.inf)
+    leaf = torch.randn(len(STATES), 4, generator=torch.manual_seed(3)).double().requires_grad_()
+    own, log_z = all_log_q(leaf), tensor(1.0)[0]
+    assert 0.3 < float(own.exp()[~is_possible].sum().detach()) < 0.9
+
+    def balance(pair: Sequence[int], mask: Tensor | None) -> Tensor:
+        return trajectory_balance(rewards[list(pair)], own[list(pair)], log_z, mask)
+
+    def floor(pair: Sequence[int]) -> Tensor:
+        return (penalties(is_possible[list(pair)]) * own[list(pair)]).mean()
+
+    plain, _ = moments(lambda pair: balance(pair, None), leaf)
+    found, _ = moments(lambda pair: balance(pair, torch.tensor([True, True])), leaf)
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12)
+    # Of two draws the baseline is as noisy as what it is taken from; of eight it is worth it.
+    noise = {True: 0.0, False: 0.0}
+    for seed in range(300):
+        generator = torch.manual_seed(seed)
+        at = torch.multinomial(own.detach().exp(), 8, True, generator=generator)
+        for has_baseline in noise:
+            factor = penalties(is_possible[at]) if has_baseline else FLOOR * ~is_possible[at]
+            loss = (factor * own[at]).mean()
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            noise[has_baseline] += float((gradient**2).sum()) / 300
+    found, _ = moments(floor, leaf)
+    (truth,) = torch.autograd.grad(FLOOR * own.exp()[~is_possible].sum(), leaf)
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-9)
+    signal = float((truth**2).sum())
+    assert noise[True] - signal < 0.7 * (noise[False] - signal)
+    # One draw of another policy: the two of this one alone have baselines, the other's floor none.
+    at = [k for k in range(len(WHOLES)) if is_possible[k]][:1]
+    at += [k for k in range(len(WHOLES)) if not is_possible[k]][:2]
+    values = own.detach()[at].requires_grad_()
+    mask = torch.tensor([True, True, False])
+    loss = trajectory_balance(rewards[at], values, log_z, mask)
+    without = trajectory_balance(rewards[at], values, log_z)
+    assert float(loss.detach()) == pytest.approx(float(without.detach()))
+    (gradient,) = torch.autograd.grad(loss - without, values)
+    assert gradient.tolist() == pytest.approx([-2 * FLOOR / 3, 0.0, 0.0])
+
+
 PRIOR = torch.randn(len(STATES), 4, generator=torch.manual_seed(7)).double()
 
 
@@ -308,10 +352,11 @@ def test_an_exact_divergence_by_hand() -> None:
     assert float(loss.detach()) == pytest.approx(2.625)
     loss.backward()
     # After their actions come 3.25 and 3 in the first, 1 in the other, each the other's baseline;
-    # the impossible draw, here the first again, has the floor at each.
+    # the impossible draw, here the first again, has the floor at each, and half of it is the
+    # baseline of the possible ones.
     assert one.log_q.grad is not None and other.log_q.grad is not None
-    assert one.log_q.grad.tolist() == pytest.approx([(2.25 + FLOOR) / 3, (2.0 + FLOOR) / 3])
-    assert other.log_q.grad.tolist() == pytest.approx([-2.25 / 3])
+    assert one.log_q.grad.tolist() == pytest.approx([(2.25 + FLOOR / 2) / 3, (2.0 + FLOOR / 2) / 3])
+    assert other.log_q.grad.tolist() == pytest.approx([(-2.25 - FLOOR / 2) / 3])
     assert one.divergence.grad is not None
     assert one.divergence.grad.tolist() == pytest.approx([1 / 3, 1 / 3])
 
@@ -383,11 +428,13 @@ def test_forward_kl_rests_where_each_observation_has_its_posterior() -> None:
 def test_baselines_by_hand() -> None:
     log_q = tensor(-1.0, -2.0, -3.0).requires_grad_()
     rewards = tensor(0.0, 1.0, -math.inf)
-    # Costs −1 and −3; the other's cost is each one's baseline; the impossible one has the floor.
+    # Costs −1 and −3; the other's cost is each one's baseline; the impossible one has the floor,
+    # of which each of the two has half for its baseline.
+    half = FLOOR / 2
     (gradient,) = torch.autograd.grad(reverse_kl(rewards, log_q), log_q)
-    assert gradient.tolist() == pytest.approx([2.0 / 3, -2.0 / 3, FLOOR / 3])
+    assert gradient.tolist() == pytest.approx([(2.0 - half) / 3, (-2.0 - half) / 3, FLOOR / 3])
     (gradient,) = torch.autograd.grad(reward(rewards, log_q), log_q)
-    assert gradient.tolist() == pytest.approx([1.0 / 3, -1.0 / 3, FLOOR / 3])
+    assert gradient.tolist() == pytest.approx([(1.0 - half) / 3, (-1.0 - half) / 3, FLOOR / 3])
     # Weights e^1 and e^3 over their sum, and 0.
     share = 1.0 / (1.0 + math.exp(2.0))
     (gradient,) = torch.autograd.grad(wake(rewards, log_q), log_q)
