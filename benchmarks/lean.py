@@ -1,0 +1,83 @@
+"""Small passes: layers taken apart (`langppl.lm.lean`) against transformers' own.
+
+A pass of n nodes that continue n strings of eight tokens with one prompt, as in a step of decoding.
+
+    python benchmarks/lean.py
+    python benchmarks/lean.py --help
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+import langppl as lp
+from langppl.lm import caches, packed, products
+from langppl.lm.decoding import BLOCK
+from langppl.lm.trie import lay_out
+
+GROWN = 8
+
+
+def measure(lm: lp.LM, prompt: int, count: int, runs: int) -> dict[str, Any]:
+    """Seconds of a pass in both ways."""
+    assert lm.packs is not None and lm.lean is not None
+    rng = np.random.default_rng(0)
+    ids = lm.encode_prompt(common.prompt_of(lm, prompt))
+    words = rng.choice(np.flatnonzero(~lm.vocabulary.special), (count, GROWN + 1))
+    strings = [(*ids, *own[:-1].tolist()) for own in words]
+    (row,) = lay_out(strings, 10**6).rows
+    leaves = np.array([row.paths[k][-1] for k in range(count)])
+    cache = caches.cache_of([])
+    packed.run_row(lm, lm.packs, row, 0, leaves, cache)
+    held = caches.keys_and_values(cache)
+    seen = np.concatenate([row.mask(0)[leaves], np.eye(count, dtype=bool)], axis=1)
+    depth = np.concatenate([row.depth, row.depth[leaves] + 1])
+    sees = packed.seen_by(lm, lm.packs, seen, depth[-count:], depth, BLOCK)
+    tokens, at = torch.from_numpy(words[:, -1].copy()), torch.from_numpy(depth[-count:])
+    lean = lm.lean
+    states = {}
+
+    def way(name: str, own: Any) -> Any:
+        def go() -> None:
+            lm.lean = own
+            everyone = torch.arange(count)
+            cache = caches.cache_of(held)
+            assert lm.packs is not None
+            states[name] = packed.run(lm, lm.packs, tokens, at, sees, everyone, cache)
+
+        return go
+
+    ways = {"transformers": way("transformers", None), "lean": way("lean", lean)}
+    seconds = common.side_by_side(ways, runs + 2)
+    lm.lean = lean
+    a, b = (common.median(seconds[name][2:]) for name in ways)
+    difference = (states["lean"] - states["transformers"]).abs().max()
+    return {
+        "prompt": prompt,
+        "strings": count,
+        "transformers' layers ms": 1e3 * a,
+        "taken apart ms": 1e3 * b,
+        "ratio": a / b,
+        "difference": f"{float(difference / states['transformers'].abs().max()):.0e}",
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    options = common.parser(__doc__)
+    options.set_defaults(runs=21)
+    options.add_argument("--prompts", type=int, nargs="+", default=[7, 200])
+    options.add_argument("--strings", type=int, nargs="+", default=[1, 8, 16, 32, 128])
+    args = options.parse_args()
+    lm = lp.LM(args.lm, device="cpu")
+    with torch.no_grad(), products.unchanged():
+        rows = [measure(lm, p, n, args.runs) for p in args.prompts for n in args.strings]
+    common.report("lean", [c for c in rows[0] if c != "seconds"], rows, args)
+
+
+if __name__ == "__main__":
+    main()
