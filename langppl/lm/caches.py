@@ -46,8 +46,8 @@ def _growing() -> Any:
                 self.dtype, self.device = key_states.dtype, key_states.device
                 self.is_initialized = True
                 # Another's, perhaps, who may write behind it too: room of its own is made later.
-                self.keys, self.values = key_states, value_states
-                return key_states, value_states
+                self.keys, self.values = _alone(key_states), _alone(value_states)
+                return self.keys, self.values
             assert self.keys is not None and self.values is not None
             held, new = self.keys.shape[-2], key_states.shape[-2]
             if self.rooms is None or self.rooms[0].shape[-2] < held + new:
@@ -63,6 +63,12 @@ def _growing() -> Any:
             return self.keys, self.values
 
     return functools.partial(Cache, layer_class_to_replicate=Growing)
+
+
+def _alone(held: Tensor) -> Tensor:
+    """A copy of what is a small part of something larger, which would live as long as it does."""
+    is_small = 2 * held.numel() * held.element_size() < held.untyped_storage().nbytes()
+    return held.clone(memory_format=torch.contiguous_format) if is_small else held
 
 
 def _roomier(held: Tensor, length: int) -> Tensor:

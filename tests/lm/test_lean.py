@@ -172,3 +172,11 @@ def test_a_cache_writes_into_no_other():
     for cache, new in ((second, more[1]), (third, more[3]), (first, more[2])):
         ((keys, _),) = caches.keys_and_values(cache)
         assert torch.equal(keys, torch.cat([expected, new], dim=2))
+
+
+def test_a_cache_does_not_hold_what_a_small_part_was_taken_from():
+    whole = torch.randn(1, 12, 5, 4)
+    with torch.no_grad():
+        ((keys, values),) = caches.keys_and_values(caches.cache_of([(whole[:, 9:], whole)]))
+    assert torch.equal(keys, whole[:, 9:]) and values is whole
+    assert keys.untyped_storage().nbytes() == 3 * 5 * 4 * 4
