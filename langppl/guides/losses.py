@@ -51,16 +51,22 @@ def loss_of(
     if objective in ("subtb", "db"):
         return _over_sites(turn, scores, log_qs, settings, heads, power)
     learned = heads if objective == "tb" else None
+    # Draws that were made ahead are those of an older policy.
+    is_own = [
+        settings.draw_ahead == 1 and k < turn.fresh and not (d.is_tempered or d.is_given)
+        for k, d in enumerate(draws)
+    ]
+    drawn = torch.tensor(is_own, device=total.device)
     counts = {len(d.pieces) for d in draws}
     if len(counts) > 1 or counts <= {0, 1}:
-        return _balance(turn, 0, reward, total, scores, [0] * len(draws), learned, power)
+        return _balance(turn, 0, reward, total, scores, [0] * len(draws), learned, power, drawn)
     losses = []
     for k in range(counts.pop()):
         pieces = [d.pieces[k] for d in draws]
         own = torch.stack([q[p.parts].sum() for q, p in zip(log_qs, pieces, strict=True)])
         reward = own.new_tensor([plus(p.log_prior, p.log_rest, power) for p in pieces])
         first = [p.parts[0] for p in pieces]
-        losses.append(_balance(turn, k, reward, own, scores, first, learned, power))
+        losses.append(_balance(turn, k, reward, own, scores, first, learned, power, drawn))
     return torch.stack(losses).sum()
 
 
@@ -73,6 +79,7 @@ def _balance(
     first: Sequence[int],
     learned: Heads | None,
     power: float,
+    drawn: torch.Tensor,
 ) -> torch.Tensor:
     """Trajectory balance of one independent piece.
 
@@ -85,6 +92,7 @@ def _balance(
         first: the piece's first part in each.
         learned: heads of which one gives log Z; None for the batch's own estimate.
         power: of the reward.
+        drawn: bool [n], which of them the policy drew as it is.
     """
     if learned is not None:
         log_z = torch.stack([_flow(learned, f, k) for f, k in zip(scores, first, strict=True)])
@@ -93,8 +101,7 @@ def _balance(
         log_z = turn.observation.estimate(
             piece, gap[: turn.fresh], gap, power, turn.learns_from_given
         )
-    drawn = [k < turn.fresh and not (d.is_tempered or d.is_given) for k, d in enumerate(turn.own)]
-    return objectives.trajectory_balance(reward, own, log_z, torch.tensor(drawn, device=own.device))
+    return objectives.trajectory_balance(reward, own, log_z, drawn)
 
 
 def _over_prefixes(

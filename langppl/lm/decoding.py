@@ -90,7 +90,7 @@ def _batches(
     rest = set(order)
     for tree, members in _kept_trees(lm, requests, order):
         most = max(requests[k].most_tokens or 1 for k in members)
-        rows = max(1, lm.token_budget // most)
+        rows = max(1, min(PACKED_ROWS, lm.token_budget // most))
         yield from ((members[at : at + rows], tree) for at in range(0, len(members), rows))
         rest.difference_update(members)
     if lm.packs is not None and lm.device.type == "cpu":
@@ -145,8 +145,7 @@ def _tree_batches(
         read, most = requests[k].read, requests[k].most_tokens or 0
         if batch:
             new = len(read) - shared(requests[batch[-1]].read, read)
-            room = _tree_room(lm, requests[batch[0]].read)
-            if nodes + new > room or drawn + most > lm.token_budget:
+            if nodes + new > _tree_room(lm) or drawn + most > lm.token_budget:
                 yield batch
                 batch = []
         if not batch:
@@ -157,21 +156,23 @@ def _tree_batches(
         yield batch
 
 
-def _tree_room(lm: LM, first: Sequence[int]) -> int:
-    """Most nodes of prompts in a tree whose first prompt is this."""
-    return max(len(first), min(len(first) + lm.node_budget, lm.token_budget))
+def _tree_room(lm: LM) -> int:
+    """Most nodes of the prompts in a tree, which are one row."""
+    return min(lm.node_budget, lm.token_budget)
 
 
 def _is_short(lm: LM, request: DrawRequest) -> bool:
-    """Whether a string can grow in a tree, which cannot put off what outgrows the budget.
+    """Whether a string can grow in a tree.
 
-    Nor can it hide what a narrow window would.
+    A tree cannot put off what outgrows the budget, nor hide what a narrow window would; and a long
+    prompt is cheaper in a plain pass.
     """
     most = request.most_tokens
     return (
         lm.packs is not None
         and most is not None
         and most <= PLANNED_LENGTH
+        and len(request.read) <= _tree_room(lm)
         and len(request.read) + most <= lm.packs.window
     )
 
@@ -259,7 +260,7 @@ def _draw(lm: LM, requests: Sequence[DrawRequest], tree: Tree | None) -> list[Dr
             return found
     if lm.packs is not None and len(requests) > 1 and all(_is_short(lm, r) for r in requests):
         prompts = sorted({r.read for r in requests})
-        layout = lay_out(prompts, _tree_room(lm, prompts[0]))
+        layout = lay_out(prompts, _tree_room(lm))
         if len(layout.rows) == 1:
             return _draw_packed(lm, lm.packs, requests, prompts, layout.rows[0])
     return _draw_padded(lm, requests)
@@ -530,9 +531,10 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
     # The sum is in double, so that a draw does not depend on how many rows are summed at once.
     cdf = shares.cumsum(-1, dtype=torch.float64)
-    uniforms = torch.tensor([[row.uniforms.random()] for row in rows], device=device)
-    drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
-    of_drawn = shares.gather(1, drawn.clamp(max=shares.shape[1] - 1))[:, 0].log()
+    uniforms = [[row.uniforms.random()] for row in rows]  # below 1, which float32 may round to 1
+    below = torch.tensor(uniforms, dtype=torch.float64, device=device) * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, below, right=True).clamp_(max=shares.shape[1] - 1)
+    of_drawn = shares.gather(1, drawn)[:, 0].log()
     # Read for all rows at once: on an accelerator each read waits for it.
     tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
     chosen: list[int | None] = []

@@ -1,12 +1,12 @@
 """A pass over decoder layers of Llama's form, without the modules between their products.
 
 A pass over few tokens spends as much time in Python, in modules within modules, as in matrix
-products. Of layers of Llama's form (Llama, SmolLM2, Qwen2 and others) this runs the products as
+products. Of layers of Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as
 they stand, adapters included, and what lies between them in one loop. It serves passes without
 gradients on the CPU.
 
-Whether a model has this form is seen by the names of its parts, and then by its states: `of_model`
-compares them with those of transformers' own pass.
+Architectures of this form are listed, as others have the same parts and do more with them; the
+states are also compared with those of transformers' own pass (`langppl.lm.packed.lean_of`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from langppl.lm.attention import Blocks, attend_to
+
+_TYPES = {"llama", "mistral", "qwen2"}
+"""As transformers' configs name them."""
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -45,7 +48,9 @@ class Lean:
         """Whether the modules that it leaves out are as they were when it was made."""
         found = list(_left_out(self.base))
         return len(found) == len(self.left_out) and all(
-            now is then and not (now._forward_hooks or now._forward_pre_hooks or now.training)
+            now is then
+            and not (now._forward_hooks or now._forward_pre_hooks or now.training)
+            and "forward" not in vars(now)
             for now, then in zip(found, self.left_out, strict=True)
         )
 
@@ -91,6 +96,7 @@ class Lean:
 
 
 def _left_out(base: Any) -> Iterator[Any]:
+    yield base
     yield base.norm
     for layer in base.layers:
         yield layer
@@ -107,6 +113,8 @@ def of_model(model: Any) -> Lean | None:
     if base is model or model.device.type != "cpu" or not _names(base) >= _MODEL:
         return None
     config = model.config.get_text_config()
+    if config.model_type not in _TYPES:
+        return None
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return None
     for layer in base.layers:
@@ -120,7 +128,10 @@ def of_model(model: Any) -> Lean | None:
         )
         if not is_like:
             return None
-    return Lean(base) if _is_norm(base.norm) and len(base.layers) else None
+    if not (_is_norm(base.norm) and len(base.layers)):
+        return None
+    found = Lean(base)
+    return found if found.suits() else None
 
 
 def _names(module: nn.Module) -> set[str]:
