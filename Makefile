@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	for name in prefix_rewards step decoding grammars limit growth precision \
+	for name in prefix_rewards step decoding lean grammars limit growth precision \
 			calibration page; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; \
 	done

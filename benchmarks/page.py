@@ -42,6 +42,11 @@ above.""",
 
 32 strings of 20 tokens under one prompt: transformers' `generate` with sampling against
 langppl.""",
+    "lean": """### Layers taken apart
+
+A pass of as many tokens as there are strings, each after a prompt and eight tokens of its own:
+transformers' layers against `langppl.lm.lean`, in turns. Difference: of the states, relative to the
+largest.""",
     "grammars": """## Grammars
 
 Strings under a JSON schema and under a regex, in batches of 32; those that end are checked with

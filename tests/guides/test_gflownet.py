@@ -438,9 +438,9 @@ def test_log_z_does_not_follow_given_draws(objective: str, monkeypatch: pytest.M
     name = "trajectory_balance" if objective == "vargrad" else "subtb"
     plain = getattr(objectives, name)
 
-    def loss(first: Any, second: Any, log_z: torch.Tensor) -> torch.Tensor:
+    def loss(first: Any, second: Any, log_z: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(float(log_z))
-        return plain(first, second, log_z)  # type: ignore[no-any-return]
+        return plain(first, second, log_z, *rest)  # type: ignore[no-any-return]
 
     program = compile(story, make_lm(1), SEEDS[1])
     prior = infer(program, num_samples=96, progress=False)
