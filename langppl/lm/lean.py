@@ -1,7 +1,6 @@
 """A pass over decoder layers of Llama's form, without the modules between their products.
 
-A pass over few tokens spends as much time in Python, in modules within modules, as in matrix
-products. Of layers of Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as
+A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as
 they stand, adapters included, and what lies between them in one loop. It serves passes without
 gradients on the CPU.
 
@@ -108,7 +107,7 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
 
 
 def of_model(model: Any) -> Lean | None:
-    """A model's layers taken apart, if it is on the CPU and its parts have the names of Llama's."""
+    """The layers of a model on the CPU taken apart, if its architecture and its parts are known."""
     base = model.base_model
     if base is model or model.device.type != "cpu" or not _names(base) >= _MODEL:
         return None

@@ -89,7 +89,7 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`."""
         stretch, laid = _unchanged.get(), self._laid
-        is_known = stretch is not None and stretch is self._looked
+        is_known = stretch is not None and stretch is self._looked and not torch.is_grad_enabled()
         if is_known and laid is not None and input.dtype == laid.dtype:
             return _multiply(input, laid, self.bias)
         weight, bias = self.weight, self.bias

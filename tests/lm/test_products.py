@@ -110,6 +110,9 @@ def test_a_stretch_without_changes_looks_at_each_layer_once():
             before = frozen(x)
             frozen.weight.mul_(2.0)  # what the stretch promises not to do it does not see
             assert torch.equal(frozen(x), before)
+            with torch.enable_grad():
+                own = x.clone().requires_grad_()
+                assert frozen(own).requires_grad
         plain.weight.mul_(2.0)
         torch.testing.assert_close(frozen(x), plain(x))
         with unchanged():
