@@ -1,8 +1,8 @@
 """A pass over decoder layers of Llama's form, without the modules between their products.
 
-A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as
-they stand, adapters included, and what lies between them in one loop. It serves passes without
-gradients on the CPU.
+A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of
+Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as they stand, adapters
+included, and what lies between them in one loop. It serves passes without gradients on the CPU.
 
 Architectures of this form are listed, as others have the same parts and do more with them; the
 states are also compared with those of transformers' own pass (`langppl.lm.packed.lean_of`).
