@@ -10,6 +10,7 @@ an observation (draws to replay, draws made ahead) stays in one place; see `lang
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -263,8 +264,10 @@ class Trainer:
         if self._flow_is_new:
             self._start_flow(turns, log_qs)
         actions = self._actions(turns, scores, log_qs) if with_states else None
-        reported, losses = [], []
-        own_log_qs: list[float] = []
+        losses: list[torch.Tensor] = []
+        own_log_qs: list[list[float]] = []
+        # One look at the device for all draws, as each waits for it.
+        totals = torch.stack([q.detach().sum() for q in log_qs]).tolist()
         at = 0
         for turn in turns:
             size, pairs = len(turn.own), len(turn.simulated)
@@ -281,22 +284,20 @@ class Trainer:
                 weight = pairs / self.settings.batch
                 total = torch.stack([q.sum() for q in log_qs[others]])
                 loss = loss + weight * objectives.likelihood(total)
-            if not bool(torch.isfinite(loss)):
+            losses.append(loss)
+            own_log_qs.append(totals[own])
+        values = torch.stack(losses).detach().tolist()
+        for turn, value in zip(turns, values, strict=True):
+            if not math.isfinite(value):
                 parts = (*turn.own, *turn.simulated)[0].parts
                 sites = ", ".join(sorted(p.site.name for p in parts))
-                raise FloatingPointError(
-                    f"the loss is {float(loss)} at step {number}, sites {sites}"
-                )
-            losses.append(loss)
-            found = [float(q.detach().sum()) for q in log_qs[own]]
-            own_log_qs += found
-            reported.append(_figures(turn, found, float(loss.detach())))
+                raise FloatingPointError(f"the loss is {value} at step {number}, sites {sites}")
         (torch.stack(losses).sum() / len(self.pools)).backward()
         if self.settings.replay_share:
             owned = [(t.observation.buffer, d) for t in turns for d in t.own]
-            for (buffer, d), q in zip(owned, own_log_qs, strict=True):
+            for (buffer, d), q in zip(owned, itertools.chain(*own_log_qs), strict=True):
                 buffer.add(d.key, d.log_reward - q, d, d.tokens)
-        return reported
+        return [_figures(*found) for found in zip(turns, own_log_qs, values, strict=True)]
 
     def _actions(
         self, turns: Sequence[Turn], scores: Sequence[Found], log_qs: Sequence[torch.Tensor]

@@ -600,7 +600,7 @@ class BoundRules:
                 )
             step = self.step(state)
             steps.append(step)
-            if not step.legal[token]:
+            if not step.legal.numpy()[token]:  # a tensor's own item takes six times as long
                 return Violation(self._why_illegal(token, at, state))
             if token in step.kept:
                 if at != len(ids) - 1:

@@ -68,10 +68,20 @@ def test_summed_over_a_string_it_is_the_divergence_of_strings(
     assert float((log_q.exp() * kls).sum()) == pytest.approx(exact, rel=1e-4)
 
 
-def test_its_gradient_is_that_of_the_sum_over_actions(lm: LM) -> None:
-    fn = LMString(lm, "ab", min_tokens=1, max_tokens=3)
-    (of_q,) = [r for r in requests(fn, "ba", "q") if r.path.tokens == lm.encode_text("aa")]
-    (of_p,) = [r for r in requests(fn, "ab", None) if r.path.tokens == lm.encode_text("aa")]
+@pytest.mark.parametrize("splits_head", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("stop", [".", ()])
+def test_its_gradient_is_that_of_the_sum_over_actions(
+    lm: LM,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: str | tuple[str, ...],
+    temperature: float,
+    splits_head: bool,
+) -> None:
+    monkeypatch.setattr(lm, "splits_head", splits_head)
+    fn = LMString(lm, "ab", stop=stop, min_tokens=1, max_tokens=3, temperature=temperature)
+    (of_q,) = [r for r in requests(fn, "ba", "q") if r.path.tokens == lm.encode_text("aa")][:1]
+    (of_p,) = [r for r in requests(fn, "ab", None) if r.path.tokens == lm.encode_text("aa")][:1]
     weights = [p for n, p in lm.model.named_parameters() if ".q." in n]
     for p in weights:
         p.requires_grad_(True)
@@ -82,13 +92,20 @@ def test_its_gradient_is_that_of_the_sum_over_actions(lm: LM) -> None:
         ids = torch.tensor([request.prompt + request.path.tokens])
         with lm.adapter(request.adapter):
             found: torch.Tensor = lm.model(input_ids=ids).logits[0, len(request.prompt) - 1 :]
-        return found
+        return found / temperature
 
     expected = kls.new_zeros(())
+    sizes = set()
     for q, p, step in zip(logits(of_q), logits(of_p).detach(), of_q.path.steps, strict=False):
-        log_q, log_p = q[step.legal].log_softmax(-1), p[step.legal].log_softmax(-1)
-        expected = expected + (log_q.exp() * (log_q - log_p)).sum()
-    assert all(len(s.end_ids) < 2 and not s.groups for s in of_q.path.steps)
+        endings = [ids.tolist() for ids in (step.end_ids, *step.groups.values()) if len(ids)]
+        ending = {token for ids in endings for token in ids}
+        others = [[t] for t in step.legal.nonzero()[:, 0].tolist() if t not in ending]
+        sizes |= {len(ids) for ids in endings}
+        log_q, log_p = q[step.legal].logsumexp(0), p[step.legal].logsumexp(0)
+        for ids in [*endings, *others]:
+            of_action, by_p = q[ids].logsumexp(0) - log_q, p[ids].logsumexp(0) - log_p
+            expected = expected + of_action.exp() * (of_action - by_p)
+    assert (max(sizes) > 1) == bool(stop)  # with a stop, several tokens are one action
     torch.testing.assert_close(kls.sum(), expected, rtol=1e-4, atol=1e-5)
     for own, other in zip(found, torch.autograd.grad(expected, weights), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
