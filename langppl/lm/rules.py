@@ -199,6 +199,11 @@ class Step:
     name: bytes | None = None
     _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def legal_array(self) -> np.ndarray:
+        """`legal` in NumPy, which gives single items many times faster."""
+        return self.legal.numpy()
+
     def legal_on(self, device: torch.device) -> torch.Tensor:
         """`legal` on a device, kept there."""
         if device not in self._moved:
@@ -600,7 +605,7 @@ class BoundRules:
                 )
             step = self.step(state)
             steps.append(step)
-            if not step.legal.numpy()[token]:  # a tensor's own item takes six times as long
+            if not step.legal_array[token]:
                 return Violation(self._why_illegal(token, at, state))
             if token in step.kept:
                 if at != len(ids) - 1:
