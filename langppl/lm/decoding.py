@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from langppl.lm import caches, captured, kept, packed, products
+from langppl.lm.inverse_cdf import by_inverse_cdf
 from langppl.lm.kept import Tree
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
@@ -529,11 +530,8 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
         scaled = scaled / torch.tensor(scales, device=device)[:, None]
     # On the CPU every pass over a large new tensor counts.
     shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
-    # The sum is in double, so that a draw does not depend on how many rows are summed at once.
-    cdf = shares.cumsum(-1, dtype=torch.float64)
     uniforms = [[row.uniforms.random()] for row in rows]  # below 1, which float32 may round to 1
-    below = torch.tensor(uniforms, dtype=torch.float64, device=device) * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, below, right=True).clamp_(max=shares.shape[1] - 1)
+    drawn = by_inverse_cdf(shares, torch.tensor(uniforms, dtype=torch.float64, device=device))
     of_drawn = shares.gather(1, drawn)[:, 0].log()
     # Read for all rows at once: on an accelerator each read waits for it.
     tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
