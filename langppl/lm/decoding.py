@@ -11,7 +11,7 @@ the model).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from langppl.lm import caches, captured, kept, packed, products
 from langppl.lm.inverse_cdf import by_inverse_cdf
 from langppl.lm.kept import Tree
+from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
 from langppl.lm.trie import Row, lay_out, shared
@@ -392,8 +393,12 @@ def _grow(
         cache: the KV cache of one batch row, which all rows share.
     """
     alive = list(rows)
+    of_next: Iterable[torch.Tensor] = [logits]
+    most = max(1, logit_bytes(lm.device) // (4 * lm.vocabulary.size))
     while True:
-        chosen = _choose(alive, logits)
+        chosen: list[int | None] = []
+        for part in of_next:
+            chosen += _choose(alive[len(chosen) :][: len(part)], part)
         going = [
             line
             for line, (row, token) in enumerate(zip(alive, chosen, strict=True))
@@ -414,7 +419,7 @@ def _grow(
             states, seen = states[torch.tensor(going, device=lm.device)], seen[going]
             last = [last[line] for line in going]
             alive = [alive[line] for line in going]
-        logits = lm.logits_of(states)
+        of_next = map(lm.logits_of, states.split(most))
 
 
 def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None] | None:
