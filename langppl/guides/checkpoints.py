@@ -19,7 +19,7 @@ import torch
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
-_VERSION = 2
+_VERSION = 3
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -280,6 +280,7 @@ class GFlowNetGuide(Guide):
         validation_samples: int = 16,
         patience: int | None = None,
         keep_best: bool = True,
+        average: float = 0.0,
         accumulate: int = 1,
         accelerator: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -341,6 +342,9 @@ class GFlowNetGuide(Guide):
             validation_samples: draws for each of them.
             patience: validations without a better ELBO after which training ends; None for never.
             keep_best: whether the guide ends with the weights of the best validation.
+            average: share of the steps, the last ones, whose weights' mean the guide ends with, in
+                the place of the best or the last: less noise where steps are few and large. 0 for
+                none.
             accumulate: backward passes over which the observations of a step are spread: less
                 memory, the same gradient.
             accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`.
@@ -398,6 +402,7 @@ class GFlowNetGuide(Guide):
             validation_samples=validation_samples,
             patience=patience,
             keep_best=keep_best,
+            average=average,
             accumulate=accumulate,
             checkpoint_every=checkpoint_every,
         )

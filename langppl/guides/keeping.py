@@ -93,12 +93,14 @@ class Keeper:
             if trainer.best is not None:
                 best, weights = trainer.best
                 tensors.update({f"best {n}": w for n, w in weights.items()})
+            tensors.update(trainer.mean.tensors())
             record = {
                 "settings": self._described(trainer),
                 "history": dict(trainer.guide.history),
                 "heads": trainer.guide.heads.specification,
                 "observations": {str(k): state for k, state in visited},
                 "best": best,
+                "averaged": trainer.mean.counts,
                 "waited": trainer.waited,
                 "is_over": trainer.is_over,
             }
@@ -135,6 +137,7 @@ class Keeper:
             device = trainer.lm.device
             weights = {n: tensors[f"best {n}"].to(device) for n in named if f"best {n}" in tensors}
             trainer.best = (record["best"], weights)
+        trainer.mean.restore(record["averaged"], tensors, trainer.lm.device)
         trainer.waited, trainer.is_over = record["waited"], record["is_over"]
         guide.history = History(record["history"])
         for k, state in record["observations"].items():

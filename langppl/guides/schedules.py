@@ -23,7 +23,10 @@ class RewardSchedule:
 
     Attributes:
         start: power at the first step, at least 0.
-        until: share of the steps after which it is 1, between 0 and 1.
+        until: share of the steps after which it is `end`, between 0 and 1.
+        end: power from there on, at least 0; at another than 1 the guide does not become the
+            posterior but a sharper one (above 1), nearer to what the evidence asks for than the
+            prior would have it, or a flatter one.
 
     Raises:
         ValueError: for a value out of range.
@@ -31,27 +34,30 @@ class RewardSchedule:
 
     start: float = 0.5
     until: float = 0.3
+    end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start < math.inf:
-            raise ValueError(f"start must be at least 0 and finite, got {self.start}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
         if not 0.0 <= self.until <= 1.0:
             raise ValueError(f"until must be between 0 and 1, got {self.until}")
 
     def __str__(self) -> str:
         """The schedule in words, on one line."""
-        if self.start == 1.0:
-            return "reward power 1 throughout"
+        if self.start == self.end:
+            return f"reward power {self.end:g} throughout"
         first = f"reward power {self.start:g} at the first step"
         if self.until == 0.0:
-            return f"{first}, then 1"
-        way = "rising" if self.start < 1.0 else "falling"
-        return f"{first}, {way} to 1 after {100.0 * self.until:g} % of the steps"
+            return f"{first}, then {self.end:g}"
+        way = "rising" if self.start < self.end else "falling"
+        return f"{first}, {way} to {self.end:g} after {100.0 * self.until:g} % of the steps"
 
     def power(self, step: int, steps: int) -> float:
         """The power at a step, counted from 0."""
         done = step / max(self.until * steps, 1.0)
-        return 1.0 if done >= 1.0 else self.start + (1.0 - self.start) * done
+        return self.end if done >= 1.0 else self.start + (self.end - self.start) * done
 
     def powers(self, steps: int) -> list[float]:
         """The power at each step of a training.

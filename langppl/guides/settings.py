@@ -69,6 +69,7 @@ class Settings:
     validation_samples: int
     patience: int | None
     keep_best: bool
+    average: float
     accumulate: int
     checkpoint_every: int
 
@@ -95,6 +96,8 @@ class Settings:
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         if not 0.0 < self.given_share <= 1.0:
             raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
+        if not 0.0 <= self.average <= 1.0:
+            raise ValueError(f"average must be between 0 and 1, got {self.average}")
         for name in ("tempered_share", "replay_share", "simulated_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(
@@ -114,6 +117,10 @@ class Settings:
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
+
+    def is_averaged(self, step: int) -> bool:
+        """Whether the weights after a step, counted from 0, are among the last ones."""
+        return step >= self.steps - round(self.average * self.steps)
 
     @property
     def temperatures(self) -> tuple[float, float]:

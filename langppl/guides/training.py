@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from langppl.guides import objectives
+from langppl.guides.averaging import Mean
 from langppl.guides.drawing import Drawing
 from langppl.guides.heads import FLOW, head_of
 from langppl.guides.keeping import Keeper
@@ -87,6 +88,7 @@ class Trainer:
         self._flow_is_new = False
         self.take_heads()
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self.mean = Mean()
         self.waited = 0
         self.is_over = False
         self.done = 0
@@ -179,7 +181,10 @@ class Trainer:
             )
         finally:
             keeper.close()
-        self._restore_best()
+        if self.mean.counts:
+            self.mean.put(self.all_named())
+        else:
+            self._restore_best()
 
     def step(self, step: int) -> dict[str, float]:
         """One gradient step; returns the figures to report."""
@@ -210,6 +215,8 @@ class Trainer:
                 "lower the learning rate"
             )
         self.optimiser.step()
+        if settings.is_averaged(step):
+            self.mean.add(self.all_named())
         figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
         if self.held_out and ((step + 1) % settings.validate_every == 0):
             figures.update(self._validate(number))

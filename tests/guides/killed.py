@@ -26,7 +26,7 @@ from langppl.testing import tiny_lm
 
 OPTIONS: list[dict[str, Any]] = [
     {"objective": "subtb", "draw_ahead": 3},
-    {"objective": "vargrad", "given": 24, "given_share": 0.3},
+    {"objective": "vargrad", "given": 24, "given_share": 0.3, "average": 0.8},
     {
         "objective": "tb",
         "data": [("aab.",), ("ab.",), ("...",)],

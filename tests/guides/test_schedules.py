@@ -15,6 +15,8 @@ def test_the_power_rises_in_a_straight_line_and_then_stays() -> None:
     assert RewardSchedule(1.0).powers(2) == [1.0, 1.0]
     assert RewardSchedule().power(9, 60) == 0.75  # half of the 18 steps that it rises over
     assert RewardSchedule(2.0, 0.4).powers(10) == [2.0, 1.75, 1.5, 1.25] + [1.0] * 6
+    assert RewardSchedule(1.0, 0.5, end=2.0).powers(4) == [1.0, 1.5, 2.0, 2.0]
+    assert RewardSchedule(1.5, end=1.5).powers(3) == [1.5] * 3
 
 
 def test_it_says_what_it_is() -> None:
@@ -28,8 +30,12 @@ def test_it_says_what_it_is() -> None:
     assert str(RewardSchedule(2.0, 0.5)) == (
         "reward power 2 at the first step, falling to 1 after 50 % of the steps"
     )
+    assert str(RewardSchedule(2.0, 0.5, end=1.5)) == (
+        "reward power 2 at the first step, falling to 1.5 after 50 % of the steps"
+    )
     assert str(RewardSchedule(1.0)) == "reward power 1 throughout"
-    assert repr(RewardSchedule()) == "RewardSchedule(start=0.5, until=0.3)"
+    assert str(RewardSchedule(1.5, end=1.5)) == "reward power 1.5 throughout"
+    assert repr(RewardSchedule()) == "RewardSchedule(start=0.5, until=0.3, end=1.0)"
 
 
 @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
@@ -40,8 +46,9 @@ def test_shares_out_of_range(value: float) -> None:
 
 @pytest.mark.parametrize("value", [-0.5, float("inf"), float("nan")])
 def test_powers_out_of_range(value: float) -> None:
-    with pytest.raises(ValueError, match=f"start must be at least 0 and finite, got {value}"):
-        RewardSchedule(start=value)
+    for name in ("start", "end"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got {value}"):
+            RewardSchedule(**{name: value})
 
 
 def test_no_steps() -> None:

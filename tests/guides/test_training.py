@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 import langppl as lp
 from langppl.guides import drawing, training
+from langppl.guides.averaging import Mean
 from langppl.guides.context import context_ids
 from langppl.guides.heads import HEADS_FILE
 from langppl.guides.losses import loss_of
@@ -392,6 +393,37 @@ def test_the_guide_ends_with_the_best_weights(
     assert equal(weights_of(guide), seen[1 if keep_best else 3])
 
 
+@pytest.mark.parametrize(("average", "first"), [(0.5, 2), (1.0, 0), (0.1, None)])
+def test_the_guide_ends_with_the_mean_of_its_last_weights(
+    average: float, first: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = scripted(monkeypatch, [-5.0, -3.0, -3.0, -4.0])
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb")
+    guide.fit(
+        story,
+        rows_of(lm),
+        steps=4,
+        batch=4,
+        validation=rows_of(lm),
+        validate_every=1,
+        average=average,
+        progress=False,
+    )
+    # A tenth of four steps is none of them: then the best weights count.
+    own = seen[1:2] if first is None else seen[first:]
+    for name, found in weights_of(guide).items():
+        expected = torch.stack([weights[name] for weights in own]).mean(0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    # What begins late, as a head does, has the mean of the steps that it was there.
+    mean = Mean()
+    mean.add({"a": torch.tensor(1.0)})
+    mean.add({"a": torch.tensor(3.0), "b": torch.tensor(4.0)})
+    mean.add({"a": torch.tensor(8.0), "b": torch.tensor(5.0)})
+    assert mean.weights == {"a": torch.tensor(4.0), "b": torch.tensor(4.5)}
+    assert mean.counts == {"a": 3, "b": 2}
+
+
 def test_patience_ends_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = scripted(monkeypatch, [-5.0, -6.0, -4.0, -4.5, -4.5, -1.0])
     lm = make_lm()
@@ -562,6 +594,7 @@ def test_the_temperature_is_drawn_from_a_range(monkeypatch: pytest.MonkeyPatch) 
         ({"sampling_temperature": 0.0}, "sampling_temperature must be above 0"),
         ({"simulated_share": 1.0}, "simulated_share must be at least 0 and below 1, got 1.0"),
         ({"patience": 0}, "patience must be at least 1, or None, got 0"),
+        ({"average": 1.5}, "average must be between 0 and 1, got 1.5"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"observations": 0}, "observations must be at least 1, got 0"),
         ({"validate_every": 0}, "validate_every must be at least 1, got 0"),
