@@ -152,8 +152,9 @@ One GFlowNet step as above. The shapes of GPT-2 XL (1.5 B) and GPT-J (6 B) have 
 LoRA of rank 64 on all linear layers. Route: how langppl's rows go through the model, attention in
 blocks, under a dense mask, or in padded batches. Peak: most memory of the device that tensors
 took, weights included, with the device to one way alone.""",
-    "gpu_prefix_rewards": """Rewards of all prefixes on the GPU.""",
-    "gpu_decoding": """Decoding on the GPU.""",
+    "gpu_step_smollm2": """The step under SmolLM2 itself, LoRA of rank 16; another run.""",
+    "gpu_prefix_rewards": """Rewards of all prefixes on the GPU, as in the first table.""",
+    "gpu_decoding": """Decoding on the GPU, 32 strings of 20 tokens.""",
     "gpu_growth": """Importance sampling of a missing sentence on the GPU.""",
 }
 
