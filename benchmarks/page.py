@@ -108,7 +108,7 @@ other trainings: 36 steps of `forward_kl`, then 225 of `subtb` with `every=2`, s
 eight draws each, learning rate 1e-3, TensorFloat-32, the power held at 1.6
 (`RewardSchedule(start=1.6, end=1.6)`), so its target is sharper than the posterior; the mean of the
 last 80 weights. It was asked here on the CPU. Two trainings beside it, `rao_blackwell` at the same
-power, came to say the ending early and were of no use ([guides](guides.md)).""",
+power, fell apart ([guides](guides.md)).""",
     "contrast": """## Proposals without training
 
 The same stories, training ones that no guide was trained on. A proposal is a sum of

@@ -371,23 +371,30 @@ def scripted(monkeypatch: pytest.MonkeyPatch, elbos: Sequence[float]) -> list[An
     return seen
 
 
+def validated(**options: Any) -> lp.GFlowNetGuide:
+    """A guide of four steps with a validation after each."""
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb")
+    rows = rows_of(lm)
+    guide.fit(
+        story,
+        rows,
+        steps=4,
+        batch=4,
+        validation=rows,
+        validate_every=1,
+        progress=False,
+        **options,
+    )
+    return guide
+
+
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_the_guide_ends_with_the_best_weights(
     keep_best: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = scripted(monkeypatch, [-5.0, -3.0, -3.0, -4.0])
-    lm = make_lm()
-    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb")
-    guide.fit(
-        story,
-        rows_of(lm),
-        steps=4,
-        batch=4,
-        validation=rows_of(lm),
-        validate_every=1,
-        keep_best=keep_best,
-        progress=False,
-    )
+    guide = validated(keep_best=keep_best)
     assert guide.history["val_elbo"] == [-5.0, -3.0, -3.0, -4.0]
     assert not equal(seen[1], seen[3])
     assert equal(weights_of(guide), seen[1 if keep_best else 3])
@@ -398,24 +405,15 @@ def test_the_guide_ends_with_the_mean_of_its_last_weights(
     average: float, first: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = scripted(monkeypatch, [-5.0, -3.0, -3.0, -4.0])
-    lm = make_lm()
-    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb")
-    guide.fit(
-        story,
-        rows_of(lm),
-        steps=4,
-        batch=4,
-        validation=rows_of(lm),
-        validate_every=1,
-        average=average,
-        progress=False,
-    )
+    guide = validated(average=average)
     # A tenth of four steps is none of them: then the best weights count.
     own = seen[1:2] if first is None else seen[first:]
     for name, found in weights_of(guide).items():
         expected = torch.stack([weights[name] for weights in own]).mean(0)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
-    # What begins late, as a head does, has the mean of the steps that it was there.
+
+
+def test_a_mean_is_of_the_steps_that_a_weight_was_there() -> None:
     mean = Mean()
     mean.add({"a": torch.tensor(1.0)})
     mean.add({"a": torch.tensor(3.0), "b": torch.tensor(4.0)})
