@@ -2,10 +2,11 @@
 
 The fourth sentence of a five-sentence story is latent and the fifth observed, as in objectives.py,
 which trains the guide. For each story every method has the same seconds: how many samples these
-buy is measured first. Errors are against a long run of its own: the mean weight of many draws from
-the prior and of many from the guide.
+buy is measured first; or as many samples, with `--samples`. Errors are against a long run of its
+own: the mean weight of many draws from the prior and of many from the guide.
 
     python benchmarks/methods.py --data DIR --guide benchmarks/results/objectives-work/vargrad/guide
+    python benchmarks/methods.py --data DIR --samples 32 --powers 0 0.2 0.4 0.7 1
     python benchmarks/methods.py --help
 """
 
@@ -29,12 +30,14 @@ from langppl.program import Program
 Options = Mapping[str, Any]
 
 
-def ways(guide: lp.GFlowNetGuide | None, every: int) -> dict[str, Options]:
+def ways(guide: lp.GFlowNetGuide | None, every: int, powers: Sequence[float]) -> dict[str, Options]:
     """What to compare."""
-    found: dict[str, Options] = {
-        "importance, prior": {},
-        "SMC, prior, lookahead": {"method": "smc", "twist": "lookahead", "every": every},
-    }
+    ahead: Options = {"method": "smc", "twist": "lookahead", "every": every}
+    found: dict[str, Options] = {"importance, prior": {}}
+    if not powers:
+        found["SMC, prior, lookahead"] = ahead
+    for power in powers:
+        found[f"SMC, prior, lookahead to the {power:g}"] = {**ahead, "twist_power": power}
     if guide is not None:
         found["importance, guide"] = {"guide": guide}
         found["SMC, guide, flow"] = {
@@ -75,7 +78,7 @@ def of_story(
     found: dict[str, Any] = {"reference": reference(program, guide, args.reference)}
     rows = {}
     for name, options in own.items():
-        samples = samples_for(program, options, args.seconds)
+        samples = args.samples or samples_for(program, options, args.seconds)
         rows[name] = {**options, "num_samples": samples}
         found[name] = {"samples": samples, "evidences": [], "seconds": [], "tokens": []}
     for seed in range(args.runs):
@@ -123,14 +126,17 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=3.0, help="of each run")
     options.add_argument("--reference", type=int, default=1024, help="draws from each guide")
     options.add_argument("--every", type=int, default=4, help="tokens between two looks")
+    options.add_argument("--samples", type=int, help="of each run, whatever time they take")
+    options.add_argument("--powers", type=float, nargs="+", default=[], help="of lookahead")
+    options.add_argument("--name", default="methods", help="of the JSON")
     args = options.parse_args()
     lm = lp.LM(args.lm)
     guide = (
         None if args.guide is None else lp.GFlowNetGuide.load(args.guide, lm, context=whole_story)
     )
-    own = ways(guide, args.every)
+    own = ways(guide, args.every, args.powers)
     story = make_story(lm)
-    work = args.out / "methods-work.jsonl"
+    work = args.out / f"{args.name}-work.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     lines = work.read_text().splitlines() if work.is_file() else []
     done = [json.loads(line) for line in lines]  # a run that was cut off goes on
@@ -139,7 +145,7 @@ def main() -> None:
         with work.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1]) + "\n")
     rows = rows_of(done, list(own))
-    common.report("methods", list(rows[0]), rows, args)
+    common.report(args.name, list(rows[0]), rows, args)
     work.unlink()
 
 

@@ -90,11 +90,12 @@ GUIDES: dict[str, Callable[[Program], Guide]] = {
     "prompted": lambda _: PromptedGuide(),
     "gflownet": trained,
 }
-TWISTS: dict[str, Any] = {
-    "none": None,
-    "lookahead": "lookahead",
-    "flow": "flow",
-    "user": user_twist,
+TWISTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "lookahead": {"twist": "lookahead"},
+    "lookahead, whole": {"twist": "lookahead", "twist_power": 1.0},
+    "flow": {"twist": "flow"},
+    "user": {"twist": user_twist},
 }
 
 
@@ -125,7 +126,7 @@ def ratios(cell: Cell, guide: Guide, program: Program, log_z: float, runs: int) 
             program,
             guide=guide,
             method="smc",
-            twist=TWISTS[cell.twist],
+            **TWISTS[cell.twist],
             resampling=cell.scheme,
             ess_threshold=0.9,
             every=EVERY,
@@ -159,11 +160,13 @@ def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--evidences", type=int, default=400, help="runs of each cell")
     options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    options.add_argument("--twists", nargs="+", default=list(TWISTS), choices=list(TWISTS))
     options.set_defaults(runs=1)  # the spread is over stories, observations or evidences
     args = options.parse_args()
     work = args.out / "truth-work.jsonl"
     work.parent.mkdir(parents=True, exist_ok=True)
-    every = [c for c in cells() if c.program in args.programs]
+    every = list(cells())
+    asked = [c for c in every if c.program in args.programs and c.twist in args.twists]
     done = {}
     if work.is_file():  # a run that was cut off goes on
         lines = [json.loads(line) for line in work.read_text().splitlines()]
@@ -173,7 +176,7 @@ def main() -> None:
         program = lp.compile(PROGRAMS[name])
         log_z = lp.infer(program, method="exact", progress=False).log_evidence
         guides = {g: make(program) for g, make in GUIDES.items()}
-        for cell in (c for c in every if c.program == name):
+        for cell in (c for c in asked if c.program == name):
             key = tuple(asdict(cell).values())
             if key not in done:
                 started = time.monotonic()

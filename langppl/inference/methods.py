@@ -19,7 +19,15 @@ GUIDES = ("prior", "prompted", "gflownet")
 METHODS = ("importance", "smc", "mh", "exact")
 OPTIONS = {
     "importance": (),
-    "smc": ("twist", "resampling", "ess_threshold", "every", "rejuvenation", "tail_share"),
+    "smc": (
+        "twist",
+        "twist_power",
+        "resampling",
+        "ess_threshold",
+        "every",
+        "rejuvenation",
+        "tail_share",
+    ),
     "mh": ("chains", "warmup", "thin", "tail_share"),
     "exact": ("limit",),
 }
@@ -38,6 +46,7 @@ def infer(
     progress: bool = True,
     limit: int = EXACT_LIMIT,
     twist: str | UserTwist | None = None,
+    twist_power: float | None = None,
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
@@ -77,6 +86,9 @@ def infer(
             GFlowNet guide's own flow; for several latents one that it has learned by `subtb` or
             `db`), or a function of the site's name and the text so far to nats. It changes the
             variance, never the answer.
+        twist_power: for `twist="lookahead"`, from 0 to 1: the power of it by which unfinished
+            strings are told apart, 0.4 if None. What it says of a string that has hardly begun is
+            mostly noise.
         resampling: for `method="smc"`, `"multinomial"`, `"stratified"`, `"systematic"` or
             `"residual"`.
         ess_threshold: for `method="smc"`, the share of the particles below which their effective
@@ -110,6 +122,7 @@ def infer(
             seed,
             progress,
             twist=twist,
+            twist_power=twist_power,
             resampling=resampling,
             ess_threshold=ess_threshold,
             every=every,

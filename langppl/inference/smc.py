@@ -43,6 +43,7 @@ def smc(
     progress: bool,
     *,
     twist: str | UserTwist | None = None,
+    twist_power: float | None = None,
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
@@ -59,6 +60,7 @@ def smc(
         progress: whether to show a bar.
         twist: how promising an unfinished string is: None for the model over the proposal alone,
             `"lookahead"`, `"flow"`, or a function of site and text so far to log ψ (nats).
+        twist_power: of `"lookahead"`, from 0 to 1: how much it tells unfinished strings apart.
         resampling: `"multinomial"`, `"stratified"`, `"systematic"` or `"residual"`.
         ess_threshold: particles are resampled when their effective number is below this share of
             their number; 0 for never, 1 for whenever their weights differ.
@@ -79,6 +81,7 @@ def smc(
         crowd,
         progress,
         twist=twist,
+        twist_power=twist_power,
         resampling=resampling,
         ess_threshold=ess_threshold,
         every=every,
@@ -127,6 +130,7 @@ def run_crowd(
     progress: bool = False,
     *,
     twist: str | UserTwist | None = None,
+    twist_power: float | None = None,
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
@@ -150,7 +154,7 @@ def run_crowd(
             "leave it out"
         )
     crowd.guide.check(program)
-    twisted = make_twist(twist, program, crowd.guide)
+    twisted = make_twist(twist, program, crowd.guide, twist_power)
     course = Course()
 
     def look(*key: int | str) -> None:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from langppl.distributions import LMString
 from langppl.guides.base import Guide
@@ -28,6 +30,9 @@ UserTwist = Callable[[str, str], float]
 """Site and text so far → log ψ, nats."""
 
 TWISTS = ("lookahead", "flow")
+
+POWER = 0.4
+"""Of lookahead."""
 
 
 class Twist(ABC):
@@ -46,17 +51,31 @@ class Twist(ABC):
         weigh_at_rest(crowd)
 
 
-def make_twist(twist: str | UserTwist | None, program: Program, guide: Guide) -> Twist:
+def make_twist(
+    twist: str | UserTwist | None, program: Program, guide: Guide, power: float | None = None
+) -> Twist:
     """A twist by name; a user's function as one.
 
+    Args:
+        twist: see `langppl.inference.smc.smc`.
+        program: the program.
+        guide: proposes its latents.
+        power: of `"lookahead"`; None for `POWER`.
+
     Raises:
-        ValueError: for an unknown name, or `"flow"` where it is not known.
+        ValueError: for an unknown name, `"flow"` where it is not known, or a power out of range or
+            of another twist.
         TypeError: for anything else.
     """
+    if power is not None:
+        if twist != "lookahead":
+            raise ValueError(f'twist_power is of twist="lookahead", and the twist is {twist!r}')
+        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1:
+            raise ValueError(f"twist_power must be a number between 0 and 1, got {power!r}")
     if twist is None:
         return Plain()
     if twist == "lookahead":
-        return Lookahead()
+        return Lookahead(POWER if power is None else float(power))
     if twist == "flow":
         fns = [program.sites[n].fn for n in program.latents]
         if len(fns) == 1 and isinstance(fns[0], LMString):
@@ -93,13 +112,47 @@ class Plain(Twist):
 
 
 class Lookahead(Twist):
-    """The evidence as if the string ended here, without the probability that it does."""
+    """The evidence as if the string ended here, without the probability that it does.
+
+    It says little of a string that has hardly begun, and resampling by it at its word kills what
+    would have come out well. So the unfinished strings are told apart by a power of it; of all the
+    weight they keep the share that they have with the whole of it, beside the strings that have
+    ended and whose evidence is known. Potentials are the user's own and count in full.
+
+    Args:
+        power: 1 for lookahead at its word, 0 for unfinished strings that are all as promising.
+    """
+
+    def __init__(self, power: float) -> None:
+        self.power = power
 
     def weigh(self, crowd: Crowd) -> bool:
         """See `Twist.weigh`."""
         crowd.look_ahead(is_steering)
-        _weigh(crowd)
+        counted = _weigh(crowd)
+        potentials = {s.name for s in crowd.program.sites.values() if isinstance(s.fn, Potential)}
+        ahead: list[tuple[Particle, float]] = []
+        for particle, g in crowd.growing():
+            if g.is_ended or g.view is None or particle.log_weight == -math.inf:
+                continue
+            met = particle.view.factors
+            own = (
+                value
+                for name, value in g.view.factors.items()
+                if name in counted and name not in met and name not in potentials
+            )
+            ahead.append((particle, sum(own)))
+        if ahead:
+            self.temper(ahead)
         return True
+
+    def temper(self, ahead: Sequence[tuple[Particle, float]]) -> None:
+        """Changes the `ratio` of unfinished particles, of each of which lookahead is given."""
+        whole = np.array([p.log_weight for p, _ in ahead])
+        excess = (1.0 - self.power) * np.array([value for _, value in ahead])
+        tempered = np.logaddexp.reduce(whole) - np.logaddexp.reduce(whole - excess)
+        for (particle, _), change in zip(ahead, tempered - excess, strict=True):
+            particle.ratio += float(change)
 
 
 class User(Twist):
@@ -204,8 +257,12 @@ def weigh_at_rest(crowd: Crowd) -> None:
             particle.ratio = particle.of_latents + _sum(particle.view, counted)
 
 
-def _weigh(crowd: Crowd) -> None:
-    """Sets each particle's `ratio` by the model over the proposal, its twist and its view."""
+def _weigh(crowd: Crowd) -> set[str]:
+    """Sets each particle's `ratio` by the model over the proposal, its twist and its view.
+
+    Returns:
+        The factors that count.
+    """
     growing = crowd.growing()
     drawn = [(p, g) for p, g in growing if not g.is_prior]
     log_p = crowd.log_p() if drawn else {}
@@ -224,6 +281,7 @@ def _weigh(crowd: Crowd) -> None:
             elif g.is_ended and g.fn.why_impossible(g.value) is not None:
                 own = -math.inf
         particle.ratio = particle.of_latents + own + _sum(views[id(particle)], counted)
+    return counted
 
 
 def _view(particle: Particle, g: Growing | None) -> View:

@@ -60,6 +60,7 @@ def z_score(found: np.ndarray) -> float:
 CELLS = [
     ("infilling", "prior", "none", "multinomial", 6),
     ("infilling", "prompted", "lookahead", "systematic", 12),
+    ("infilling", "prior", "lookahead, whole", "stratified", 12),
     ("infilling", "gflownet", "flow", "residual", 6),
     ("branch", "prior", "user", "stratified", 6),
     ("branch", "prompted", "none", "residual", 16),
@@ -77,7 +78,7 @@ def found_in(truth: ModuleType, cell: tuple[Any, ...], **options: Any) -> np.nda
         program,
         truth.GUIDES[guide](program),
         num_samples=num_samples,
-        twist=truth.TWISTS[twist],
+        **truth.TWISTS[twist],
         resampling=scheme,
         **options,
     )

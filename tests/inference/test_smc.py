@@ -31,9 +31,12 @@ from langppl import (
 from langppl.diagnostics import InferenceWarning, by_ancestor, log_evidence_error
 from langppl.guides import PriorGuide, PromptedGuide
 from langppl.inference import smc as engine
+from langppl.inference.particles import Crowd, Particle
 from langppl.inference.resampling import SCHEMES, resample
+from langppl.inference.twists import Lookahead
 from langppl.lm.decoding import generator
 from langppl.posterior import Posterior
+from langppl.program.execution import Execution
 
 RUNS = 80
 
@@ -41,6 +44,7 @@ RUNS = 80
 CELLS = [
     ("infilling", "prior", "none", "systematic"),
     ("infilling", "prompted", "lookahead", "residual"),
+    ("infilling", "prior", "lookahead, whole", "systematic"),
     ("infilling", "gflownet", "flow", "stratified"),
     ("at_the_end", "prior", "lookahead", "multinomial"),
     ("at_the_end", "prompted", "none", "systematic"),
@@ -85,7 +89,7 @@ def test_a_wrong_resampling_is_noticed(
     truth: ModuleType, wrong: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "resample_crowd", wrong)
-    cell = truth.Cell("infilling", "prior", "lookahead", "systematic")
+    cell = truth.Cell("infilling", "prior", "lookahead, whole", "systematic")
     program = compile(truth.PROGRAMS[cell.program])
     log_z = infer(program, method="exact", progress=False).log_evidence
     found = truth.ratios(cell, PriorGuide(), program, log_z, RUNS)
@@ -97,7 +101,7 @@ def test_a_factor_that_is_left_out_is_noticed(truth: ModuleType) -> None:
         middle = sample("middle", LMString(truth.LM, "ab", stop=".", max_tokens=3))
         sample("ending", LMString(truth.LM, f"ab{middle}"), obs="ab")
 
-    cell = truth.Cell("infilling", "prior", "lookahead", "systematic")
+    cell = truth.Cell("infilling", "prior", "lookahead, whole", "systematic")
     right = infer(compile(truth.infilling), method="exact", progress=False).log_evidence
     found = truth.ratios(cell, PriorGuide(), compile(without), right, RUNS)
     assert not truth.verdict(found, len(CELLS))["unbiased"]
@@ -119,6 +123,50 @@ def test_probabilities_agree_with_the_exact_ones(twist: str | None) -> None:
             error = np.std(found, ddof=1) / math.sqrt(len(runs))
             # Student's t of 5 degrees of freedom at 1e-4, and what the estimator is biased by.
             assert abs(np.mean(found) - p) <= 9.7 * error + 0.02, (site, value, p, found)
+
+
+def test_lookahead_tells_the_unfinished_apart_by_a_power_and_leaves_them_their_share() -> None:
+    log_weights = np.log([8.0, 4.0, 2.0])
+    ahead = [
+        Particle({}, Execution(), i, offset=1.0, ratio=w - 1.0) for i, w in enumerate(log_weights)
+    ]
+    # Their weights without lookahead are 2, 1 and 2.
+    Lookahead(0.5).temper(list(zip(ahead, np.log([4.0, 4.0, 1.0]), strict=True)))
+    # 2·4^½, 1·4^½ and 2·1^½ are 4, 2 and 2, and share 14 as these share 8.
+    np.testing.assert_allclose(np.exp([p.log_weight for p in ahead]), [7.0, 3.5, 3.5])
+
+
+def test_a_power_of_lookahead_is_between_none_and_the_whole(
+    monkeypatch: pytest.MonkeyPatch, truth: ModuleType
+) -> None:
+    """What its particles weigh at each look, which resampling would level out."""
+
+    def weights(**options: Any) -> list[tuple[list[bool], np.ndarray]]:
+        looks = []
+
+        def look(crowd: Crowd, *args: Any) -> bool:
+            if any(p.growing for p in crowd.particles):
+                unfinished = [
+                    p.growing is not None and not p.growing.is_ended for p in crowd.particles
+                ]
+                looks.append((unfinished, np.exp([p.log_weight for p in crowd.particles])))
+            return False
+
+        monkeypatch.setattr(engine, "resample_crowd", look)
+        program = compile(truth.infilling)
+        infer(program, method="smc", num_samples=24, every=1, progress=False, **options)
+        return looks
+
+    ways = [weights(twist="lookahead", twist_power=power) for power in (0.0, 0.4, 1.0)]
+    assert len(ways[0]) >= 2
+    for (going, none), (_, some), (_, whole) in zip(*ways, strict=True):
+        ended = ~np.array(going)
+        np.testing.assert_allclose(some[ended], whole[ended])
+        np.testing.assert_allclose(none[ended], whole[ended])
+        spreads = [np.std(w[going]) / np.mean(w[going]) for w in (none, some, whole)]
+        assert spreads[0] == pytest.approx(0.0, abs=1e-6) and spreads[0] < spreads[1] < spreads[2]
+        for other in (none, some):
+            assert other[going].sum() == pytest.approx(whole[going].sum())
 
 
 def test_equal_seeds_give_equal_particles_and_others_do_not(truth: ModuleType) -> None:
@@ -346,6 +394,9 @@ def test_models_that_break_on_unfinished_text_are_passed_over() -> None:
         ({"ess_threshold": 1.5}, "between 0 and 1"),
         ({"every": 0}, "at least 1"),
         ({"twist": "flow"}, "one latent string.*learned flows"),
+        ({"twist_power": 0.5}, 'twist_power is of twist="lookahead", and the twist is None'),
+        ({"twist": "lookahead", "twist_power": 1.5}, "between 0 and 1, got 1.5"),
+        ({"twist": "lookahead", "twist_power": math.nan}, "between 0 and 1, got nan"),
         ({"twist": lambda site, text: math.nan}, "site 'first': the twist of"),
     ],
 )
