@@ -288,7 +288,7 @@ def _evidences(one: Posterior, other: Posterior) -> tuple[float | None, float | 
 
 def _total_variation(
     one: Mapping[Any, float], other: Mapping[Any, float], ess: float, other_ess: float
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Distance of two distributions, and about what it is between samples of one."""
     values = list({**one, **other})
     first = np.array([one.get(v, 0.0) for v in values])
@@ -305,7 +305,7 @@ def _total_variation(
     scale = 1.0 / max(ess, 1.0) + 1.0 / max(other_ess, 1.0)
     # The mean absolute value of a normal deviation is √(2/π) of its standard deviation.
     noise = float(np.sqrt(2.0 / math.pi * pooled * (1.0 - pooled).clip(0.0) * scale).sum() / 2.0)
-    return distance, min(noise, 1.0)
+    return distance, _known(min(noise, 1.0))
 
 
 def _known(value: float | None) -> float | None:

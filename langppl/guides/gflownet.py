@@ -36,7 +36,7 @@ from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, perform
-from langppl.lm.trainable import TrainableLM
+from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.execution import Chooser, Execution
@@ -122,6 +122,9 @@ class GFlowNetGuide(Guide):
                 f"a guide has an adapter of its own: make it for the LM, not for its view {lm!r}; "
                 "it proposes for latents of the view too"
             )
+        check_lm(lm)
+        if context is not None and not callable(context):
+            raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
         if rank < 1:
@@ -338,7 +341,7 @@ class GFlowNetGuide(Guide):
                 at least two rows of data for each of the `observations` of a step.
             validation: held-out observations, given as `model` and `data` are: a sequence of
                 arguments, or of (model, data) pairs.
-            validate_every: steps between two validations.
+            validate_every: steps between two validations; the last step is followed by one too.
             validation_samples: draws for each of them.
             patience: validations without a better ELBO after which training ends; None for never.
             keep_best: whether the guide ends with the weights of the best validation.
@@ -367,6 +370,10 @@ class GFlowNetGuide(Guide):
         """
         objective = self.objective if objective is None else objective
         check_objective(objective)
+        if patience is not None and validation is None:
+            raise ValueError(f"patience={patience} counts validations, and validation is None")
+        if schedule is not None and not isinstance(schedule, RewardSchedule):
+            raise TypeError(f"schedule must be a RewardSchedule, got {schedule!r}")
         pairs = pairs_of(model, data)
         rows = [row for _, own in pairs for row in own]
         if objective in ON_POLICY:

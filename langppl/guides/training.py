@@ -218,7 +218,8 @@ class Trainer:
         if settings.is_averaged(step):
             self.mean.add(self.all_named())
         figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
-        if self.held_out and ((step + 1) % settings.validate_every == 0):
+        is_last = step + 1 == settings.steps
+        if self.held_out and ((step + 1) % settings.validate_every == 0 or is_last):
             figures.update(self._validate(number))
         return figures
 

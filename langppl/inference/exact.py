@@ -101,10 +101,10 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
             has = f"{Decimal(number):.4g} strings"
             if fn.rules.grammar is not None:
                 has = f"more than {room} strings, or texts that they begin with"
+            left = "" if room == limit else f", of which {limit - room} are there already"
             raise ValueError(
-                f"site {name!r} alone has {has}, and the limit of exact "
-                f"inference is {limit} executions; shorten it, raise the limit, or use another "
-                "method"
+                f"site {name!r} alone has {has}, and the limit of exact inference is {limit} "
+                f"executions{left}; shorten it, raise the limit, or use another method"
             )
         found = [
             Text(text, ids, fn.lm.fingerprint)

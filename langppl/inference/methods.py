@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from langppl.distributions import StringDistribution
@@ -102,14 +103,32 @@ def infer(
         warning that says which site failed.
 
     Raises:
-        ValueError: for an unknown guide or method, fewer than one sample, or a model without
-            sites; for `method="mh"`, if no possible execution is found to begin at.
+        ValueError: for an unknown guide or method, an argument of another method, fewer than one
+            sample, or a model without sites; for `method="mh"`, if no possible execution is found
+            to begin at.
 
     Example:
         >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
     """
     check_names(method, guide)
     check_count("num_samples", num_samples, 1)
+    _check_belong(
+        method,
+        {
+            "guide": guide,
+            "limit": limit,
+            "twist": twist,
+            "twist_power": twist_power,
+            "resampling": resampling,
+            "ess_threshold": ess_threshold,
+            "every": every,
+            "rejuvenation": rejuvenation,
+            "chains": chains,
+            "warmup": warmup,
+            "thin": thin,
+            "tail_share": tail_share,
+        },
+    )
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
@@ -152,6 +171,20 @@ def check_names(method: Any, guide: Any) -> None:
         raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
     if not isinstance(guide, str | Guide):
         raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+
+
+def _check_belong(method: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError if an argument that is not at its default is of other methods alone."""
+    for name, value in given.items():
+        owners = [m for m, own in OPTIONS.items() if name in own]
+        if name == "guide":
+            owners = [m for m in METHODS if m != "exact"]
+        default = inspect.signature(infer).parameters[name].default
+        if method not in owners and value is not default and value != default:
+            raise ValueError(
+                f"method {method!r} takes no {name}, got {value!r}; {name} is of "
+                f"{' and '.join(f'method={m!r}' for m in owners)}"
+            )
 
 
 def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:

@@ -192,4 +192,14 @@ def get_trainable(
 
 def split(lm: Any) -> tuple[LM, str | None]:
     """An LM, or a view of one, as the LM and the name of the adapter that it answers under."""
-    return (lm.lm, lm.adapter) if isinstance(lm, TrainableLM) else (lm, None)
+    if isinstance(lm, TrainableLM):
+        return lm.lm, lm.adapter
+    check_lm(lm)
+    return lm, None
+
+
+def check_lm(lm: Any) -> None:
+    """Raises TypeError for what is no LM, such as the name of one."""
+    if not hasattr(lm, "encode_prompt"):
+        mend = f"; write LM({lm!r})" if isinstance(lm, str) else ""
+        raise TypeError(f"lm must be a langppl.LM, got {lm!r}{mend}")

@@ -26,7 +26,7 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.scheduler import run
-from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls
+from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
 from langppl.program.templates import fill_all, signatures
 
 After = Callable[[Execution], Execution]
@@ -81,6 +81,18 @@ class Program:
         self._observations: dict[str, Any] = {}
         self._seed = seed
         self.shown_args = self.args
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for named in named_in(self.model):
+            missing = sorted(named.names - named.met)
+            if missing:
+                warnings.warn(
+                    f"{named.by} names the site {', '.join(map(repr, missing))}, and no run of the "
+                    f"model has met it; its sites are {', '.join(map(repr, self.sites))}",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
         return tuple(n for n, d in self.graph.nodes(data=True) if d["kind"] == kind)
@@ -136,9 +148,15 @@ class Program:
             values: observed site → value.
 
         Raises:
-            ValueError: if a site is known and not observed.
+            ValueError: if a site is known and not observed, or the program is static and has none
+                of that name.
         """
         for name in values:
+            if name not in self.sites and self.is_static:
+                raise ValueError(
+                    f"there is no site {name!r}; observed are: "
+                    f"{', '.join(map(repr, self.observed)) or 'none'}"
+                )
             if name in self.sites and self.sites[name].kind != "observed":
                 raise ValueError(f"site {name!r} is {self.sites[name].kind}, not observed")
         new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}

@@ -11,6 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
 
 import pyro
@@ -50,7 +51,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         The site's value; a `Text`, which is a `str`, at a string site that is drawn.
 
     Raises:
-        TypeError: if the name or an observation is of the wrong type.
+        TypeError: if the name, the distribution or an observation is of the wrong type.
         ValueError: for a string site in a vectorised plate.
     """
     if not isinstance(name, str) or not name:
@@ -64,11 +65,29 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
                 if isinstance(handler, IndepMessenger) and handler._vectorized:
                     raise plate_error(name, handler.name)
         else:
+            _check_distribution(name, dist)
             obs = as_value(obs)
+            if obs is not None and not isinstance(obs, torch.Tensor):
+                raise TypeError(
+                    f"site {name!r} is no string site ({type(dist).__name__}), but its value is "
+                    f"{obs!r} ({type(obs).__name__}); give a number or a tensor"
+                )
         value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
         if isinstance(dist, StringDistribution):
             check_string_site(name, value)
         return value
+
+
+def _check_distribution(name: str, fn: Any) -> None:
+    """Raises TypeError unless Pyro can sample from it."""
+    if callable(fn) and callable(getattr(fn, "log_prob", None)):
+        return
+    kind = type(fn).__name__
+    if isinstance(fn, torch.distributions.Distribution):
+        mend = f"that is torch's own; write pyro.distributions.{kind}"
+    else:
+        mend = "give an LMString, LMChoice or Tempered, or one of pyro.distributions"
+    raise TypeError(f"site {name!r} needs a distribution, got {fn!r} ({kind}); {mend}")
 
 
 def check_string_site(name: str, value: object) -> None:
@@ -142,7 +161,10 @@ def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -
 
 
 def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
-    value = torch.as_tensor(log_weight, dtype=torch.float64)
+    try:
+        value = torch.as_tensor(log_weight, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be one number, got {log_weight!r}") from error
     if value.numel() != 1:
         raise ValueError(f"{what} must be one number, got shape {tuple(value.shape)}")
     if math.isnan(float(value)) or float(value) == math.inf:
@@ -204,7 +226,10 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
 
     Raises:
         RuntimeError: if a tool that is not pure would be evaluated a second time.
+        TypeError: if it is no function.
     """
+    if not callable(fn):
+        raise TypeError(f"call {name!r} needs a function, got {fn!r}; write call(name, fn, *args)")
 
     def evaluate() -> R:
         memo = memo_of_calls.get()
@@ -265,12 +290,14 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments.
     """
     observed = {k: as_value(v) for k, v in data.items()}
+    named = Named("condition", frozenset(data))
 
     @functools.wraps(model)
     def conditioned(*args: Any, **kwargs: Any) -> Any:
-        with pyro.poutine.condition(data=observed):
+        with pyro.poutine.condition(data=observed), _Meeting(named):
             return model(*args, **kwargs)
 
+    conditioned.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
     return conditioned
 
 
@@ -285,13 +312,48 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments, in which those sites do not exist.
     """
     fixed = dict(data)
+    named = Named("do", frozenset(data))
 
     @functools.wraps(model)
     def intervened(*args: Any, **kwargs: Any) -> Any:
-        with _Do(fixed):
+        with _Do(fixed), _Meeting(named):
             return model(*args, **kwargs)
 
+    intervened.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
     return intervened
+
+
+@dataclass(frozen=True)
+class Named:
+    """The sites that `condition` or `do` names, and which of them a run has met.
+
+    Attributes:
+        by: which of the two.
+        names: of the sites.
+        met: of these.
+    """
+
+    by: str
+    names: frozenset[str]
+    met: set[str] = field(default_factory=set)
+
+
+class _Meeting(Messenger):
+    """Notes which named sites are met."""
+
+    def __init__(self, named: Named) -> None:
+        super().__init__()
+        self.named = named
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.named.names:
+            self.named.met.add(msg["name"])
+
+
+def named_in(model: Model) -> tuple[Named, ...]:
+    """What `condition` and `do` name in a model that they have changed."""
+    found: tuple[Named, ...] = getattr(model, "langppl_named", ())
+    return found
 
 
 def as_value(value: Any) -> Any:
