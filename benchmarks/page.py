@@ -14,10 +14,12 @@ from common import RESULTS, shown
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
-Every table was written by the command above it (`make bench` runs all of them but the peers',
-which `make peers` does) and turned into this page by `python benchmarks/page.py`. Each row is a
-ratio measured in one run on one machine, the ways in turns; seconds are medians. The JSON, with
-every single run, is in `benchmarks/results/`.
+Every table was written by the command above it, of the commit below it, and turned into this page
+by `python benchmarks/page.py`; the JSON, with every single run, is in `benchmarks/results/`. Where
+ways are set beside each other for speed, they ran in turns in one run on one machine, and seconds
+are medians. `make bench` runs the shorter tables of speed with their defaults, `make peers` those
+beside the peers, `make truth` SMC's grid; the others take hours and are run on their own.
+SmolLM2-135M-Instruct is taken from 4-bit weights (Q4_1), so figures of the hub's own weights differ.
 """
 TEXTS = {
     "prefix_rewards": """## Rewards of all prefixes

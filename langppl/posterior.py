@@ -416,7 +416,7 @@ class Posterior:
                 return draw_prior(fn, (seed, "predict", i, name))
 
             execution = run_once(model, args, given(values, prior))
-            if not any(name in execution.sites for name in values):
+            if not any(name in execution.sites for name in self.sites):
                 raise ValueError(
                     f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "
                     "there is nothing to predict from"

@@ -273,7 +273,7 @@ def test_zero_draws_of_a_guide(guide: lp.GFlowNetGuide) -> None:
         guide.sample(story, n=0)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, True, "1"])
 def test_a_temperature_of_zero(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature!r}"):
         short(temperature=temperature)
@@ -514,3 +514,88 @@ def test_a_model_whose_sites_change_between_identical_runs(what: str, message: s
         ValueError, match=message + r".*a model must be a function of its sites.*lp\.sample"
     ):
         lp.infer(changing(what), num_samples=4)
+
+
+# -- 23 on: what newcomers write ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"twist": "lookahead"}, "method 'importance' takes no twist, got 'lookahead'; .*'smc'"),
+        ({"chains": 3}, "method 'importance' takes no chains, got 3; chains is of method='mh'"),
+        ({"method": "mh", "every": 2}, "method 'mh' takes no every, got 2"),
+        ({"method": "smc", "thin": 2}, "method 'smc' takes no thin"),
+        ({"method": "exact", "guide": "prompted"}, "method 'exact' takes no guide"),
+        ({"limit": 10}, "method 'importance' takes no limit"),
+    ],
+)
+def test_an_option_of_another_method(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lp.infer(story, num_samples=4, progress=False, **options)
+
+
+def test_the_name_of_an_lm_for_the_lm() -> None:
+    message = r"lm must be a langppl.LM, got 'gpt2'; write LM\('gpt2'\)"
+    for make in (
+        lambda: lp.LMString("gpt2", "a"),  # type: ignore[arg-type]
+        lambda: lp.LMChoice("gpt2", "a", ["b", "c"]),  # type: ignore[arg-type]
+        lambda: lp.GFlowNetGuide("gpt2"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_what_is_no_distribution() -> None:
+    with pytest.raises(TypeError, match="site 'z' needs a distribution, got 'a'"):
+        lp.sample("z", "a")
+    own = torch.distributions.Normal(0.0, 1.0)
+    with pytest.raises(TypeError, match=r"torch's own; write pyro\.distributions\.Normal"):
+        lp.sample("z", own)
+    with pytest.raises(TypeError, match=r"site 'z' is no string site .*its value is '3'"):
+        lp.sample("z", dist.Normal(0.0, 1.0), obs="3")  # type: ignore[arg-type]
+    for value in ("x", None):
+        with pytest.raises(TypeError, match=f"factor 'f' must be one number, got {value!r}"):
+            lp.factor("f", value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="call 'tool' needs a function, got 3"):
+        lp.call("tool", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [lp.condition, lp.do])
+def test_sites_that_no_run_meets(change: Any) -> None:
+    with pytest.warns(UserWarning, match="names the site 'midle', and no run .* 'middle'"):
+        lp.compile(change(story, {"midle": "a"}))
+    nested = change(change(story, {"middle": "ab"}), {"midle": "a"})
+    with pytest.warns(UserWarning, match="names the site 'midle'"):
+        lp.compile(nested)
+    lp.compile(change(story, {"middle": "ab"}))
+    with pytest.raises(ValueError, match="there is no site 'endig'; observed are: 'ending'"):
+        lp.compile(story).observing({"endig": "a"})
+
+
+def test_exact_inference_says_how_many_executions_are_left() -> None:
+    def loop() -> None:
+        text = ""
+        for turn in range(4):
+            text += lp.sample(f"s{turn}", short(text or "a", 1))
+
+    with pytest.raises(ValueError, match=r"the limit of exact inference is 20 executions, of whi"):
+        lp.infer(loop, method="exact", limit=20, progress=False)
+
+
+def test_patience_without_validation(guide: lp.GFlowNetGuide) -> None:
+    with pytest.raises(ValueError, match="patience=2 counts validations, and validation is None"):
+        guide.fit(story, steps=2, patience=2, progress=False)
+    with pytest.raises(TypeError, match="schedule must be a RewardSchedule, got 'linear'"):
+        guide.fit(story, steps=2, schedule="linear", progress=False)  # type: ignore[arg-type]
+
+
+def test_validation_is_done_at_the_end_of_a_short_training(guide: lp.GFlowNetGuide) -> None:
+    guide.fit(story, data=[("a",), ("b",)], validation=[("ab",)], steps=2, progress=False)
+    assert math.isfinite(guide.history["val_elbo"][-1])
+
+
+@pytest.mark.parametrize("temperature", [1e-39])
+def test_a_temperature_that_no_logit_can_be_divided_by(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be at least 1e-30, got 1e-39"):
+        short(temperature=temperature)

@@ -200,7 +200,11 @@ class LMString(StringDistribution):
         own = self.prompt_ids()
         # A guide's context may be longer than the prompt, but the string's limit is the model's.
         limit = self.limit(len(own))
-        assert limit is not None
+        if limit is None:
+            raise ValueError(
+                f"{sites.where()}the string has no max_tokens and {self.lm!r} states no context "
+                "window; give its LMString max_tokens"
+            )
         read = own if prompt is None else prompt
         if prompt is not None:
             self._check_fits(len(prompt), self.rules.max_tokens or 1)
@@ -217,9 +221,19 @@ class LMString(StringDistribution):
         begun: tuple[int, ...],
     ) -> DrawReply:
         own = self.adapter if adapter is None else adapter
-        request = DrawRequest(self.lm, prompt, self.bound, limit, key, temp, own, begun=begun)
+        # A context that is longer than the prompt leaves less room than the string may need.
+        window = self.lm.window
+        room = None if window is None or len(prompt) + limit <= window else window - len(prompt)
+        request = DrawRequest(
+            self.lm, prompt, self.bound, limit, key, temp, own, begun=begun, length=room
+        )
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
+        if room is not None and not (reply.is_ended or reply.is_dead):
+            raise ValueError(
+                f"{sites.where()}the string did not end within the {room} tokens that {self.lm!r} "
+                f"can read after a context of {len(prompt)}; give its LMString max_tokens"
+            )
         return reply
 
     def text_of(self, reply: DrawReply) -> Text:
@@ -277,8 +291,13 @@ class LMString(StringDistribution):
             return Violation("it is not valid Unicode (a lone surrogate)")
         if prompt_length is None:
             prompt_length = len(self.prompt_ids())
-        ids = self.tokens_of(value)
-        return self.bound.parse(ids, data, self.limit(prompt_length))
+        ids, limit = self.tokens_of(value), self.limit(prompt_length)
+        found = self.bound.parse(ids, data, limit)
+        is_own = isinstance(value, Text) and value.ids is ids
+        if isinstance(found, Violation) and is_own and self.lm.vocabulary.join(ids) != data:
+            # Its last token ran past a stop that these rules do not have.
+            return self.bound.parse(self.lm.encode_text(str(value)), data, limit)
+        return found
 
     def why_impossible(self, value: object) -> str | None:
         """See `StringDistribution.why_impossible`."""

@@ -10,6 +10,7 @@ import torch
 from langppl.distributions.base import StringDistribution
 from langppl.distributions.lmstring import LMString
 from langppl.distributions.text import Text
+from langppl.lm.rules import check_temperature
 
 
 class Tempered(dist.Distribution):
@@ -34,8 +35,7 @@ class Tempered(dist.Distribution):
     def __init__(self, base: StringDistribution, temperature: float) -> None:
         if not isinstance(base, StringDistribution):
             raise TypeError(f"Tempered takes an LMString or an LMChoice, got {base!r}")
-        if not (isinstance(temperature, int | float) and temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {temperature!r}")
+        check_temperature(temperature)
         if isinstance(base, LMString):
             if base.is_open:
                 raise ValueError("an open string cannot be tempered: it has no whole")

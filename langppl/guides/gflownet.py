@@ -127,8 +127,9 @@ class GFlowNetGuide(Guide):
             raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        for what, value in (("rank", rank), ("alpha", rank if alpha is None else alpha)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,

@@ -226,11 +226,16 @@ class Trainer:
     def pick(self, slot: int, step: int) -> int:
         """Which observation a slot takes in a step."""
         pool, seed = self.pools[slot], self.guide.seed
+        if self.weights is not None:
+            # Systematic: each as often as its weight says, and once in a step if that is enough.
+            rng = generator((seed, "observation", step))
+            order = rng.permutation(len(self.weights))
+            edges = self.weights[order].cumsum() / self.weights.sum()
+            point = (rng.random() + slot) / len(self.pools)
+            chosen = int(np.searchsorted(edges, point, side="right"))
+            return int(order[min(chosen, len(order) - 1)])
         if len(pool) == 1:
             return pool[0]
-        if self.weights is not None:
-            share = self.weights[pool] / self.weights[pool].sum()
-            return int(generator((seed, "observation", step, slot)).choice(pool, p=share))
         turn, at = divmod(step, len(pool))
         return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
 

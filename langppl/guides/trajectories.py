@@ -176,6 +176,9 @@ def make_draws(batches: Sequence[Batch]) -> list[list[Draw]]:
         The draws of each batch.
     """
     plain = [b for b in batches if not b.prefixes and b.log_joints is None]
+    # Where parts of a program are balanced apart, an impossible one leaves the others theirs.
+    several = [b for b in plain if any(len(c) > 1 for c in b.contexts)]
+    score_all([e for b in several for e in b.executions], whole=True)
     score_all([e for b in plain for e in b.executions])
     plans = [_Prefixes(b) if b.prefixes else None for b in batches]
     # Tasks of one scheduler: all ask the LM about the same prefixes, in one pass.

@@ -47,6 +47,7 @@ from langppl.inference.simulated import (
     score_truths,
     simulate_pairs,
 )
+from langppl.lm import LM, adapters
 from langppl.lm.decoding import generator
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
@@ -241,6 +242,15 @@ def evidence_bounds(
     return _report(proposing.name, name, log_joint, exact, drawn, low, high)
 
 
+def _stream(guide: Guide) -> str:
+    """Tells the random numbers of one guide from those of others: pooled, they are independent."""
+    adapter = getattr(guide, "adapter", None)
+    if adapter is None:
+        return guide.name
+    lm: LM = guide.lm  # type: ignore[attr-defined]
+    return f"{guide.name} {adapters.digest(lm.model, adapter).hex()}"
+
+
 def _weights(
     pairs: Sequence[Pair], guide: Guide, num_samples: int, seed: int, progress: bool
 ) -> tuple[Array, Array, Array]:
@@ -255,7 +265,9 @@ def _weights(
     rows = []
     programs = [p for _, p in pairs]
     with bar(f"sampling from {guide.name}", len(pairs) * num_samples, progress) as advance:
-        draws = draw_together(programs, guide, num_samples, (seed, "bounds"), advance)
+        draws = draw_together(
+            programs, guide, num_samples, (seed, "bounds", _stream(guide)), advance
+        )
         for truth, executions in zip(truths, draws, strict=True):
             check_same_observed(truth, executions)
             rows.append([log_weight(e) for e in executions])
@@ -272,7 +284,7 @@ def _by_particles(
 ) -> tuple[Array, Array]:
     def task(k: int, side: str) -> float:
         latents, program = pairs[k]
-        own = int(generator((seed, "bounds", side, k)).integers(2**31))
+        own = int(generator((seed, "bounds", _stream(guide), side, k)).integers(2**31))
         held = latents if side == "upper" else None
         value = float(method(program, guide, num_samples, own, held))
         if math.isnan(value):

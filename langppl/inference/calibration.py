@@ -275,7 +275,7 @@ def calibrate(
         else:
             made_by = functools.partial(
                 infer,
-                guide=proposing,
+                guide="prior" if method == "exact" else proposing,
                 method=method,
                 num_samples=num_samples,
                 progress=False,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any
+
+import torch
 
 from langppl.distributions import LMChoice, LMString, Text
 from langppl.distributions.sites import naming
@@ -21,7 +24,7 @@ from langppl.progress import bar
 BATCH = 4096
 
 
-class _Undecided(Exception):
+class _Undecided(BaseException):
     """A run met a latent that has no value yet."""
 
     def __init__(self, name: str, fn: Any) -> None:
@@ -112,7 +115,19 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
             if not rejected
         ]
     elif getattr(fn, "has_enumerate_support", False):
-        found = list(fn.enumerate_support(expand=False).flatten())
+        each = fn.enumerate_support(expand=False)
+        each = each.reshape(len(each), *fn.event_shape)
+        cells = fn.batch_shape.numel()
+        if len(each) ** cells > room:
+            raise ValueError(
+                f"exact inference would list more than {limit} executions: site {name!r} has "
+                f"{len(each)} values in each of {cells} places; raise the limit, or use another "
+                "method"
+            )
+        found = [
+            torch.stack(cell).reshape(fn.batch_shape + fn.event_shape)
+            for cell in itertools.product(each, repeat=cells)
+        ]
     else:
         raise ValueError(
             f"site {name!r} is {type(fn).__name__}, which has no list of values; exact inference "

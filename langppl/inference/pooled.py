@@ -44,7 +44,7 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
         still its own.
 
     Raises:
-        ValueError: for no bounds, other methods, or other observations.
+        ValueError: for no bounds, other methods, other observations, or the same draws twice.
 
     Example:
         >>> found = [evidence_bounds(story, *pair, guide=g) for g in guides]  # doctest: +SKIP
@@ -64,6 +64,15 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
                 f"the bounds of guides {first.guide!r} and {b.guide!r} are of other observations; "
                 "give evidence_bounds the same program, num_observations, seed and lengths"
             )
+    for k, b in enumerate(bounds):
+        for other in bounds[:k]:
+            if b.num_samples == other.num_samples and np.array_equal(
+                b.observations["lower"], other.observations["lower"]
+            ):
+                raise ValueError(
+                    f"the bounds of guides {other.guide!r} and {b.guide!r} are of the same draws, "
+                    "and the pool's upper bound needs independent ones; give each guide once"
+                )
     low, high = _sharpest(bounds)
     found = []
     for b in bounds:

@@ -72,6 +72,8 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
 
     if name in names(model):
         raise ValueError(f"there is an adapter {name!r} already")
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name must be one without dots, got {name!r}")
     if not isinstance(config, LoraConfig):
         raise ValueError(f"an adapter must be a LoRA, got a {type(config).__name__}")
     for option in ("modules_to_save", "trainable_token_indices"):
@@ -81,6 +83,11 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
             )
     if config.bias != "none":
         raise ValueError(f'an adapter with bias={config.bias!r} changes the LM itself; use "none"')
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"an adapter with init_lora_weights={config.init_lora_weights!r} rewrites the LM's own "
+            "weights; convert it to plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     known = dict(getattr(model, "peft_config", {}))
     try:
@@ -88,6 +95,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
             # Several adapters on one model are what this module is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, model, adapter_name=name)
+        _check_embeddings(model, name)
     except BaseException:
         _restore(model, name, known, before)
         raise
@@ -97,7 +105,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     model.eval()
     parameters = []
     for n, parameter in model.named_parameters():
-        if f".{name}." in n and ".lora_" in n:
+        if _is_of(n, name):
             # In half precision a small step of the optimiser would be rounded away.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -105,6 +113,21 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         else:
             parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
     return parameters
+
+
+def _is_of(parameter: str, name: str) -> bool:
+    """Whether a parameter is an adapter's; modules may be called like it."""
+    _, mark, rest = parameter.rpartition(".lora_")
+    return bool(mark) and f".{name}." in rest
+
+
+def _check_embeddings(model: Any, name: str) -> None:
+    """Raises ValueError if an adapter is on the embeddings, whose weights peft names otherwise."""
+    if name in getattr(model.get_input_embeddings(), "scaling", {}):
+        raise ValueError(
+            f"the adapter {name!r} is on the LM's embeddings, which is not plain LoRA here; use "
+            'target_modules="all-linear"'
+        )
 
 
 def _restore(model: Any, name: str, known: dict[str, Any], before: dict[str, bool]) -> None:
@@ -145,7 +168,7 @@ def digest(model: Any, name: str) -> bytes:
     found = hashlib.blake2b(digest_size=16)
     # Asked for with every batch of scores; peft's own list of an adapter's weights takes longer.
     for key, tensor in model.named_parameters():
-        if f".{name}." in key and ".lora_" in key:
+        if _is_of(key, name):
             found.update(key.replace(f".{name}.", ".").encode())
             found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     found.update(repr(scales(model, name)).encode())

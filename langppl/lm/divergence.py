@@ -39,7 +39,16 @@ def step_divergences(
 
     Returns:
         Shape [n], nats, float32, with gradients to q's states.
+
+    Raises:
+        ValueError: if an adapter is on the LM's head: q and p are read by one.
     """
+    if getattr(lm.model.get_output_embeddings(), "scaling", None):
+        raise ValueError(
+            f"an adapter of {lm!r} is on its head, and the exact divergence reads both states by "
+            "one head; leave the head out of target_modules, or train by another objective than "
+            "rao_blackwell"
+        )
     most = max(1, logit_bytes(own.device) // (4 * 4 * lm.vocabulary.size))
     by_step: dict[int, list[int]] = {}
     for k, step in enumerate(steps):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_NODE_BUDGET = 1024
 MOST_GRAMMARS = 32
+MOST_RULES = 256
 """String rules with a grammar that an LM keeps, each with steps (`langppl.lm.rules.STEP_BYTES`)."""
 
 
@@ -119,13 +120,16 @@ class LM:
         wide = _times_wider(model.device)
         self.token_budget = token_budget or DEFAULT_TOKEN_BUDGET * wide
         config = model.config.get_text_config()
-        self.window: int | None = getattr(config, "max_position_embeddings", None)
+        self.window: int | None = _window(config)
         ends = _ids(config.eos_token_id) | _ids(tokenizer.eos_token_id)
         if getattr(model, "generation_config", None) is not None:
             ends |= _ids(model.generation_config.eos_token_id)
         size = model.get_output_embeddings().weight.shape[0]
+        # Configs say -1 for none.
+        ends = {i for i in ends if 0 <= i < size}
         self.vocabulary = Vocabulary(tokenizer, size, ends)
         begins = [*_ids(tokenizer.bos_token_id), *_ids(config.bos_token_id), *sorted(ends)]
+        begins = [i for i in begins if 0 <= i < size]
         self._begin: int | None = begins[0] if begins else None
         self.takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits_head = self._splits_head()
@@ -135,7 +139,7 @@ class LM:
         self.captures = True
         self.captured: OrderedDict[tuple[object, ...], Steps] = OrderedDict()
         self._active: str | None = None
-        self._rules: dict[StringRules, BoundRules] = {}
+        self._rules: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._trainables: dict[str, TrainableLM] = {}
@@ -189,7 +193,16 @@ class LM:
             return encode_chat(self.tokenizer, prompt)
         text = str(prompt)
         if text not in self._prompts:
-            ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
+            try:
+                ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
+            except TypeError as error:  # what tokenizers says of what is no UTF-8
+                raise ValueError(f"a prompt must be valid Unicode, got {text!r}") from error
+            unknown = [i for i in ids if i >= self.vocabulary.size]
+            if unknown:
+                raise ValueError(
+                    f"the tokenizer makes token {unknown[0]} of the prompt {text!r}, and "
+                    f"{self!r} has embeddings of {self.vocabulary.size} tokens"
+                )
             if not ids:
                 if self._begin is None:
                     raise ValueError(f"{self!r} has no begin token, so a prompt must not be empty")
@@ -206,6 +219,8 @@ class LM:
         """
         options = {"add_special_tokens": False, "split_special_tokens": True}
         ids = self.tokenizer(text, **options)["input_ids"]
+        if any(i >= self.vocabulary.size for i in ids):
+            return tuple(ids)
         if text and self.vocabulary.join(ids) != text.encode("utf-8", "replace"):
             # Some tokenizers put a space before the first word of whatever they are given.
             mark = self.tokenizer("\n", **options)["input_ids"]
@@ -218,11 +233,13 @@ class LM:
 
     def bind(self, rules: StringRules) -> BoundRules:
         """A string's rules over this LM's tokens, made once."""
+        # Rules may be made from latents, so there is no end of them: the latest are kept.
         if rules.grammar is None:
-            if rules not in self._rules:
-                self._rules[rules] = rules.bind(self.vocabulary)
-            return self._rules[rules]
-        # Grammars may be made from latents, so there is no end of them: the latest are kept.
+            free = self._rules.pop(rules, None) or rules.bind(self.vocabulary)
+            self._rules[rules] = free
+            if len(self._rules) > MOST_RULES:
+                self._rules.popitem(last=False)
+            return free
         bound = self._masked.pop(rules, None)
         if bound is None:
             free = self.bind(rules.without_grammar)
@@ -281,7 +298,9 @@ class LM:
 
     def _splits_head(self) -> bool:
         base = self.model.base_model
-        if base is self.model:
+        # A cap hardly shows where logits are small.
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if base is self.model or cap:
             return False
         ids = torch.arange(self.vocabulary.size, device=self.device)[None, :5]
         try:
@@ -344,9 +363,8 @@ class LM:
         Raises:
             KeyError: if there is no adapter of that name.
         """
-        if name is not None and name not in adapters.names(self.model):
-            known = ", ".join(sorted(adapters.names(self.model))) or "none"
-            raise KeyError(f"{self!r} has no adapter {name!r}; it has: {known}")
+        if name is not None:
+            self._check_adapter(name)
         before = self._active
         adapters.activate(self.model, name)
         self._active = name
@@ -393,6 +411,11 @@ class LM:
         """The trainable views of this LM, in the order they were made."""
         return tuple(self._trainables.values())
 
+    def _check_adapter(self, name: str) -> None:
+        if name not in adapters.names(self.model):
+            known = ", ".join(sorted(adapters.names(self.model))) or "none"
+            raise KeyError(f"{self!r} has no adapter {name!r}; it has: {known}")
+
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
         parameters = adapters.add(self.model, name, config)
@@ -400,12 +423,14 @@ class LM:
         return parameters
 
     def remove_adapter(self, name: str) -> None:
-        """Removes an adapter and its weights."""
+        """Removes an adapter and its weights; KeyError if there is none of that name."""
+        self._check_adapter(name)
         adapters.remove(self.model, name)
         adapters.activate(self.model, self._active)
 
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Writes an adapter as a plain PEFT folder (safetensors)."""
+        """Writes an adapter as a plain PEFT folder (safetensors); KeyError if there is none."""
+        self._check_adapter(name)
         adapters.save(self.model, name, folder)
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
@@ -427,6 +452,17 @@ def _times_wider(device: torch.device) -> int:
         return 1
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(8, memory // (8 * 2**30)))
+
+
+def _window(config: Any) -> int | None:
+    """How many tokens an LM reads."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond it the whole pass is turned by other angles, short strings in it too.
+        own = rope.get("original_max_position_embeddings")
+        found = own or getattr(config, "original_max_position_embeddings", None) or found
+    return found
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

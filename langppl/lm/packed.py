@@ -127,7 +127,9 @@ def _new_states(
     layout = lay_out(sequences, budget, most_stem)
     stem: KeysAndValues | None = None
     if layout.stem:
-        stem = keys_and_values(lm.states(torch.tensor([layout.stem]), use_cache=True)[1])
+        # The LM's own cache would drop what lies before a sliding window.
+        ids = torch.tensor([layout.stem])
+        stem = keys_and_values(lm.states(ids, past_key_values=cache_of([]), use_cache=True)[1])
     for row in layout.rows:
         wanted = {
             k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()
@@ -293,10 +295,16 @@ def probe(lm: LM) -> Packing | None:
     sliding = getattr(config, "sliding_window", None)
     uses = getattr(config, "use_sliding_window", True)
     narrowest = int(sliding) if sliding and uses else None
+    # Chunks are no windows: the blocks do not know them, so what is longer than one is padded.
+    chunk = getattr(config, "attention_chunk_size", None)
     reason = "its logits differ"
+    if any(b.dtype == torch.bool and b.ndim == 4 for b in lm.model.buffers()):
+        _warn(lm, "it masks by the place in a row")
+        return None
     for in_blocks, is_added in ((True, False), (False, False), (False, True)):
         for mask_types in ((), types) if types else ((),):
-            packing = Packing(in_blocks, mask_types, float(narrowest or "inf"), is_added)
+            window = min(float(narrowest or "inf"), float(chunk or "inf"))
+            packing = Packing(in_blocks, mask_types, window, is_added)
             try:
                 windows = _agrees(lm, packing)
             except Exception as error:  # whatever an architecture makes of what it does not know
@@ -304,14 +312,19 @@ def probe(lm: LM) -> Packing | None:
                 continue
             if windows is None:
                 continue
-            return replace(packing, window=float("inf")) if narrowest in windows else packing
+            found = narrowest in windows
+            return replace(packing, window=float(chunk or "inf")) if found else packing
+    _warn(lm, reason)
+    return None
+
+
+def _warn(lm: LM, reason: str) -> None:
     warnings.warn(
         f"{lm!r} ({type(lm.model).__name__}) does not take a tree attention mask, so its strings "
         f"are scored in padded batches, which are slower ({reason[:200]})",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
-    return None
 
 
 def lean_of(lm: LM) -> Lean | None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -42,6 +43,9 @@ EndingKind = Literal["end", "stop", "cut", "dead", "open"]
 
 _NEVER = 99  # more tokens than any UTF-8 fragment needs
 
+COLDEST = 1e-30
+"""Least temperature: logits over less are no numbers in float32."""
+
 STEP_BYTES = 64 * 2**20
 """Most bytes, about, of the steps that a string's rules remember under a grammar."""
 
@@ -58,12 +62,23 @@ def _positive_int(name: str, value: object, least: int) -> None:
 def _as_filter(name: str, value: object) -> TokenFilter | None:
     if value is None or callable(value):
         return value
-    strings = (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
-    if not strings or not all(isinstance(s, str) and s for s in strings):
+    is_list = isinstance(value, Iterable) and not isinstance(value, str)
+    given = tuple(value) if is_list else (value,)  # type: ignore[arg-type]
+    strings = tuple(s for s in given if isinstance(s, str) and s)
+    if not strings or len(strings) < len(given):
         raise ValueError(
             f"{name} must be non-empty strings or a predicate on a token's text, got {value!r}"
         )
     return strings
+
+
+def check_temperature(value: object) -> None:
+    """Raises ValueError unless a temperature is a number above 0 by which logits can be divided."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not float(value) > 0:  # type: ignore[arg-type]
+        raise ValueError(f"temperature must be above 0, got {value!r}")
+    if float(value) < COLDEST:  # type: ignore[arg-type]
+        raise ValueError(f"temperature must be at least {COLDEST}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ class StringRules:
         stop: object = self.stop
         if stop is None:
             stop = ()
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"a stop must be a non-empty string, got {self.stop!r}")
         object.__setattr__(self, "stop", stops)
@@ -137,8 +152,7 @@ class StringRules:
                     'action, so truncate="reject" rejects every string; use truncate="keep" '
                     "for strings of a fixed length"
                 )
-        if not (isinstance(self.temperature, int | float) and self.temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {self.temperature!r}")
+        check_temperature(self.temperature)
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
 

@@ -59,6 +59,8 @@ class TrainableLM:
             )
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int) or alpha < 1:
+            raise ValueError(f"alpha must be an integer of at least 1, got {alpha!r}")
         self.lm = lm
         self.label = label
         self.adapter = f"trainable-{label}"
@@ -148,6 +150,8 @@ class TrainableLM:
         self.lm.remove_adapter(trial)
         self.lm.remove_adapter(self.adapter)
         self.lm.load_adapter(self.adapter, folder)
+        config = self.lm.model.peft_config[self.adapter]
+        self.options.update(rank=config.r, alpha=config.lora_alpha)
         return self
 
     def _check_base(self, path: Path) -> None:

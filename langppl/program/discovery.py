@@ -102,8 +102,9 @@ def retrace(
     observe: Callable[[str, Any, Any], Any],
 ) -> tuple[Site, ...] | None:
     """A program's templates under other observations; None if it does not go through."""
-    traced = _Search(model, args, memo, seed, observe).trace()
-    return None if traced is None else tuple(traced.sites.values())
+    search = _Search(model, args, memo, seed, observe)
+    traced = search.trace()
+    return None if traced is None or search.looked_inside else tuple(traced.sites.values())
 
 
 def take_over(

@@ -246,13 +246,17 @@ def score(execution: Execution, only: Callable[[Site], bool] = lambda _: True) -
 
 
 def score_all(
-    executions: Sequence[Execution], only: Callable[[Site], bool] = lambda _: True
+    executions: Sequence[Execution],
+    only: Callable[[Site], bool] = lambda _: True,
+    *,
+    whole: bool = False,
 ) -> None:
     """Fills in the sites' log-probabilities, all LM requests at once.
 
     Args:
         executions: runs; sites that have a log-probability keep it.
         only: which of the others to score.
+        whole: whether an impossible execution has its other sites scored too.
 
     Raises:
         ValueError: if a site's log-probability is NaN or +inf; names the site.
@@ -273,7 +277,9 @@ def score_all(
                     site.log_prob = float(scale_and_mask(log_prob, site.scale, site.mask).sum())
         # One impossible site makes the execution impossible: the LM need not score the others.
         hopeless = [p for p in wanted[start:] if not p[1].requests and p[1].finish(()) == -math.inf]
-        if hopeless or any(s.log_prob == -math.inf for s in execution.sites.values()):
+        if not whole and (
+            hopeless or any(s.log_prob == -math.inf for s in execution.sites.values())
+        ):
             wanted[start:] = [w for w in wanted[start:] if w in hopeless or w[0].defence]
     requests: list[Request] = [r for _, pending in wanted for r in pending.requests]
     replies: list[Reply] = perform(requests)

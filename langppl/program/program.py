@@ -347,7 +347,12 @@ class Program:
                             f"site {name!r} is an open string; say how long it is to be: "
                             f"simulate(..., lengths={{{name!r}: 10}})"
                         )
-                    drawn = fn.draw_open((*key, name), lengths[name])
+                    length = lengths[name]
+                    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+                        raise ValueError(
+                            f"lengths[{name!r}] must be an integer of at least 1, got {length!r}"
+                        )
+                    drawn = fn.draw_open((*key, name), length)
                     if drawn is None:
                         raise _EndedEarly
                     return drawn[0]
@@ -366,6 +371,11 @@ class Program:
                     f"site {site.name!r} is a factor, so the program is not a process that "
                     "generates data and cannot be simulated"
                 )
+            if site.scale != 1.0 or site.mask is not None:
+                raise ValueError(
+                    f"site {site.name!r} is scaled or masked, so the program is not a process "
+                    "that generates data and cannot be simulated"
+                )
         return execution
 
     def why_impossible(self, execution: Execution) -> dict[str, str]:
@@ -380,7 +390,7 @@ class Program:
         return found
 
 
-class _EndedEarly(Exception):
+class _EndedEarly(BaseException):
     """The LM ended an open string before the length asked for, or the string was rejected."""
 
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -52,7 +53,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
 
     Raises:
         TypeError: if the name, the distribution or an observation is of the wrong type.
-        ValueError: for a string site in a vectorised plate.
+        ValueError: for a string site in a vectorised plate, or a NaN that is observed.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"a site's name must be a non-empty string, got {name!r}")
@@ -72,6 +73,8 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
                     f"site {name!r} is no string site ({type(dist).__name__}), but its value is "
                     f"{obs!r} ({type(obs).__name__}); give a number or a tensor"
                 )
+        if isinstance(obs, torch.Tensor) and bool(torch.isnan(obs).any()):
+            raise ValueError(f"site {name!r}: the observation {obs!r} has NaN in it")
         value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
         if isinstance(dist, StringDistribution):
             check_string_site(name, value)
@@ -268,6 +271,9 @@ def hashable(value: Any) -> Any:
         return ("str", str(value))
     if isinstance(value, torch.Tensor):
         return ("tensor", tuple(value.shape), tuple(value.flatten().tolist()))
+    if isinstance(value, np.ndarray):
+        numbers_ = value.tolist() if value.dtype.hasobject else value.tobytes()
+        return ("array", value.shape, str(value.dtype), hashable(numbers_))
     if isinstance(value, Mapping):
         return ("mapping", tuple((hashable(k), hashable(v)) for k, v in value.items()))
     if isinstance(value, list | tuple):

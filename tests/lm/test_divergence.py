@@ -124,3 +124,15 @@ def test_states_are_those_before_each_action(lm: LM) -> None:
         if len(own.states):
             torch.testing.assert_close(own.states[0], own.state)
     assert score_with_gradients(requests(fn, "ba", None))[0].states is None
+
+
+def test_an_adapter_on_the_head_is_an_error() -> None:
+    """Both states would be read by one head."""
+    lm = tiny_lm("ab.", seed=5)
+    lm.add_adapter("q", LoraConfig(r=2, target_modules=["lm_head"]))
+    states = torch.zeros(1, lm.state_width)
+    step = lm.bind(LMString(lm, "a", max_tokens=2).rules).step(
+        lm.bind(LMString(lm, "a", max_tokens=2).rules).start(2)
+    )
+    with pytest.raises(ValueError, match="is on its head"):
+        step_divergences(lm, [step], states, states)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
+import langppl as lp
 from langppl.lm import LM
 from langppl.testing import tiny_lm
 
@@ -220,3 +223,66 @@ def test_adapters_that_peft_added_by_itself_are_switched_off_too() -> None:
     lm.model.eval()
     with lm.adapter(None):
         torch.testing.assert_close(lm.model(input_ids=IDS).logits, base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa' rewrites the LM's own weights"),
+        ({"init_lora_weights": "olora"}, "'olora' rewrites the LM's own weights"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "'new' is on the LM's embeddings"),
+    ],
+)
+def test_an_adapter_that_changes_more_than_the_layers_leaves_nothing(
+    options: dict[str, Any], message: str
+) -> None:
+    lm = tiny_lm("ab.", seed=1)
+    string = lp.LMString(lm, "a", max_tokens=3)
+    before, weights = string.log_prob("ab"), lm.weights_fingerprint
+    config = LoraConfig(**{"r": 2, "target_modules": "all-linear", **options})
+    with pytest.raises(ValueError, match=message):
+        lm.add_adapter("new", config)
+    lm.memo.clear()
+    assert string.log_prob("ab") == before and lm.weights_fingerprint == weights
+    for name in ("new", "0"):  # layers are numbered too
+        ours = lm.add_adapter(name, LoraConfig(r=2, target_modules="all-linear"))
+        assert len(ours) == 28
+    with pytest.raises(ValueError, match="one without dots"):
+        lm.add_adapter("a.b", LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(KeyError, match="has no adapter 'zz'; it has: 0, new"):
+        lm.remove_adapter("zz")
+
+
+def test_a_token_that_the_lm_has_no_embedding_of() -> None:
+    base = tiny_lm("ab.", seed=1)
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens(["Q"])
+    lm = lp.LM.from_parts(base.model, tokenizer, "short")
+    assert lp.LMString(lm, "a", max_tokens=3).log_prob("aQ") == -math.inf
+    with pytest.raises(ValueError, match=r"of the prompt 'Qa', and LM\('short'\) has embeddings"):
+        lp.LMString(lm, "Qa", max_tokens=3).log_prob("a")
+
+
+def test_a_string_that_does_not_end_within_what_is_read_after_a_context() -> None:
+    lm = tiny_lm("ab.", seed=1)
+    lm.window = 12
+    string = lp.LMString(lm, "a", stop="...")
+    read = lm.encode_prompt("abababab")
+    found, ended = [], 0
+    for i in range(200):
+        try:
+            found.append(string.draw(("draw", i), prompt=read)[0])
+        except ValueError as error:
+            assert "did not end within the 4 tokens" in str(error)
+            ended += 1
+    assert ended and found and all(len(z.ids or ()) <= 4 for z in found)
+
+
+def test_rules_that_come_and_go_are_forgotten() -> None:
+    lm = tiny_lm("ab.", seed=1)
+    first = lp.LMString(lm, "a", max_tokens=3)
+    expected = first.log_prob("ab")
+    for i in range(300):
+        lp.LMString(lm, "a", max_tokens=4 + i // 2, min_tokens=i % 2).log_prob("a.")
+    assert len(lm._rules) <= 256
+    assert first.log_prob("ab") == expected

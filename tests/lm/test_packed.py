@@ -53,6 +53,15 @@ def other(family, **changes):
         }
     if family in ("GPTNeoX",):
         sizes.pop("num_key_value_heads")
+    if family == "GPTNeo":
+        sizes = {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "vocab_size": base.vocabulary.size,
+            "initializer_range": 0.2,
+        }
     if family == "GPTJ":
         sizes = {
             "n_embd": 32,
@@ -65,7 +74,7 @@ def other(family, **changes):
         }
     config = config_class(**sizes, eos_token_id=base.model.config.eos_token_id, bos_token_id=None)
     torch.manual_seed(0)
-    name = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
+    name = f"{family.removesuffix('Text')}ForCausalLM"
     if family == "GPT2":
         name = "GPT2LMHeadModel"
     model = getattr(transformers, name)(config)
@@ -169,6 +178,58 @@ def test_a_sliding_window_is_applied_by_depth(family, budget):
     assert_equal(score(wanted), truth, 2e-5)
     wide = other(family, head_dim=8, sliding_window=64, **changes)
     assert abs(score(requests(wide, LONG))[0].log_prob - truth[0].log_prob) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3Text"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_stem_beyond_a_sliding_window_serves_many_rows(family, gradients):
+    """The LM's own cache would have dropped the stem's first tokens."""
+    lm = other(family, head_dim=8, sliding_window=6)
+    prompt = "ab a. " * 5
+    texts = ["".join(p) + "." for p in itertools.product("ab ", repeat=3)]
+    wanted = requests(lm, [(prompt, text) for text in texts])
+    truth = without_packing(lm, score, wanted)
+    lm.node_budget = 24
+    with torch.set_grad_enabled(gradients):
+        assert_equal(score(wanted), truth, 2e-5)
+
+
+def test_a_mask_by_the_place_in_a_row_is_found_out():
+    """GPT-Neo's is not met by the probe's short strings."""
+    with pytest.warns(UserWarning, match="it masks by the place in a row"):
+        lm = other("GPTNeo")
+    assert lm.packs is None
+
+
+def test_strings_beyond_a_chunk_go_by_padded_batches():
+    lm = other(
+        "Llama4Text",
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=16,
+        no_rope_layers=[1, 1],
+        moe_layers=[],
+        layer_types=["chunked_attention"] * 2,
+    )
+    assert lm.packs is None or lm.packs.window == 16
+    wanted = requests(lm, LONG)
+    assert longest(wanted) > 16
+    assert_equal(score(wanted), without_packing(lm, score, wanted), 2e-5)
+
+
+def test_where_rope_changes_with_length_an_lm_reads_as_far_as_it_does_not():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 24,
+    }
+    lm = other("Phi3", rope_parameters=rope, original_max_position_embeddings=24, pad_token_id=None)
+    assert lm.window == 24
+    with pytest.raises(ValueError, match="reads at most 24; shorten the prompt or max_tokens"):
+        lp.LMString(lm, "a" * 20, max_tokens=8).log_prob("ab")
 
 
 def test_under_a_dense_mask_strings_beyond_a_sliding_window_go_by_padded_batches(monkeypatch):
