@@ -60,7 +60,7 @@ that end and break their grammar. The share counts: other work ran on the same c
 N particles of a missing sentence with its ending observed. langppl runs its importance sampler
 here.""",
     "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
-other token.""",
+other token, at its word (`twist_power=1`, before there was another).""",
     "particles_128": """More particles, on one core of a slower hour; a training ran on the
 other.""",
     "particles_json": """A record under a JSON schema, with a remark on it observed. langppl draws

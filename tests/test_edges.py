@@ -88,6 +88,19 @@ def test_a_tool_is_asked_again_for_other_arrays() -> None:
     assert found.log_evidence == pytest.approx(float(np.logaddexp(*terms)), abs=1e-5)
 
 
+def test_a_value_whose_last_token_runs_past_its_stop_is_possible_without_the_stop() -> None:
+    lm = tiny_lm("ab. ", merged=[".b", ".ba"], seed=3)
+    b_first = {lm.vocabulary.text(i): i for i in range(lm.vocabulary.size)}
+    ids = (b_first[".ba"], b_first[".ba"])
+    ended = lp.LMString(
+        lm, "a", max_tokens=3, stop="a.b", min_tokens=0, ban=lambda token: token == ".b"
+    )
+    value = lp.Text(".ba.b", ids, lm.fingerprint)
+    assert math.isfinite(ended.log_prob(value))
+    free = lp.LMString(lm, "b")
+    assert free.log_prob(value) == free.log_prob(".ba.b") > -math.inf
+
+
 def test_simulation_refuses_what_is_scaled_or_masked() -> None:
     def scaled(end: str) -> None:
         z = lp.sample("z", choice("a"))

@@ -294,10 +294,17 @@ class LMString(StringDistribution):
         ids, limit = self.tokens_of(value), self.limit(prompt_length)
         found = self.bound.parse(ids, data, limit)
         is_own = isinstance(value, Text) and value.ids is ids
-        if isinstance(found, Violation) and is_own and self.lm.vocabulary.join(ids) != data:
-            # Its last token ran past a stop that these rules do not have.
+        if isinstance(found, Violation) and is_own and self._runs_past(ids, data):
             return self.bound.parse(self.lm.encode_text(str(value)), data, limit)
         return found
+
+    def _runs_past(self, ids: tuple[int, ...], data: bytes) -> bool:
+        """Whether the last token goes on after a text, as past a stop that others' rules have."""
+        vocabulary = self.lm.vocabulary
+        if not ids or any(not 0 <= i < vocabulary.size or vocabulary.special[i] for i in ids):
+            return False
+        whole, before = vocabulary.join(ids), vocabulary.join(ids[:-1])
+        return whole.startswith(data) and len(before) < len(data) < len(whole)
 
     def why_impossible(self, value: object) -> str | None:
         """See `StringDistribution.why_impossible`."""
