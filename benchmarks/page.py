@@ -89,8 +89,9 @@ below and KL(p‖q) above, as the evidence is estimated from the draws of all gu
 too low on average; KL(p‖q) is over latents and endings simulated from the model. `prompted` reads
 the default context; the trained guides read the whole story with a gap (`whole_story`). Log
 p(fifth) is a mean over stories, of each one's possible draws. Every way has 200 stories and four
-minutes of one core, which are few steps here; another benchmark ran on the other core, the same for
-all ways.""",
+minutes of one core, which are few steps here; other work ran on the other core all along. `reward`
+shows what is lost without the entropy: the likeliest endings, and the least log weight and the
+fewest distinct strings of all.""",
     "objectives": """Longer trainings. This table has two guides that were trained before on 200
 stories, and 100 unseen ones: `GFlowNetGuide(lm, context=whole_story).fit(story, pairs,
 objective="rao_blackwell", observations=4, batch=8, betas=(0.9, 0.99), ...)`, one with `steps=250,
