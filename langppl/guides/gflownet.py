@@ -371,8 +371,6 @@ class GFlowNetGuide(Guide):
         """
         objective = self.objective if objective is None else objective
         check_objective(objective)
-        if patience is not None and validation is None:
-            raise ValueError(f"patience={patience} counts validations, and validation is None")
         if schedule is not None and not isinstance(schedule, RewardSchedule):
             raise TypeError(f"schedule must be a RewardSchedule, got {schedule!r}")
         pairs = pairs_of(model, data)
@@ -430,6 +428,8 @@ class GFlowNetGuide(Guide):
             Observation(m, row, ReplayBuffer(capacity, replay_distance), own)
             for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
         ]
+        if patience is not None and validation is None:
+            raise ValueError(f"patience={patience} counts validations, and validation is None")
         held_out = _held_out(pairs, validation)
         trainer = Trainer(self, prepared, _shares(pairs, weights), settings, workers, held_out)
         trainer.run(Keeper(checkpoint, tensorboard, rows), progress)

@@ -94,16 +94,16 @@ class Settings:
             raise ValueError(f"need batch >= 2, got batch={self.batch}")
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
-        for name in ("learning_rate", "head_rate", "clip", "lam"):
+        for name in ("learning_rate", "head_rate", "lam"):
             value = getattr(self, name)
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+        if not self.clip > 0.0:
+            raise ValueError(f"clip must be above 0 (math.inf for none), got {self.clip!r}")
         for name, least in (("warmup", 0), ("replay_size", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.average and not round(self.average * self.steps):
-            raise ValueError(f"average={self.average} of steps={self.steps} is no step at all")
         if not 0.0 < self.given_share <= 1.0:
             raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
         if not 0.0 <= self.average <= 1.0:

@@ -246,9 +246,9 @@ def _stream(guide: Guide) -> str:
     """Tells the random numbers of one guide from those of others: pooled, they are independent."""
     adapter = getattr(guide, "adapter", None)
     if adapter is None:
-        return guide.name
+        return f"guide {guide.name}"
     lm: LM = guide.lm  # type: ignore[attr-defined]
-    return f"{guide.name} {adapters.digest(lm.model, adapter).hex()}"
+    return f"guide {guide.name} {adapters.digest(lm.model, adapter).hex()}"
 
 
 def _weights(

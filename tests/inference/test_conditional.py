@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
         conditional,
         "Held",
         lambda *_: None,
-        ("infilling", "prior", "lookahead", "systematic", 6),
+        ("infilling", "prior", "lookahead, whole", "systematic", 6),
     ),
 }
 
