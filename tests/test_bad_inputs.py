@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -599,3 +600,73 @@ def test_validation_is_done_at_the_end_of_a_short_training(guide: lp.GFlowNetGui
 def test_a_temperature_that_no_logit_can_be_divided_by(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be at least 1e-30, got 1e-39"):
         short(temperature=temperature)
+
+
+# -- settings, before any work -------------------------------------------------------------------
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("smc", {"twist": "lookback"}, "unknown twist 'lookback'"),
+    ("smc", {"twist": "lookahead", "twist_power": 2.0}, "twist_power must be .* got 2.0"),
+    ("smc", {"resampling": "none"}, "unknown resampling 'none'"),
+    ("smc", {"every": 0}, "every must be an integer of at least 1, got 0"),
+    ("smc", {"ess_threshold": math.nan}, "ess_threshold must be between 0 and 1, got nan"),
+    ("mh", {"chains": 0}, "chains must be an integer of at least 1, got 0"),
+    ("mh", {"tail_share": math.nan}, "tail_share must be between 0 and 1, got nan"),
+    ("exact", {"limit": math.nan}, "limit must be a number of at least 1, got nan"),
+    ("exact", {"limit": "many"}, "limit must be a number of at least 1, got 'many'"),
+]
+
+
+def never_run() -> None:
+    raise AssertionError("the model was run")
+
+
+@pytest.mark.parametrize(("method", "options", "message"), WRONG)
+def test_a_setting_is_checked_before_the_model_runs(
+    method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lp.infer(never_run, method=method, **options)
+    with pytest.raises(ValueError, match=message):
+        lp.compare(never_run, rows=[(method, None if method == "exact" else "prior", options)])
+    with pytest.raises(ValueError, match=message):
+        lp.calibrate(never_run, method=method, **options)
+    if method == "smc":
+        with pytest.raises(ValueError, match=message):
+            lp.evidence_bounds(never_run, method=method, **options)
+
+
+@pytest.mark.parametrize("check", [lp.calibrate, lp.evidence_bounds])
+def test_an_option_that_no_method_has(check: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"method 'smc' has no option 'twits'; options are: twist,"):
+        check(never_run, method="smc", twits="lookahead")
+
+
+@pytest.mark.parametrize("ask", [lp.infer, lp.compare, lp.calibrate, lp.evidence_bounds])
+@pytest.mark.parametrize("seed", [1.0, "1", None])
+def test_a_seed_that_is_no_integer(ask: Callable[..., Any], seed: Any) -> None:
+    with pytest.raises(TypeError, match=rf"seed must be an integer, got {seed!r}"):
+        ask(never_run, seed=seed)
+
+
+def test_seeds_of_any_integer_type_are_the_same() -> None:
+    first, second = (lp.infer(story, num_samples=4, seed=s) for s in (3, np.int64(3)))
+    assert first.samples == second.samples
+
+
+@pytest.mark.parametrize("guides", [5, lp.PriorGuide(), "prior"])
+def test_guides_to_compare_that_are_no_list(guides: Any) -> None:
+    with pytest.raises(TypeError, match="guides must be a list"):
+        lp.compare(never_run, guides=guides)
+
+
+def test_a_choice_of_an_lm_whose_weights_are_not_finite() -> None:
+    broken = tiny_lm("ab.", seed=1)
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight[:] = math.nan
+
+    def choice() -> None:
+        lp.sample("mood", lp.LMChoice(broken, "a", ["a", "b"]))
+
+    with pytest.raises(ValueError, match=r"site 'mood'.*are the LM's weights finite"):
+        lp.infer(choice, num_samples=2)

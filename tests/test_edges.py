@@ -71,6 +71,24 @@ def test_a_model_that_catches_exceptions_is_still_listed_and_simulated() -> None
     assert evidence(careful, method="exact") == pytest.approx(evidence(plain, method="exact"))
 
 
+def test_a_model_that_catches_exceptions_around_a_tool() -> None:
+    def careful(end: str = "a") -> None:
+        z = lp.sample("z", choice("a"))
+        try:
+            n = lp.call("other", lambda text: {"a": "b", "b": "a"}[text], str(z))
+        except Exception:
+            n = "none"
+        lp.sample("e", choice(f"b{n}"), obs=end)
+
+    def plain(end: str = "a") -> None:
+        z = lp.sample("z", choice("a"))
+        lp.sample("e", choice({"a": "bb", "b": "ba"}[str(z)]), obs=end)
+
+    program = lp.compile(careful)
+    assert program.graph.latents_above("e") == {"z"}
+    assert evidence(careful, method="exact") == pytest.approx(evidence(plain, method="exact"))
+
+
 def test_a_tool_is_asked_again_for_other_arrays() -> None:
     def counting(end: str) -> None:
         z = lp.sample("z", choice("a"))

@@ -142,6 +142,11 @@ class LMChoice(StringDistribution):
         scaled = self.log_probs(prompt=prompt, adapter=adapter) / temperature
         scaled -= scaled.max()
         scaled -= np.log(np.exp(scaled).sum())
+        if np.isnan(scaled).any():
+            raise ValueError(
+                f"{sites.where()}the options' log-probabilities are {scaled.tolist()}; are the "
+                "LM's weights finite?"
+            )
         cdf = np.exp(scaled).cumsum()
         at = int(np.searchsorted(cdf, generator(key).random() * cdf[-1], side="right"))
         return self.text(at), float(scaled[at])

@@ -39,7 +39,8 @@ from langppl.guides import Guide
 from langppl.guides.base import log_q_together
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
-from langppl.inference.methods import as_program, check_count, given_guide
+from langppl.inference.methods import as_program, given_guide
+from langppl.inference.settings import as_seed, check_count, check_options
 from langppl.inference.simulated import (
     Pair,
     check_same_observed,
@@ -205,9 +206,10 @@ def evidence_bounds(
 
     Raises:
         ValueError: for programs with `factor` or `Tempered` or without observations, for one that
-            does not observe the same sites whatever its latents are, or for an unknown guide.
+            does not observe the same sites whatever its latents are, for an unknown guide, or an
+            option out of range.
         NotImplementedError: if the guide has no `log_q`.
-        TypeError: for options that the method does not have.
+        TypeError: for options that the method does not have, or a seed that is no integer.
 
     Example:
         >>> print(evidence_bounds(story, *pair, guide=guide))  # doctest: +SKIP
@@ -219,6 +221,8 @@ def evidence_bounds(
     if options and method != "smc":
         name = method if isinstance(method, str) else _name_of(method)
         raise TypeError(f"method {name!r} has no settings, got {', '.join(options)}")
+    check_options("smc", options)
+    seed = as_seed(seed)
     if options.get("rejuvenation"):
         raise ValueError(
             "rejuvenation moves particles away from the latents that one of them must keep to for "

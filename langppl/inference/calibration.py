@@ -33,7 +33,8 @@ import torch
 from langppl import diagnostics
 from langppl.guides import Guide
 from langppl.inference.importance import BATCH, log_weight
-from langppl.inference.methods import CHAINS, METHODS, as_program, check_count, given_guide, infer
+from langppl.inference.methods import CHAINS, as_program, given_guide, infer
+from langppl.inference.settings import METHODS, as_seed, check_count, check_options
 from langppl.inference.simulated import (
     check_same_observed,
     draw_together,
@@ -241,8 +242,8 @@ def calibrate(
     Raises:
         ValueError: for a program that cannot be simulated, observes nothing, has no latents or
             does not observe the same sites whatever its latents are; for an unknown method; if a
-            summary is NaN; or if no sample of a simulation has weight.
-        TypeError: for options that the method does not have.
+            summary is NaN; for an option out of range; or if no sample of a simulation has weight.
+        TypeError: for options that the method does not have, or a seed that is no integer.
 
     Example:
         >>> print(calibrate(story, *pair, method="raw", guide=guide))  # doctest: +SKIP
@@ -255,6 +256,8 @@ def calibrate(
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
     if options and method in ("importance", "raw"):
         raise TypeError(f"method {method!r} has no settings, got {', '.join(options)}")
+    check_options(method, options)
+    seed = as_seed(seed)
     program = as_program(model, args, seed)
     if not program.latents:
         raise ValueError("the program has no latents, so there is nothing to calibrate")

@@ -10,8 +10,9 @@ from typing import Any
 from langppl.distributions import StringDistribution
 from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
-from langppl.inference.methods import as_program, check_count, infer, make_guide
+from langppl.inference.methods import as_program, infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
+from langppl.inference.settings import as_seed, check_count
 from langppl.lm import LM
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
@@ -56,8 +57,8 @@ def compare(
 
     Raises:
         ValueError: before anything is drawn: if there is no row, or a method, a guide or an option
-            is not known, or belongs to another method.
-        TypeError: if a guide or a row is none.
+            is not known or out of range, or belongs to another method.
+        TypeError: if a guide, a row or a seed is none.
 
     Example:
         >>> from langppl import LMString, sample
@@ -82,6 +83,7 @@ def compare(
     """
     wanted = rows_of(guides, methods, rows, DEFAULT_GUIDES)
     check_count("num_samples", num_samples, 1)
+    seed = as_seed(seed)
     program = as_program(model, args, seed)
     posteriors: dict[str, Posterior] = {}
     errors: dict[str, Exception] = {}

@@ -11,28 +11,13 @@ from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
+from langppl.inference.settings import METHODS, OPTIONS, as_seed, check_count, check_values
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
 GUIDES = ("prior", "prompted", "gflownet")
-METHODS = ("importance", "smc", "mh", "exact")
-OPTIONS = {
-    "importance": (),
-    "smc": (
-        "twist",
-        "twist_power",
-        "resampling",
-        "ess_threshold",
-        "every",
-        "rejuvenation",
-        "tail_share",
-    ),
-    "mh": ("chains", "warmup", "thin", "tail_share"),
-    "exact": ("limit",),
-}
-"""The arguments of `infer` that belong to some methods alone."""
 EXACT_LIMIT = 100_000
 CHAINS = 8
 
@@ -104,31 +89,31 @@ def infer(
 
     Raises:
         ValueError: for an unknown guide or method, an argument of another method, fewer than one
-            sample, or a model without sites; for `method="mh"`, if no possible execution is found
-            to begin at.
+            sample, an option out of range, or a model without sites; for `method="mh"`, if no
+            possible execution is found to begin at.
+        TypeError: for a guide or a twist that is none, or a seed that is no integer.
 
     Example:
         >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
     """
     check_names(method, guide)
     check_count("num_samples", num_samples, 1)
-    _check_belong(
-        method,
-        {
-            "guide": guide,
-            "limit": limit,
-            "twist": twist,
-            "twist_power": twist_power,
-            "resampling": resampling,
-            "ess_threshold": ess_threshold,
-            "every": every,
-            "rejuvenation": rejuvenation,
-            "chains": chains,
-            "warmup": warmup,
-            "thin": thin,
-            "tail_share": tail_share,
-        },
-    )
+    seed = as_seed(seed)
+    options = {
+        "limit": limit,
+        "twist": twist,
+        "twist_power": twist_power,
+        "resampling": resampling,
+        "ess_threshold": ess_threshold,
+        "every": every,
+        "rejuvenation": rejuvenation,
+        "chains": chains,
+        "warmup": warmup,
+        "thin": thin,
+        "tail_share": tail_share,
+    }
+    _check_belong(method, {"guide": guide, **options})
+    check_values(**options)
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
@@ -194,12 +179,6 @@ def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed:
     if args:
         raise TypeError("a compiled Program has its arguments already; give none")
     return model
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless a number is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def given_guide(guide: str | Guide) -> Guide:

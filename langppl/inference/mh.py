@@ -7,7 +7,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from langppl.diagnostics import Array, InferenceWarning
 from langppl.distributions import LMChoice, LMString
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
-from langppl.inference.kernels import check_tail_share, move
+from langppl.inference.kernels import move
+from langppl.inference.settings import check_values
 from langppl.inference.sites import site_log_probs
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -63,7 +63,7 @@ def mh(
         NotImplementedError: if the guide has no `scorer`.
     """
     started = time.monotonic()
-    _check(chains, warmup, thin, tail_share)
+    check_values(chains=chains, warmup=warmup, thin=thin, tail_share=tail_share)
     guide.check(program)
     guide.scorer(program, (seed, "mh"))
     draws = math.ceil(num_samples / chains)
@@ -108,15 +108,6 @@ def mh(
         notes=chain_notes(record),
         chains=record,
     )
-
-
-def _check(chains: Any, warmup: Any, thin: Any, tail_share: Any) -> None:
-    for name, value, least in (("chains", chains, 1), ("warmup", warmup, 0), ("thin", thin, 1)):
-        if name == "warmup" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    check_tail_share(tail_share)
 
 
 def _start(program: Program, guide: Guide, chains: int, seed: int) -> list[Execution]:

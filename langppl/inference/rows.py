@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langppl.guides import Guide
-from langppl.inference.methods import METHODS, OPTIONS, check_names, infer
+from langppl.inference.methods import check_names, infer
+from langppl.inference.settings import METHODS, OPTIONS, as_seed, check_count, check_values
 
 GuideOrName = str | Guide
 RowLike = tuple[Any, ...] | Mapping[str, Any]
@@ -71,7 +72,7 @@ def rows_of(
 
 def _product(guides: Sequence[GuideOrName], methods: Sequence[str] | None) -> list[Row]:
     for word, given in (("guides", guides), ("methods", methods)):
-        if isinstance(given, str):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
             raise TypeError(f"{word} must be a list, got {given!r}: write [{given!r}]")
     if methods is not None and not methods:
         raise ValueError("give at least one method to compare")
@@ -123,6 +124,12 @@ def _check_options(method: str, options: Mapping[str, Any], where: str) -> None:
         of_infer = name in inspect.signature(infer).parameters
         what = f"is no option of method {method!r}" if of_infer else "is no option of infer"
         raise ValueError(f"{name!r} in {where} {what}; options are: {', '.join(known)}")
+    values = dict(options)
+    if "num_samples" in values:
+        check_count("num_samples", values.pop("num_samples"), 1)
+    if "seed" in values:
+        as_seed(values.pop("seed"))
+    check_values(**values)
 
 
 def _title(method: str, guide: GuideOrName | None, options: Mapping[str, Any]) -> str:

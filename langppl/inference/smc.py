@@ -22,10 +22,10 @@ import numpy as np
 from langppl import diagnostics
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
-from langppl.inference.kernels import check_tail_share
 from langppl.inference.particles import Crowd
 from langppl.inference.rejuvenation import rejuvenate
-from langppl.inference.resampling import SCHEMES, resample, resample_conditionally
+from langppl.inference.resampling import resample, resample_conditionally
+from langppl.inference.settings import check_values
 from langppl.inference.sites import site_log_probs
 from langppl.inference.twists import UserTwist, make_twist
 from langppl.lm.decoding import generator
@@ -139,15 +139,15 @@ def run_crowd(
 ) -> Course:
     """Leads particles through their program; see `smc`."""
     program, seed = crowd.program, crowd.seed
-    if resampling not in SCHEMES:
-        raise ValueError(f"unknown resampling {resampling!r}; schemes are: {', '.join(SCHEMES)}")
-    if not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(f"ess_threshold must be between 0 and 1, got {ess_threshold!r}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}")
-    if isinstance(rejuvenation, bool) or not isinstance(rejuvenation, int) or rejuvenation < 0:
-        raise ValueError(f"rejuvenation must be an integer of at least 0, got {rejuvenation!r}")
-    check_tail_share(tail_share)
+    check_values(
+        twist=twist,
+        twist_power=twist_power,
+        resampling=resampling,
+        ess_threshold=ess_threshold,
+        every=every,
+        rejuvenation=rejuvenation,
+        tail_share=tail_share,
+    )
     if rejuvenation and crowd.held is not None:
         raise ValueError(
             "rejuvenation moves particles away from the latents that one of them must keep to; "

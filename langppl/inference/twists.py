@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,24 @@ class Twist(ABC):
         weigh_at_rest(crowd)
 
 
+def check_twist(twist: Any, power: Any = None) -> None:
+    """Checks what can be checked of a twist without a program.
+
+    Raises:
+        ValueError: for an unknown name, or a power out of range or of another twist.
+        TypeError: for anything else.
+    """
+    if power is not None:
+        if twist != "lookahead":
+            raise ValueError(f'twist_power is of twist="lookahead", and the twist is {twist!r}')
+        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1:
+            raise ValueError(f"twist_power must be a number between 0 and 1, got {power!r}")
+    if isinstance(twist, str) and twist not in TWISTS:
+        raise ValueError(f"unknown twist {twist!r}; twists are: {', '.join(TWISTS)}, or a function")
+    if not (twist is None or isinstance(twist, str) or callable(twist)):
+        raise TypeError(f"a twist is a name or a function of site and text, got {twist!r}")
+
+
 def make_twist(
     twist: str | UserTwist | None, program: Program, guide: Guide, power: float | None = None
 ) -> Twist:
@@ -63,15 +82,10 @@ def make_twist(
         power: of `"lookahead"`; None for `POWER`.
 
     Raises:
-        ValueError: for an unknown name, `"flow"` where it is not known, or a power out of range or
-            of another twist.
-        TypeError: for anything else.
+        ValueError: if `"flow"` is not known of the guide, or as `check_twist`.
+        TypeError: as `check_twist`.
     """
-    if power is not None:
-        if twist != "lookahead":
-            raise ValueError(f'twist_power is of twist="lookahead", and the twist is {twist!r}')
-        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1:
-            raise ValueError(f"twist_power must be a number between 0 and 1, got {power!r}")
+    check_twist(twist, power)
     if twist is None:
         return Plain()
     if twist == "lookahead":
@@ -88,10 +102,7 @@ def make_twist(
                 f'{guide.name!r} has not. Use twist="lookahead"'
             )
         return SiteFlow()
-    if isinstance(twist, str):
-        raise ValueError(f"unknown twist {twist!r}; twists are: {', '.join(TWISTS)}, or a function")
-    if not callable(twist):
-        raise TypeError(f"a twist is a name or a function of site and text, got {twist!r}")
+    assert callable(twist)
     return User(twist)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from langppl.inference.methods import METHODS
+from langppl.inference.settings import METHODS
 
 WEIGHTS = ("importance", "guide")
 

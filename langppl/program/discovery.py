@@ -61,8 +61,8 @@ class Structure:
     is_static: bool
 
 
-class _ToolNeeded(Exception):
-    """A run with made-up values met a tool call."""
+class _ToolNeeded(BaseException):
+    """A run with made-up values met a tool call; a model's own `except Exception` lets it pass."""
 
 
 def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Structure:
@@ -380,8 +380,6 @@ class _Search:
             choose = given(held, default)
             try:
                 return run_once(self.model, self.args, choose, know=know, observe=self.observe)
-            except _ToolNeeded:
-                raise
             except Exception:
                 return None
 

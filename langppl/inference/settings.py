@@ -1,0 +1,92 @@
+"""What inference is asked for: names, options and their values, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from langppl.inference.kernels import check_tail_share
+from langppl.inference.resampling import SCHEMES
+from langppl.inference.twists import check_twist
+
+METHODS = ("importance", "smc", "mh", "exact")
+OPTIONS = {
+    "importance": (),
+    "smc": (
+        "twist",
+        "twist_power",
+        "resampling",
+        "ess_threshold",
+        "every",
+        "rejuvenation",
+        "tail_share",
+    ),
+    "mh": ("chains", "warmup", "thin", "tail_share"),
+    "exact": ("limit",),
+}
+"""The arguments of `infer` that belong to some methods alone."""
+
+_LEAST = {"every": 1, "rejuvenation": 0, "chains": 1, "warmup": 0, "thin": 1}
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless a number is an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def as_seed(seed: Any) -> int:
+    """A seed of any integer type; equal ones must give equal random numbers.
+
+    Raises:
+        TypeError: if it is no integer.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {seed!r}") from None
+
+
+def check_values(**options: Any) -> None:
+    """Checks options of any method, by the names that `infer` has for them.
+
+    Raises:
+        ValueError: for one out of range.
+        TypeError: for a twist that is neither a name nor a function.
+    """
+    for name, value in options.items():
+        if name in _LEAST and not (name == "warmup" and value is None):
+            check_count(name, value, _LEAST[name])
+    scheme = options.get("resampling", SCHEMES[0])
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown resampling {scheme!r}; schemes are: {', '.join(SCHEMES)}")
+    threshold = options.get("ess_threshold", 0.0)
+    if not (_is_number(threshold) and 0.0 <= threshold <= 1.0):
+        raise ValueError(f"ess_threshold must be between 0 and 1, got {threshold!r}")
+    check_tail_share(options.get("tail_share", 0.0))
+    check_twist(options.get("twist"), options.get("twist_power"))
+    limit = options.get("limit", 1)
+    if not (_is_number(limit) and limit >= 1):
+        raise ValueError(f"limit must be a number of at least 1, got {limit!r}")
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Checks what is passed on to a method.
+
+    Raises:
+        ValueError: for a value out of range.
+        TypeError: for an option that the method does not have, or as `check_values`.
+    """
+    known = OPTIONS.get(method, ())
+    for name in options:
+        if name not in known:
+            has = f"options are: {', '.join(known)}" if known else "it has none"
+            raise TypeError(f"method {method!r} has no option {name!r}; {has}")
+    check_values(**options)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and not math.isnan(value)
