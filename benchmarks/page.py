@@ -143,11 +143,11 @@ and no bracket with 16 particles is narrow.""",
     "truth": """## Is SMC unbiased?
 
 Mean and standard deviation of estimated over exact evidence in tiny programs, over 400 runs, for
-every twist and resampling scheme (a cell; the JSON has each); lookahead at its word
-(`twist_power=1`; the test suite holds the default power to a part of the grid). A cell is unbiased
-if its mean is 1 within its error at 1 % over all cells and its standard deviation is at most 1. The
-same seeds serve all cells, so these vary together, and the means of skewed weights are more often
-too low than too high: the furthest cell came to 0.989 ± 0.016 on 1,200 other seeds.""",
+every twist and resampling scheme (a cell; the JSON has each); lookahead at its default power and at
+its word (`twist_power=1`). A cell is unbiased if its mean is 1 within its error at 1 % over all
+cells and its standard deviation is at most 1. The same seeds serve all cells, so these vary
+together, and the means of skewed weights are more often too low than too high: the furthest cell
+came to 0.989 ± 0.016 on 1,200 other seeds.""",
     "calibration": """## Calibration
 
 Ranks of simulated latents among posterior draws on a tiny LM, by `lp.calibrate`; p is the smallest
