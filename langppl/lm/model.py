@@ -68,8 +68,8 @@ class LM:
         lean: the layers of a model of Llama's form on the CPU, taken apart (`langppl.lm.lean`).
 
     Raises:
-        ValueError: if the name is not known, the folder holds no safetensors, or the tokenizer is
-            not a fast one.
+        ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
+            not a fast one, or the model has an encoder or keeps no keys and values.
 
     Example:
         >>> lm = LM("smollm2-135m-instruct")  # doctest: +SKIP
@@ -114,6 +114,7 @@ class LM:
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
+        _check_kind(model, name)
         self.model = model.eval().requires_grad_(False)
         products.freeze(self.model)
         self.tokenizer = tokenizer
@@ -444,6 +445,22 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
+
+
+def _check_kind(model: Any, name: str) -> None:
+    """Raises ValueError unless a model reads a text and what follows it token by token."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name!r} ({type(model).__name__}) has an encoder; langppl takes causal LMs alone"
+        )
+    with torch.no_grad():
+        read = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    if getattr(read, "past_key_values", None) is None:
+        raise ValueError(
+            f"{name!r} ({type(model).__name__}) keeps no keys and values of what it has read, as "
+            "recurrent models do not; langppl draws and scores with them, so take an LM with "
+            "attention"
+        )
 
 
 def _times_wider(device: torch.device) -> int:

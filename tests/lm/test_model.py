@@ -286,3 +286,20 @@ def test_rules_that_come_and_go_are_forgotten() -> None:
         lp.LMString(lm, "a", max_tokens=4 + i // 2, min_tokens=i % 2).log_prob("a.")
     assert len(lm._rules) <= 256
     assert first.log_prob("ab") == expected
+
+
+def test_models_that_are_no_causal_lms_with_attention() -> None:
+    from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    known = tiny_lm("ab.", seed=1)
+    size = known.vocabulary.size
+    recurrent = MambaForCausalLM(
+        MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(ValueError, match=r"'m' .MambaForCausalLM. keeps no keys and values"):
+        LM.from_parts(recurrent, known.tokenizer, "m")
+    encoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=size, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    )
+    with pytest.raises(ValueError, match=r"'t' .T5ForConditionalGeneration. has an encoder"):
+        LM.from_parts(encoder, known.tokenizer, "t")
