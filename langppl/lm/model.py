@@ -69,7 +69,7 @@ class LM:
 
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
-            not a fast one, or the model has an encoder or keeps no keys and values.
+            not a fast one, or the model has an encoder or recurrent layers.
 
     Example:
         >>> lm = LM("smollm2-135m-instruct")  # doctest: +SKIP
@@ -455,11 +455,16 @@ def _check_kind(model: Any, name: str) -> None:
         )
     with torch.no_grad():
         read = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    if getattr(read, "past_key_values", None) is None:
+    layers = getattr(getattr(read, "past_key_values", None), "layers", [])
+    # Some layers keep both keys and a state.
+    if not layers or any(
+        getattr(layer, "keys", None) is None or hasattr(layer, "recurrent_states")
+        for layer in layers
+    ):
         raise ValueError(
-            f"{name!r} ({type(model).__name__}) keeps no keys and values of what it has read, as "
-            "recurrent models do not; langppl draws and scores with them, so take an LM with "
-            "attention"
+            f"{name!r} ({type(model).__name__}) has layers that keep more, or else, of what "
+            "they have read than keys and values, as recurrent ones; langppl draws and scores with "
+            "keys and values alone, so take an LM with attention in every layer"
         )
 
 

@@ -289,15 +289,39 @@ def test_rules_that_come_and_go_are_forgotten() -> None:
 
 
 def test_models_that_are_no_causal_lms_with_attention() -> None:
-    from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        Lfm2Config,
+        Lfm2ForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     known = tiny_lm("ab.", seed=1)
     size = known.vocabulary.size
     recurrent = MambaForCausalLM(
         MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(ValueError, match=r"'m' .MambaForCausalLM. keeps no keys and values"):
+    with pytest.raises(
+        ValueError, match=r"'m' .MambaForCausalLM. has layers that keep more, or else"
+    ):
         LM.from_parts(recurrent, known.tokenizer, "m")
+    mixed = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+        )
+    )
+    with pytest.raises(
+        ValueError, match=r"'l' .Lfm2ForCausalLM. has layers that keep more, or else"
+    ):
+        LM.from_parts(mixed, known.tokenizer, "l")
     encoder = T5ForConditionalGeneration(
         T5Config(vocab_size=size, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     )
