@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,7 @@ from langppl.lm import LM
 
 @pytest.fixture(scope="module")
 def lm(smollm2_path: Path) -> LM:
-    import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not load time)
-
-    start = time.perf_counter()
-    found = LM("smollm2-135m-instruct")
-    seconds = time.perf_counter() - start
-    print(f"loaded in {seconds:.2f} s")
-    assert seconds < 10  # 3 s on a quiet machine
-    return found
+    return LM("smollm2-135m-instruct")
 
 
 def test_special_tokens_are_masked(lm: LM) -> None:
