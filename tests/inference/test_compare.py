@@ -159,20 +159,20 @@ def test_a_row_that_fails_leaves_the_others() -> None:
             ("exact", None, {"limit": 2}),
             ("importance", "prior"),
             ("importance", Broken()),
-            ("mh", "prior", {"chains": 0}),
+            ("mh", Broken()),
         ],
         num_samples=16,
         progress=False,
     )
     assert list(found.posteriors) == ["importance prior"]
-    assert list(found.errors) == ["exact limit=2", "importance broken", "mh prior chains=0"]
+    assert list(found.errors) == ["exact limit=2", "importance broken", "mh broken"]
     assert all(e.__traceback__ is None for e in found.errors.values())
     rows = found.rows()
     assert [r["name"] for r in rows] == [
         "exact limit=2",
         "importance prior",
         "importance broken",
-        "mh prior chains=0",
+        "mh broken",
     ]
     assert rows[2]["failure"] == "RuntimeError: the guide is broken"
     assert rows[2]["method"] == "importance" and rows[2]["guide"] == "broken"
@@ -180,7 +180,7 @@ def test_a_row_that_fails_leaves_the_others() -> None:
     text = " ".join(str(found).split())
     assert "importance broken failed: RuntimeError: the guide is broken" in text
     assert "the limit of exact inference is 2 executions" in text
-    assert "chains must be an integer of at least 1, got 0" in text
+    assert "mh broken failed: RuntimeError: the guide is broken" in text
     alone = compare(story, "ba", rows=[("importance", Broken())], progress=False)
     assert not alone.posteriors and "Every row failed." in str(alone)
 
