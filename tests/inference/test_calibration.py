@@ -310,7 +310,7 @@ def test_bad_input() -> None:
         calibrate(PROGRAM, simulations=1)
     with pytest.raises(TypeError, match="method 'raw' has no settings, got chains"):
         calibrate(PROGRAM, method="raw", chains=3, **quick)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+    with pytest.raises(TypeError, match="method 'smc' has no option 'colour'; options are"):
         calibrate(PROGRAM, method="smc", colour=3, **quick)
     with pytest.raises(ValueError, match="draws must be an integer of at least 1, got 0"):
         calibrate(PROGRAM, draws=0, **quick)
