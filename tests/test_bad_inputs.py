@@ -649,6 +649,11 @@ def test_a_seed_that_is_no_integer(ask: Callable[..., Any], seed: Any) -> None:
         ask(never_run, seed=seed)
 
 
+def test_numbers_of_numpys_are_numbers() -> None:
+    lp.infer(story, method="exact", limit=np.int64(1000))
+    lp.infer(story, method="smc", num_samples=4, ess_threshold=np.float32(0.5))
+
+
 def test_seeds_of_any_integer_type_are_the_same() -> None:
     first, second = (lp.infer(story, num_samples=4, seed=s) for s in (3, np.int64(3)))
     assert first.samples == second.samples

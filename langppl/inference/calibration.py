@@ -254,8 +254,6 @@ def calibrate(
     methods = tuple(dict.fromkeys(("importance", "raw", *METHODS)))
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
-    if options and method in ("importance", "raw"):
-        raise TypeError(f"method {method!r} has no settings, got {', '.join(options)}")
     check_options(method, options)
     seed = as_seed(seed)
     program = as_program(model, args, seed)

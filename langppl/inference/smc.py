@@ -140,8 +140,6 @@ def run_crowd(
     """Leads particles through their program; see `smc`."""
     program, seed = crowd.program, crowd.seed
     check_values(
-        twist=twist,
-        twist_power=twist_power,
         resampling=resampling,
         ess_threshold=ess_threshold,
         every=every,

@@ -308,7 +308,7 @@ def test_bad_input() -> None:
         calibrate(PROGRAM, guide="gflownet", **quick)
     with pytest.raises(ValueError, match="simulations must be an integer of at least 2, got 1"):
         calibrate(PROGRAM, simulations=1)
-    with pytest.raises(TypeError, match="method 'raw' has no settings, got chains"):
+    with pytest.raises(TypeError, match="method 'raw' has no option 'chains'; it has none"):
         calibrate(PROGRAM, method="raw", chains=3, **quick)
     with pytest.raises(TypeError, match="method 'smc' has no option 'colour'; options are"):
         calibrate(PROGRAM, method="smc", colour=3, **quick)
