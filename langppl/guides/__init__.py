@@ -5,6 +5,7 @@ from langppl.guides.context import ContextInfo, default_context, observations_fi
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.history import History
 from langppl.guides.masked import MaskedGuide
+from langppl.guides.mixture import MixtureGuide
 from langppl.guides.prompted import PromptedGuide
 from langppl.guides.schedules import RewardSchedule
 
@@ -14,6 +15,7 @@ __all__ = [
     "Guide",
     "History",
     "MaskedGuide",
+    "MixtureGuide",
     "PriorGuide",
     "PromptedGuide",
     "RewardSchedule",

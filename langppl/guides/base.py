@@ -34,9 +34,12 @@ class Guide(ABC):
     Attributes:
         name: shown in tables.
         flows: the latents before which `log_flow` is known, by name, with "#" for numbers.
+        is_sequential: whether a string's log q is that of the law that draws its tokens, so that
+            `method="smc"` can follow it.
     """
 
     name: str = "guide"
+    is_sequential: bool = True
     flows: Collection[str] = ()
 
     @abstractmethod

@@ -97,7 +97,7 @@ class Policy:
         own = self.proposer
         if not own.covers(fn):
             site = self._site_elsewhere(name, fn)
-            return density(fn if site is None else site["fn"], value)
+            return raw_log_prob(fn if site is None else site["fn"], value)
         prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, own.adapter)

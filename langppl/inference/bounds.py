@@ -159,7 +159,7 @@ class EvidenceBounds:
         if self.missed:
             lines.append(
                 f"the guide cannot draw {self.missed:.1%} of the exact samples, so KL(p‖q) is "
-                "infinite; give a GFlowNetGuide a defensive share"
+                "infinite; mix it with the prior (MixtureGuide)"
             )
         return lines
 

@@ -151,6 +151,12 @@ def run_crowd(
             "rejuvenation moves particles away from the latents that one of them must keep to; "
             "leave it out"
         )
+    if not crowd.guide.is_sequential:
+        raise ValueError(
+            f"the guide {crowd.guide.name!r} ({type(crowd.guide).__name__}) draws a string from "
+            'one of several laws; method="smc" follows one, token by token: give it one of the '
+            'guides alone, or use method="importance" or "mh"'
+        )
     crowd.guide.check(program)
     twisted = make_twist(twist, program, crowd.guide, twist_power)
     course = Course()

@@ -13,7 +13,16 @@ import pytest
 from scipy.stats import chi2
 
 import langppl.inference.mh as driver
-from langppl import GFlowNetGuide, LMChoice, LMString, compare, compile, infer, sample
+from langppl import (
+    GFlowNetGuide,
+    LMChoice,
+    LMString,
+    MixtureGuide,
+    compare,
+    compile,
+    infer,
+    sample,
+)
 from langppl.chains import Chains, agreement, chain_notes
 from langppl.diagnostics import InferenceWarning
 from langppl.guides import Guide, PriorGuide
@@ -119,12 +128,29 @@ def trained(program: Program) -> Guide:
     return guide.fit(program, steps=6, batch=8, learning_rate=3e-3, progress=False)
 
 
-@pytest.mark.parametrize("guide", ["prompted", "gflownet"])
+def mixture(program: Program) -> Guide:
+    return MixtureGuide([trained(program), "prior"], [0.7, 0.3])
+
+
+@pytest.mark.parametrize("guide", ["prompted", "gflownet", "mixture"])
 def test_guides_as_proposals_leave_the_posterior_as_it_is(guide: str) -> None:
     program = compile(branch)
-    made = trained(program) if guide == "gflownet" else guide
+    made = {"gflownet": trained, "mixture": mixture}.get(guide, lambda _: guide)(program)
     found = run(program, guide=made)
     assert found.guide == guide
+    assert chi_square(program, found) > 0.01
+
+
+def test_latents_of_another_lm_stay_with_the_prior() -> None:
+    other = tiny_lm("ab.", seed=2)
+
+    def two() -> None:
+        first = sample("first", LMString(LM, "ab", max_tokens=2))
+        second = sample("second", LMString(other, "a", stop=".", max_tokens=2))
+        sample("seen", LMString(LM, f"{first}{second}", temperature=3.0), obs="b")
+
+    program = compile(two)
+    found = run(program, guide=trained(program))
     assert chi_square(program, found) > 0.01
 
 
