@@ -642,11 +642,29 @@ def test_an_option_that_no_method_has(check: Callable[..., Any]) -> None:
         check(never_run, method="smc", twits="lookahead")
 
 
-@pytest.mark.parametrize("ask", [lp.infer, lp.compare, lp.calibrate, lp.evidence_bounds])
+@pytest.mark.parametrize(
+    "ask", [lp.infer, lp.compare, lp.calibrate, lp.evidence_bounds, lp.compile]
+)
 @pytest.mark.parametrize("seed", [1.0, "1", None])
 def test_a_seed_that_is_no_integer(ask: Callable[..., Any], seed: Any) -> None:
     with pytest.raises(TypeError, match=rf"seed must be an integer, got {seed!r}"):
         ask(never_run, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda seed: lp.GFlowNetGuide(LM, seed=seed),
+        lambda seed: lp.GFlowNetGuide(LM).sample(story, seed=seed),
+        lambda seed: lp.compile(story).simulate(1, seed=seed),
+        lambda seed: LM.trainable("seedless", seed=seed),
+        lambda seed: lp.em(story, [()], guide="prior", seed=seed),
+    ],
+    ids=["guide", "sample", "simulate", "trainable", "em"],
+)
+def test_no_seed_is_cut_to_an_integer(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):
+        ask(1.5)
 
 
 def test_numbers_of_numpys_are_numbers() -> None:

@@ -13,11 +13,11 @@ from langppl.distributions import sites
 from langppl.distributions.base import Key, Pending, StringDistribution
 from langppl.distributions.lmstring import LMString
 from langppl.distributions.text import Text
-from langppl.lm.decoding import generator
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt
 from langppl.lm.requests import Reply, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import Path, Violation
+from langppl.lm.seeds import generator
 from langppl.lm.trainable import TrainableLM
 
 

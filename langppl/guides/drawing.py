@@ -14,7 +14,7 @@ from langppl.guides.observations import GivenLatents, Observation, Turn
 from langppl.guides.policy import Policy, Proposer
 from langppl.guides.settings import BALANCE, Settings
 from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.scheduler import run

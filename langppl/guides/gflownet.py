@@ -36,6 +36,7 @@ from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, perform
+from langppl.lm.seeds import as_seed
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
@@ -117,6 +118,7 @@ class GFlowNetGuide(Guide):
         from peft import LoraConfig
 
         check_objective(objective)
+        seed = as_seed(seed)
         if isinstance(lm, TrainableLM):
             raise TypeError(
                 f"a guide has an adapter of its own: make it for the LM, not for its view {lm!r}; "
@@ -455,6 +457,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"n must be at least 1, got {n}")
         program = model if isinstance(model, Program) else compile(model, *args)
         self.check(program)
+        seed = as_seed(seed)
         choosers = [Policy(self.proposer, program, (seed, "guide", i)) for i in range(n)]
         return [e.latents for e in program.run(choosers)]
 

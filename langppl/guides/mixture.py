@@ -12,7 +12,7 @@ import numpy as np
 from langppl.guides.base import Guide, Key, PriorGuide, Scorer
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.prompted import PromptedGuide
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution
 

@@ -14,9 +14,9 @@ from langppl.distributions import StringDistribution
 from langppl.guides.base import Key, density, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
-from langppl.lm.decoding import generator
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, perform
+from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.execution import Choice, Execution, draw_prior, mixed, seed_torch
 from langppl.program.execution import given as given_values

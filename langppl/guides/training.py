@@ -32,7 +32,7 @@ from langppl.guides.settings import Settings, learning_rate
 from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.progress import bar
 

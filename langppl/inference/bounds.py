@@ -40,7 +40,7 @@ from langppl.guides.base import log_q_together
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import as_program, given_guide
-from langppl.inference.settings import as_seed, check_count, check_options
+from langppl.inference.settings import check_count, check_options
 from langppl.inference.simulated import (
     Pair,
     check_same_observed,
@@ -49,7 +49,7 @@ from langppl.inference.simulated import (
     simulate_pairs,
 )
 from langppl.lm import LM, adapters
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import as_seed, generator
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar

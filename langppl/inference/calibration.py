@@ -34,14 +34,14 @@ from langppl import diagnostics
 from langppl.guides import Guide
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import CHAINS, as_program, given_guide, infer
-from langppl.inference.settings import METHODS, as_seed, check_count, check_options
+from langppl.inference.settings import METHODS, check_count, check_options
 from langppl.inference.simulated import (
     check_same_observed,
     draw_together,
     score_truths,
     simulate_pairs,
 )
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import as_seed, generator
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution

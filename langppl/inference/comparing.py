@@ -12,8 +12,9 @@ from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
 from langppl.inference.methods import as_program, infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
-from langppl.inference.settings import as_seed, check_count
+from langppl.inference.settings import check_count
 from langppl.lm import LM
+from langppl.lm.seeds import as_seed
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.program import Program

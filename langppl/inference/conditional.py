@@ -30,7 +30,7 @@ from langppl import diagnostics
 from langppl.guides.base import Guide
 from langppl.inference.particles import Crowd, Held, MissedError
 from langppl.inference.smc import run_crowd
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.program import Program
 
 

@@ -34,9 +34,9 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.guides.base import Guide, Key
-from langppl.lm.decoding import generator
 from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.rules import Path
+from langppl.lm.seeds import generator
 from langppl.program import Program, run_together
 from langppl.program.execution import Choice, Execution, Pause, Site, draw_prior, given, score
 

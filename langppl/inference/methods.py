@@ -11,9 +11,10 @@ from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
-from langppl.inference.settings import METHODS, OPTIONS, as_seed, check_count, check_values
+from langppl.inference.settings import METHODS, OPTIONS, check_count, check_values
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
+from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 

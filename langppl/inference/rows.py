@@ -9,7 +9,8 @@ from typing import Any
 
 from langppl.guides import Guide
 from langppl.inference.methods import check_names, infer
-from langppl.inference.settings import METHODS, OPTIONS, as_seed, check_count, check_values
+from langppl.inference.settings import METHODS, OPTIONS, check_count, check_values
+from langppl.lm.seeds import as_seed
 
 GuideOrName = str | Guide
 RowLike = tuple[Any, ...] | Mapping[str, Any]

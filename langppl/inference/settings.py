@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -36,18 +35,6 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless a number is an integer of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def as_seed(seed: Any) -> int:
-    """A seed of any integer type; equal ones must give equal random numbers.
-
-    Raises:
-        TypeError: if it is no integer.
-    """
-    try:
-        return operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {seed!r}") from None
 
 
 def check_values(**options: Any) -> None:

@@ -28,8 +28,8 @@ from langppl.inference.resampling import resample, resample_conditionally
 from langppl.inference.settings import check_values
 from langppl.inference.sites import site_log_probs
 from langppl.inference.twists import UserTwist, make_twist
-from langppl.lm.decoding import generator
 from langppl.lm.kept import keeping
+from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.progress import bar

@@ -13,7 +13,7 @@ import numpy as np
 from langppl.guides.base import Guide, PriorGuide
 from langppl.inference.importance import BATCH, as_posterior
 from langppl.inference.methods import infer
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import score

@@ -16,7 +16,7 @@ import torch
 
 from langppl.learning.likelihood import Factor, Views, ascend, expected
 from langppl.learning.settings import Settings
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 
 HALVINGS = 5
 """How often a round that lowered the expectation is halved before it is taken back."""

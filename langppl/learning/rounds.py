@@ -40,6 +40,7 @@ from langppl.learning.likelihood import Factor, factors, views_of
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM, TrainableLM
+from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.progress import bar
@@ -200,6 +201,7 @@ def em(
         weight_decay=weight_decay,
         clip=clip,
     )
+    seed = as_seed(seed)
     held_out = _held_out(pairs, validation)
     made = _guide(guide, programs, settings, seed)
     options = _fit_options(fit, made, pairs)

@@ -10,7 +10,6 @@ the model).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from langppl.lm.kept import Tree
 from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
 from langppl.lm.rules import State, Step
+from langppl.lm.seeds import generator
 from langppl.lm.trie import Row, lay_out, shared
 
 if TYPE_CHECKING:
@@ -37,12 +37,6 @@ BLOCK = 8
 
 PLANNED_LENGTH = 64
 """Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
-
-
-def generator(key: tuple[int | str, ...]) -> np.random.Generator:
-    """Random numbers that depend on a key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters
+from langppl.lm.seeds import as_seed
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -64,7 +65,7 @@ class TrainableLM:
         self.lm = lm
         self.label = label
         self.adapter = f"trainable-{label}"
-        self.options = {"rank": rank, "alpha": alpha, "seed": seed}
+        self.options = {"rank": rank, "alpha": alpha, "seed": as_seed(seed)}
         self._add()
 
     def _add(self) -> None:

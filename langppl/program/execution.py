@@ -17,8 +17,8 @@ from langppl.distributions import StringDistribution
 from langppl.distributions.base import Key, Pending
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
-from langppl.lm.decoding import generator
 from langppl.lm.requests import Reply, Request, perform
+from langppl.lm.seeds import generator
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     Known,

@@ -13,6 +13,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
+from langppl.lm.seeds import as_seed
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
@@ -273,7 +274,8 @@ class Program:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         return run_many(
-            [partial(self._simulate_one, i, seed, lengths or {}) for i in range(n)], self.memo
+            [partial(self._simulate_one, i, as_seed(seed), lengths or {}) for i in range(n)],
+            self.memo,
         )
 
     def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:
@@ -454,4 +456,4 @@ def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None
         >>> program = compile(solve, *first)  # doctest: +SKIP
         >>> rest = [compile(solve, *o, like=program) for o in others]  # doctest: +SKIP
     """
-    return Program(model, args, seed, like)
+    return Program(model, args, as_seed(seed), like)

@@ -34,7 +34,7 @@ from langppl.inference import smc as engine
 from langppl.inference.particles import Crowd, Particle
 from langppl.inference.resampling import SCHEMES, resample
 from langppl.inference.twists import Lookahead
-from langppl.lm.decoding import generator
+from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program.execution import Execution
 
