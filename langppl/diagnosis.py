@@ -20,6 +20,7 @@ import rich.table
 import rich.text
 
 from langppl import diagnostics
+from langppl.chains import Chains, chain_notes
 from langppl.program.statements import hashable
 from langppl.tables import as_text
 
@@ -95,6 +96,8 @@ class Diagnosis:
         reliable: whether Pareto k allows to trust the error of the evidence.
         agreements: with each other posterior that was given.
         problems: what is wrong, and what to do; empty if nothing is.
+        chains: the Markov chains behind the samples, whose own figures then stand in the place of
+            Pareto k; None if the samples are independent.
     """
 
     method: str
@@ -111,6 +114,7 @@ class Diagnosis:
     reliable: bool
     agreements: tuple[Agreement, ...]
     problems: tuple[str, ...]
+    chains: Chains | None = None
 
     @property
     def ok(self) -> bool:
@@ -130,12 +134,17 @@ class Diagnosis:
         return rich.console.Group(table, "", *(rich.text.Text(line) for line in verdict))
 
     def _rows(self) -> list[tuple[str, str]]:
-        ess = "all points are listed" if math.isinf(self.ess) else f"{self.ess:.1f}"
-        k = "unknown" if math.isnan(self.pareto_k) else f"{self.pareto_k:.2f}"
-        rows = [
-            ("method, guide", f"{self.method}, {self.guide}, {self.num_samples} samples"),
-            ("ESS", ess),
-            ("Pareto k", f"{k} (up to {self.pareto_k_threshold:.2f} is well)"),
+        rows = [("method, guide", f"{self.method}, {self.guide}, {self.num_samples} samples")]
+        if self.chains is None:
+            ess = "all points are listed" if math.isinf(self.ess) else f"{self.ess:.1f}"
+            k = "unknown" if math.isnan(self.pareto_k) else f"{self.pareto_k:.2f}"
+            rows += [
+                ("ESS", ess),
+                ("Pareto k", f"{k} (up to {self.pareto_k_threshold:.2f} is well)"),
+            ]
+        else:
+            rows += [("chains", line) for line in self.chains.lines()]
+        rows += [
             ("distinct samples", f"{self.distinct}, of which {self.heavy} carry {_HEAVY:.0%}"),
             ("log evidence", _evidence(self.log_evidence, self.log_evidence_error, self.reliable)),
             ("impossible draws", f"{self.impossible_share:.1%}"),
@@ -180,6 +189,7 @@ def diagnose(posterior: Posterior, others: Sequence[Posterior] = ()) -> Diagnosi
         reliable=bool(posterior.reliable),
         agreements=agreements,
         problems=(),
+        chains=posterior.chains,
     )
     problems = _problems(found, has_weight, posterior.failed_sites)
     return Diagnosis(**{**found.__dict__, "problems": tuple(problems)})
@@ -194,6 +204,19 @@ def _problems(d: Diagnosis, has_weight: bool, failed: Mapping[str, int]) -> list
             f"No sample explains the observations: all {d.num_samples} have weight zero{where}; "
             f"check that the observed values are possible under their sites' rules, or {_BETTER}."
         ]
+    said = _about_weights(d) if d.chains is None else _about_chains(d.chains)
+    if d.impossible_share > 0.5 and d.method != "exact":
+        where = "" if worst is None else f", most at site {worst!r}"
+        said.append(
+            f"{d.impossible_share:.0%} of the draws are impossible{where}; give strings room to "
+            "finish (max_tokens), or use a guide that reads the observations."
+        )
+    said += [f"Beside {a.other}: {_comparison(a)}." for a in d.agreements if a.agrees is False]
+    return said
+
+
+def _about_weights(d: Diagnosis) -> list[str]:
+    """What is wrong with the weights of independent samples."""
     said = []
     if d.num_samples / 2.0 <= d.ess < _FEW:
         said.append(f"ESS {d.ess:.1f} of {d.num_samples}: draw more (num_samples).")
@@ -213,23 +236,19 @@ def _problems(d: Diagnosis, has_weight: bool, failed: Mapping[str, int]) -> list
             "the weights, so the error of the evidence cannot be trusted; use a guide that draws "
             "what the posterior likes (a GFlowNetGuide, with a defensive share), or draw more."
         )
-    if d.log_evidence is None:
-        said.append(
-            f"Method {d.method} does not estimate the evidence; importance sampling, smc or exact "
-            "do."
-        )
-    elif d.log_evidence_error is not None and d.log_evidence_error > _LARGE_ERROR and d.reliable:
+    if d.log_evidence_error is not None and d.log_evidence_error > _LARGE_ERROR and d.reliable:
         said.append(
             f"The log evidence is known to ± {d.log_evidence_error:.2f} nats only; draw more."
         )
-    if d.impossible_share > 0.5 and d.method != "exact":
-        where = "" if worst is None else f", most at site {worst!r}"
-        said.append(
-            f"{d.impossible_share:.0%} of the draws are impossible{where}; give strings room to "
-            "finish (max_tokens), or use a guide that reads the observations."
-        )
-    said += [f"Beside {a.other}: {_comparison(a)}." for a in d.agreements if a.agrees is False]
     return said
+
+
+def _about_chains(chains: Chains) -> list[str]:
+    """What is wrong with Markov chains."""
+    notes = [f"{note[0].upper()}{note[1:]}." for note in chain_notes(chains)]
+    if chains.worst is None:
+        notes.append("No summary of the samples ever varies, so nothing shows that they move.")
+    return notes
 
 
 def _weights_of_samples(posterior: Posterior) -> diagnostics.Array:

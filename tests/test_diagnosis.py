@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from langppl import LMString, infer, sample
+from langppl.chains import Chains, chain_notes
 from langppl.diagnostics import InferenceWarning
 from langppl.posterior import Posterior
 from langppl.testing import tiny_lm
@@ -90,9 +91,7 @@ def test_a_method_without_evidence() -> None:
     posterior = of_weights([0.0] * 100, log_evidence=math.nan, method="mh")
     found = posterior.diagnose()
     assert found.log_evidence is None and found.log_evidence_error is None
-    assert found.problems == (
-        "Method mh does not estimate the evidence; importance sampling, smc or exact do.",
-    )
+    assert found.ok
     assert "not estimated" in str(found)
     posterior.log_evidence = None  # type: ignore[assignment]
     posterior.log_evidence_error = None  # type: ignore[assignment]
@@ -104,6 +103,27 @@ def test_a_method_without_evidence() -> None:
     unknown = of_weights([0.0] * 100, log_evidence=-3.0).diagnose()
     assert unknown.log_evidence == -3.0 and unknown.log_evidence_error is None
     assert "error is not known" in str(unknown)
+
+
+def test_chains_are_judged_as_chains() -> None:
+    settings = {"method": "mh", "chains": 4, "progress": False}
+    few = infer(story, "ab", num_samples=40, **settings).diagnose()
+    assert few.chains is not None and few.problems == tuple(
+        f"{note[0].upper()}{note[1:]}." for note in chain_notes(few.chains)
+    )
+    assert few.problems and "Pareto" not in str(few) and "4 chains of 10" in str(few)
+    apart = Chains(
+        2, 50, 0, 1, {"site": 100}, {"site": 0.5}, {"log joint": 1.8}, {"log joint": 3.0}
+    )
+    posterior = Posterior(
+        [{"z": "a"}, {"z": "b"}] * 50, [0.0] * 100, method="mh", chains=apart, log_evidence=math.nan
+    )
+    (problem,) = posterior.diagnose().problems
+    assert problem.startswith("The chains do not agree yet (R-hat of log joint")
+    still = Chains(*moves, r_hat={}, ess_of={})
+    unmoved = Posterior([{"z": "a"}] * 100, [0.0] * 100, method="mh", chains=still)
+    (problem,) = unmoved.diagnose().problems
+    assert "ever varies" in problem
 
 
 def test_exact_and_sampled_posteriors_agree() -> None:
