@@ -112,9 +112,8 @@ def test_chains_are_judged_as_chains() -> None:
         f"{note[0].upper()}{note[1:]}." for note in chain_notes(few.chains)
     )
     assert few.problems and "Pareto" not in str(few) and "4 chains of 10" in str(few)
-    apart = Chains(
-        2, 50, 0, 1, {"site": 100}, {"site": 0.5}, {"log joint": 1.8}, {"log joint": 3.0}
-    )
+    moves = (2, 50, 0, 1, {"site": 100}, {"site": 0.5})
+    apart = Chains(*moves, r_hat={"log joint": 1.8}, ess_of={"log joint": 3.0})
     posterior = Posterior(
         [{"z": "a"}, {"z": "b"}] * 50, [0.0] * 100, method="mh", chains=apart, log_evidence=math.nan
     )
