@@ -38,4 +38,9 @@ def failures(
                 site = execution.sites[name]
                 if site.kind == "observed" or len(notes) < MOST_LATENT_NOTES:
                     notes[f"site {name!r}: {str(site.value)!r} is impossible: {reason}"] = None
+        errors = [e.error for e in executions if e.error is not None]
+        if errors:
+            more = f", and errors in {len(errors) - 1} others" if len(errors) > 1 else ""
+            note = f"impossible already, an execution then raised {errors[0]}{more}"
+            return dict(failed), (*tuple(notes)[: MOST_NOTES - 1], note)
     return dict(failed), tuple(notes)[:MOST_NOTES]

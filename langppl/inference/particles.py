@@ -472,7 +472,7 @@ class Crowd:
         if g.is_ended:
             return self.program.run_once(_to_next(known))
         try:
-            return self.program.run_once(_to_next(known), know)
+            return self.program.run_once(_to_next(known), know, forgive=False)
         except Exception:  # whatever a model makes of an unfinished text
             return None
 

@@ -191,9 +191,11 @@ class _Search:
         self.looked_inside = False
         self.literals: list[str] = []
 
-    def _run(self, choose: Any, know: Any = None) -> Execution:
+    def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
-            return run_once(self.model, self.args, choose, know=know, observe=self.observe)
+            return run_once(
+                self.model, self.args, choose, know=know, observe=self.observe, forgive=forgive
+            )
 
         return run_many([task], self.memo)[0]
 
@@ -314,10 +316,15 @@ class _Search:
             except Exception:
                 continue
         self.drawn = True
-        return run_many(
-            [partial(run_once, self.model, self.args, self._drawn(k)) for k in range(_DRAWS)],
+        drawn = run_many(
+            [
+                partial(run_once, self.model, self.args, self._drawn(k), forgive=True)
+                for k in range(_DRAWS)
+            ],
             self.memo,
         )
+        # Those that went through to their end tell more.
+        return sorted(drawn, key=lambda execution: execution.error is not None)
 
     def _made_up(self, value: str) -> Any:
         def report(method: str, args: tuple[Any, ...]) -> None:
@@ -390,7 +397,11 @@ class _Search:
         values = {
             n: s.value for n, s in base.sites.items() if s.kind in ("latent", "deterministic")
         }
-        again = self._run(given(values, self._drawn(0)), lambda n, fn: values.get(n) or fn())
+        again = self._run(
+            given(values, self._drawn(0)),
+            lambda n, fn: values.get(n) or fn(),
+            forgive=base.error is not None,
+        )
         check_same_sites(base, again)
 
 

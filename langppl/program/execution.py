@@ -30,6 +30,8 @@ from langppl.program.statements import (
     plate_error,
 )
 
+_NOTED = 5
+
 Kind = Literal["latent", "observed", "factor", "deterministic"]
 T = TypeVar("T")
 
@@ -89,11 +91,14 @@ class Execution:
         sites: by name, in the order they were met.
         returned: what the model returned.
         pause: where it stopped before its end; None if it did not.
+        error: what the model raised, in words, where the execution was impossible already; the
+            sites are then those that were met before.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
     returned: Any = None
     pause: Pause | None = None
+    error: str | None = None
 
     @property
     def latents(self) -> dict[str, Any]:
@@ -219,6 +224,7 @@ def run_once(
     *,
     know: Callable[[str, Known], Any] | None = None,
     observe: Callable[[str, Any, Any], Any] | None = None,
+    forgive: bool = False,
 ) -> Execution:
     """Runs a model once; to be called within a scheduler's task.
 
@@ -229,6 +235,8 @@ def run_once(
         know: answers tool calls and deterministic sites in place of evaluating them; may raise
             `Pause`.
         observe: replaces the values of observed sites: name, distribution, value → value.
+        forgive: whether an error ends an execution that is impossible already, such as one of an
+            unfinished string that the model then fails to read. It has weight zero in any case.
     """
     execution = Execution()
     try:
@@ -236,7 +244,43 @@ def run_once(
             execution.returned = model(*args)
     except Pause as pause:
         execution.pause = pause.with_traceback(None)  # which would keep the model's frames
+    except Exception as error:
+        if not (forgive and _is_impossible(execution)):
+            _note_latents(error, execution)
+            raise
+        execution.error = f"{type(error).__name__}: {error}"
     return execution
+
+
+def _is_impossible(execution: Execution) -> bool:
+    """Whether a site of an execution, scored or not, has probability zero without asking an LM."""
+    return any(_log_prob_without_lm(site) == -math.inf for site in execution.sites.values())
+
+
+def _log_prob_without_lm(site: Site) -> float:
+    if site.log_prob is not None:
+        return site.log_prob
+    if isinstance(site.fn, TemperedFactor):
+        return 0.0  # of a string that has a site of its own
+    if isinstance(site.fn, StringDistribution):
+        pending = site.fn.pending(site.value)
+        plain = torch.tensor(0.0 if pending.requests else pending.finish(()), dtype=torch.float64)
+    else:
+        plain = site.fn.log_prob(site.value)
+    return float(scale_and_mask(plain, site.scale, site.mask).sum())
+
+
+def _note_latents(error: Exception, execution: Execution) -> None:
+    """Adds to a model's error what was drawn before it."""
+    drawn = [f"{name}={_short(value)}" for name, value in execution.latents.items()]
+    if drawn and hasattr(error, "add_note"):  # from Python 3.11 on
+        more = f" and {len(drawn) - _NOTED} more" if len(drawn) > _NOTED else ""
+        error.add_note(f"raised in an execution with {', '.join(drawn[:_NOTED])}{more}")
+
+
+def _short(value: Any) -> str:
+    shown = repr(str(value)) if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def score(execution: Execution, only: Callable[[Site], bool] = lambda _: True) -> Execution:

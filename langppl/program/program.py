@@ -135,12 +135,15 @@ class Program:
         return run_together([(self, c) for c in choosers], after)
 
     def run_once(
-        self, choose: Chooser, know: Callable[[str, Known], Any] | None = None
+        self,
+        choose: Chooser,
+        know: Callable[[str, Known], Any] | None = None,
+        forgive: bool = True,
     ) -> Execution:
         """One run; to be called within a scheduler's task. See `langppl.program.execution`."""
         memo_of_calls.set(self.memo)
         observe = self._observe if self._observations else None
-        return run_once(self.model, self.args, choose, know=know, observe=observe)
+        return run_once(self.model, self.args, choose, know=know, observe=observe, forgive=forgive)
 
     def observing(self, values: Mapping[str, Any]) -> Program:
         """The same program with other observations; its structure is not searched again.

@@ -6,9 +6,11 @@ speak of tensors only, and completes what Pyro cannot do with text.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import numbers
+import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -164,6 +166,14 @@ def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -
 
 
 def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
+    is_truth = isinstance(log_weight, bool | np.bool_) or (
+        isinstance(log_weight, torch.Tensor) and log_weight.dtype == torch.bool
+    )
+    if is_truth:
+        raise TypeError(
+            f"{what} must be a log weight in nats, got {log_weight!r}; for a condition that must "
+            "hold give `0.0 if condition else -math.inf`"
+        )
     try:
         value = torch.as_tensor(log_weight, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -212,10 +222,14 @@ class Known(dist.Distribution):
         return torch.zeros((), dtype=torch.float64)
 
 
-def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
+def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwargs: Any) -> R:
     """A tool call: a site whose value is a fixed function of its arguments.
 
-    Within one inference, the tool is evaluated once for each name and arguments.
+    Within one inference, the tool is evaluated once for each name, tool and arguments. What a
+    lambda or another function closes over, and what a `functools.partial` or a method is bound to,
+    are arguments too. Of lists, dicts, arrays and other objects among these it is their identity
+    that counts, and the graph does not see what is in them: what depends on latents is better
+    given as an argument.
 
     Args:
         name: the site's name.
@@ -223,9 +237,10 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
         *args: its arguments.
         pure: False for a tool that must not be evaluated twice with the same arguments, in the
             life of the process: a second evaluation is an error.
+        **kwargs: its arguments by name.
 
     Returns:
-        What the tool returned.
+        What the tool returned; of lists, dicts, sets and arrays a copy for each execution.
 
     Raises:
         RuntimeError: if a tool that is not pure would be evaluated a second time.
@@ -236,22 +251,23 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True) -> R:
 
     def evaluate() -> R:
         memo = memo_of_calls.get()
-        key = (name, tuple(hashable(a) for a in args))
+        key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
         if memo is not None and key in memo:
             return cast(R, memo[key])
         if not pure:
-            if (fn, key) in _impure:
+            if key in _impure:
                 raise RuntimeError(
-                    f"call {name!r} was evaluated with {args!r} before, and pure=False forbids a "
-                    "second time"
+                    f"call {name!r} was evaluated with {(*args, *kwargs.values())!r} before, and "
+                    "pure=False forbids a second time"
                 )
-            _impure.add((fn, key))
-        result = fn(*args)
+            _impure.add(key)
+        result = fn(*args, **kwargs)
         if memo is not None:
             memo[key] = result
         return result
 
-    return cast(R, _known(name, Known(evaluate, args, "call")))
+    inputs = (*args, *kwargs.values(), *bound_to(fn))
+    return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
 
 
 def deterministic(name: str, value: R) -> R:
@@ -263,6 +279,104 @@ def _known(name: str, fn: Known) -> Any:
     # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
     result: Any = pyro.sample(name, cast(Any, fn), infer={"is_auxiliary": True})
     return result.value if isinstance(result, _Boxed) else result
+
+
+def _own(result: Any) -> Any:
+    """A tool's result for one execution, which may change it: others get the same result."""
+    if isinstance(result, _MUTABLE):
+        try:
+            return copy.deepcopy(result)
+        except Exception:  # whatever does not let itself be copied
+            return result
+    return result
+
+
+def bound_to(fn: Any) -> list[Any]:
+    """What a function brings with it: what it closes over, is bound to, or has by default.
+
+    Only strings, numbers and tuples: other objects may be others, or changed, in the next run of
+    the same program, and tell nothing of what a site is made of.
+    """
+    found: list[Any] = []
+    todo, seen = [fn], set()
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, functools.partial):
+            own = [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, types.MethodType):
+            own = [one.__func__, one.__self__]
+        elif isinstance(one, types.FunctionType):
+            own = [_content(cell) for cell in one.__closure__ or ()]
+            own += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+        else:
+            continue
+        todo += [v for v in own if _is_function(v)]
+        found += [v for v in own if isinstance(v, _PLAIN)]
+    return found
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, functools.partial | types.MethodType | types.FunctionType)
+
+
+_MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
+"""What a function closes over of these is told from others by its identity: it may keep a log."""
+
+
+_PLAIN = (str, bytes, int, float, tuple)
+
+
+class _Same:
+    """An object that equals itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def tool_key(fn: Any, within: tuple[int, ...] = ()) -> Any:
+    """A function as something that tells it from others by its code and what is bound to it.
+
+    A model that defines its tools anew in every execution has equal ones wherever they do the same.
+
+    Args:
+        fn: the function.
+        within: the functions that it was found in, by identity.
+    """
+    if id(fn) in within:
+        return ("itself", within.index(id(fn)))
+    within = (*within, id(fn))
+
+    def own(value: Any) -> Any:
+        if _is_function(value):
+            return tool_key(value, within)
+        return _Same(value) if isinstance(value, _MUTABLE) else hashable(value)
+
+    if isinstance(fn, functools.partial):
+        named = tuple((k, own(v)) for k, v in fn.keywords.items())
+        return ("partial", own(fn.func), tuple(map(own, fn.args)), named)
+    if isinstance(fn, types.MethodType):
+        return ("method", own(fn.__func__), own(fn.__self__))
+    if isinstance(fn, types.FunctionType):
+        cells = tuple(own(_content(cell)) for cell in fn.__closure__ or ())
+        named = tuple((k, own(v)) for k, v in (fn.__kwdefaults__ or {}).items())
+        return ("function", fn.__code__, cells, tuple(map(own, fn.__defaults__ or ())), named)
+    return hashable(fn)
 
 
 def hashable(value: Any) -> Any:

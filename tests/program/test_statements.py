@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,14 @@ def test_factor_refuses_what_is_no_log_weight(weight: float) -> None:
         lp.factor("bonus", weight)
 
 
+@pytest.mark.parametrize("truth", [True, False, np.bool_(True), torch.tensor(False)])
+def test_a_factor_is_no_condition(truth: Any) -> None:
+    with pytest.raises(TypeError, match=r"factor 'bonus' must be a log weight.*else -math.inf"):
+        lp.factor("bonus", truth)
+    with pytest.raises(TypeError, match=r"potential 'bonus' must be a log weight"):
+        lp.potential("bonus", lambda _: truth, "a")
+
+
 def test_factor_refuses_several_numbers() -> None:
     with pytest.raises(ValueError, match=r"factor 'bonus' must be one number, got shape \(2,\)"):
         lp.factor("bonus", torch.zeros(2))
@@ -231,6 +240,91 @@ def test_unhashable_arguments_are_compared_by_content() -> None:
     lp.infer(model, num_samples=5)
 
     assert len(calls) == 1
+
+
+class Counter:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def size(self) -> int:
+        return len(self.text)
+
+
+TOOLS: dict[str, Callable[[str], int]] = {
+    "plain": lambda z: lp.call("size", len, z),
+    "lambda": lambda z: lp.call("size", lambda: len(z)),
+    "nested": lambda z: lp.call("size", lambda: (lambda: len(z))()),
+    "default": lambda z: lp.call("size", lambda text=z: len(text)),
+    "by name": lambda z: lp.call("size", lambda *, text: len(text), text=z),
+    "partial": lambda z: lp.call("size", functools.partial(len, z)),
+    "partial of a lambda": lambda z: lp.call("size", functools.partial(lambda: len(z))),
+    "method": lambda z: lp.call("size", Counter(z).size),
+    "list": lambda z: lp.call("size", lambda texts=[z]: len(texts[0])),
+    "callable": lambda z: lp.call("size", z.__len__),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_a_tool_is_bound_to_counts(tool: str) -> None:
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+        size = TOOLS[tool](z)
+        assert size == len(z)
+        lp.factor("f", 3.0 * size)
+
+    def expected() -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+        lp.factor("f", 3.0 * len(z))
+
+    for method in ("exact", "importance"):
+        found = lp.infer(model, method=method, num_samples=40, progress=False)
+        right = lp.infer(expected, method=method, num_samples=40, progress=False)
+        assert found.log_evidence == pytest.approx(right.log_evidence, abs=1e-6)
+        assert found.probabilities("z") == pytest.approx(right.probabilities("z"), abs=1e-6)
+
+
+def test_a_tool_that_a_model_defines_anew_is_the_same_tool() -> None:
+    calls: list[str] = []
+
+    def model() -> None:
+        suffix = "!"
+
+        def shout(text: str) -> str:
+            calls.append(text)
+            return text + suffix
+
+        z = lp.sample("z", lp.LMChoice(LM, "a", ["a", "b"]))
+        assert lp.call("tool", shout, z) == f"{z}!"
+
+    lp.infer(model, num_samples=50, progress=False)
+    assert sorted(calls) == ["a", "b"]
+
+
+def test_a_tool_may_call_itself() -> None:
+    def model() -> None:
+        def down(n: int) -> int:
+            return 0 if n == 0 else 1 + down(n - 1)
+
+        z = lp.sample("z", short())
+        assert lp.call("tool", down, len(z)) == len(z)
+
+    lp.infer(model, num_samples=5, progress=False)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, set])
+def test_an_execution_may_change_what_a_tool_returned(kind: Callable[[Any], Any]) -> None:
+    def model() -> float:
+        z = lp.sample("z", short())
+        found = lp.call("tool", lambda text: kind([1.0, 2.0]), z)
+        if isinstance(found, set):
+            found.add(len(found))
+        elif isinstance(found, list):
+            found.append(3.0)
+        else:
+            found += 1.0
+        return float(sum(found))
+
+    assert len(set(lp.infer(model, num_samples=20, progress=False).returns)) == 1
 
 
 def test_an_impure_tool_is_evaluated_once_for_each_arguments() -> None:
