@@ -85,7 +85,8 @@ class GFlowNetGuide(Guide):
         defensive: share of the proposals for each latent that inference draws from the prior
             instead (a defensive mixture, Hesterberg 1995). It bounds the weights by the likelihood
             over this share, once for each latent, so that what the guide has lost cannot spoil the
-            evidence; the ELBO falls a little. Training and `sample` are without it.
+            evidence; the ELBO falls a little. Training and `sample` are without it, and
+            `method="smc"`, which follows a single law token by token, does not take it.
         seed: of the adapter's initial weights and of all random numbers of training.
 
     Attributes:
@@ -183,6 +184,11 @@ class GFlowNetGuide(Guide):
         if not 0.0 <= share < 1.0:
             raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
         self._defensive = share
+
+    @property
+    def is_sequential(self) -> bool:  # type: ignore[override]
+        """See `Guide`; a string with a share of the prior comes from one of two laws."""
+        return not self._defensive
 
     def sites_of(self, program: Program) -> set[str]:
         """The latents of a program that this guide covers, by name, with "#" for numbers."""

@@ -89,14 +89,14 @@ class Policy:
         if self.values is not None:
             return given_values(self.values)(name, fn, execution)
         if not covered:
-            return self._elsewhere(name, fn, key)
+            return self._elsewhere(name, fn, key, execution)
         return self._propose(name, fn, key)
 
     def log_q(self, name: str, fn: Any, value: Any, execution: Execution) -> float:
         """See `langppl.guides.base.Scorer`; at temperature 1."""
         own = self.proposer
         if not own.covers(fn):
-            site = self._site_elsewhere(name, fn)
+            site = self._site_elsewhere(name, fn, execution)
             return raw_log_prob(fn if site is None else site["fn"], value)
         prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
         if isinstance(fn, StringDistribution):
@@ -147,21 +147,27 @@ class Policy:
         with torch.no_grad():
             return own.heads.proposal(fn, torch.from_numpy(reply.state))
 
-    def _elsewhere(self, name: str, fn: Any, key: Key) -> Choice:
+    def _elsewhere(self, name: str, fn: Any, key: Key, execution: Execution) -> Choice:
         """A latent that is not the policy's: from the user's guide, else from the prior."""
-        site = self._site_elsewhere(name, fn)
+        site = self._site_elsewhere(name, fn, execution)
         if site is None:
             return draw_prior(fn, key)
         value = site["value"]
         return Choice(value, float(site["fn"].log_prob(value).sum()))
 
-    def _site_elsewhere(self, name: str, fn: Any) -> Any:
-        """A latent's site in the user's guide, None where the prior proposes it."""
+    def _site_elsewhere(self, name: str, fn: Any, execution: Execution) -> Any:
+        """A latent's site in the user's guide, None where the prior proposes it.
+
+        The guide goes on from the numbers that the execution has already, be they its own or not.
+        """
         if self.proposer.numeric is None or isinstance(fn, StringDistribution):
             return None
         if self._proposed is None:
             self._proposed = run_pyro_guide(
-                self.proposer.numeric, self.program.shown_args, (*self.key, "pyro")
+                self.proposer.numeric,
+                self.program.shown_args,
+                (*self.key, "pyro"),
+                _numbers(execution.latents),
             )
         return self._proposed.get(name)
 
@@ -201,7 +207,7 @@ class GivenPolicy(Policy):
             return raw_log_prob(fn, value)
         if self._proposed is None:
             assert self.values is not None
-            numbers = {k: as_value(v) for k, v in self.values.items() if not isinstance(v, str)}
+            numbers = _numbers(self.values)
             self._proposed = run_pyro_guide(own.numeric, self.program.shown_args, (), numbers)
             unknown = sorted(self._proposed.keys() - self.values.keys())
             if unknown:
@@ -211,6 +217,10 @@ class GivenPolicy(Policy):
                 )
         site = self._proposed.get(name)
         return density(fn if site is None else site["fn"], value)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: as_value(v) for k, v in values.items() if not isinstance(v, str)}
 
 
 def run_pyro_guide(

@@ -38,7 +38,16 @@ from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.rules import Path
 from langppl.lm.seeds import generator
 from langppl.program import Program, run_together
-from langppl.program.execution import Choice, Execution, Pause, Site, draw_prior, given, score
+from langppl.program.execution import (
+    Choice,
+    Execution,
+    Pause,
+    Site,
+    draw_prior,
+    given,
+    is_plain,
+    score,
+)
 
 MoveKind = Literal["site", "tail"]
 
@@ -227,7 +236,7 @@ def _log_prob_before(site: Site, old: Site | None) -> float | None:
     """Log-probability (nats) of a string that is as it was, under the distribution that it had."""
     if old is None or not (site.is_string and type(site.fn) is type(old.fn)):
         return None
-    if site.mask is not None or old.mask is not None or site.scale != 1.0 or old.scale != 1.0:
+    if not (is_plain(site.scale, site.mask) and is_plain(old.scale, old.mask)):
         return None
     is_same = site.value == old.value and site.fn.fields() == old.fn.fields()
     # One text may have several spellings in tokens.

@@ -154,8 +154,8 @@ def run_crowd(
     if not crowd.guide.is_sequential:
         raise ValueError(
             f"the guide {crowd.guide.name!r} ({type(crowd.guide).__name__}) draws a string from "
-            'one of several laws; method="smc" follows one, token by token: give it one of the '
-            'guides alone, or use method="importance" or "mh"'
+            'one of several laws; method="smc" follows one, token by token: give a guide of the '
+            'mixture alone, a GFlowNetGuide with defensive=0, or use method="importance" or "mh"'
         )
     crowd.guide.check(program)
     twisted = make_twist(twist, program, crowd.guide, twist_power)

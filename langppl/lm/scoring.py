@@ -104,9 +104,11 @@ def score_with_gradients(
         forced = tokens.new_zeros(())
         for m, own in zip(members, pieces, strict=True):
             ending = forced if m.ending is None else ends[m.ending]
-            canonical = ends[torch.tensor(m.canonical, device=device)]
+            canonical = ends[torch.tensor(m.canonical, dtype=torch.long, device=device)]
             state = None if m.state is None else found[m.state]
-            states = found[torch.tensor(m.rows, device=device)] if with_states else None
+            # A text alone has no actions: an empty list would be of floats.
+            rows = torch.tensor(m.rows, dtype=torch.long, device=device)
+            states = found[rows] if with_states else None
             results[m.request] = PathLogProbs(own, ending, canonical, state, states)
     return [results[at] for at in range(len(requests))]
 

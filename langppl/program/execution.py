@@ -141,6 +141,11 @@ Chooser = Callable[[str, Any, Execution], Choice]
 """Decides a latent's value from its name, its distribution and the execution so far."""
 
 
+def is_plain(scale: Any, mask: Any) -> bool:
+    """Whether a site's log-probability counts once, under Pyro's `scale` and `mask`."""
+    return mask is None and bool((torch.as_tensor(scale) == 1.0).all())
+
+
 def kind_of(fn: Any, is_observed: bool) -> Kind:
     """What a site is in the graph, by its distribution."""
     if isinstance(fn, Known):
@@ -209,7 +214,7 @@ class _Handler(Messenger):
             fn=msg["fn"],
             value=msg["value"],
             # Under Pyro's scale or mask, what the proposal knows is not the site's term.
-            log_prob=choice.log_prob if msg["scale"] == 1.0 and msg["mask"] is None else None,
+            log_prob=choice.log_prob if is_plain(msg["scale"], msg["mask"]) else None,
             log_q=choice.log_q,
             scale=msg["scale"],
             mask=msg["mask"],

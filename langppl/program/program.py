@@ -21,6 +21,7 @@ from langppl.program.execution import (
     Site,
     draw_prior,
     given,
+    is_plain,
     run_many,
     run_once,
     score_all,
@@ -376,7 +377,7 @@ class Program:
                     f"site {site.name!r} is a factor, so the program is not a process that "
                     "generates data and cannot be simulated"
                 )
-            if site.scale != 1.0 or site.mask is not None:
+            if not is_plain(site.scale, site.mask):
                 raise ValueError(
                     f"site {site.name!r} is scaled or masked, so the program is not a process "
                     "that generates data and cannot be simulated"
