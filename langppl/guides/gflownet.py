@@ -35,7 +35,7 @@ from langppl.guides.settings import ON_POLICY, Settings, check_objective
 from langppl.guides.training import Trainer
 from langppl.guides.workers import Workers
 from langppl.lm.model import LM
-from langppl.lm.requests import StateReply, StateRequest, perform
+from langppl.lm.requests import StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
@@ -104,6 +104,7 @@ class GFlowNetGuide(Guide):
 
     name = "gflownet"
 
+    @alone
     def __init__(
         self,
         lm: LM,

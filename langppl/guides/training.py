@@ -32,6 +32,7 @@ from langppl.guides.settings import Settings, learning_rate
 from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
+from langppl.lm.requests import alone
 from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.progress import bar
@@ -186,6 +187,7 @@ class Trainer:
         else:
             self._restore_best()
 
+    @alone
     def step(self, step: int) -> dict[str, float]:
         """One gradient step; returns the figures to report."""
         settings, number = self.settings, self.done + step

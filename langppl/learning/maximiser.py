@@ -16,6 +16,7 @@ import torch
 
 from langppl.learning.likelihood import Factor, Views, ascend, expected
 from langppl.learning.settings import Settings
+from langppl.lm.requests import alone
 from langppl.lm.seeds import generator
 
 HALVINGS = 5
@@ -52,6 +53,7 @@ class Maximiser:
         )
         self.done = 0
 
+    @alone
     def run(
         self, every: Sequence[Sequence[Factor]], advance: Callable[[int], None]
     ) -> dict[str, float]:

@@ -16,6 +16,7 @@ from langppl.lm import adapters, products
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import Prompt, encode_chat, is_chat
+from langppl.lm.requests import alone
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.tally import Tally
 from langppl.lm.trainable import TrainableLM, get_trainable
@@ -417,23 +418,27 @@ class LM:
             known = ", ".join(sorted(adapters.names(self.model))) or "none"
             raise KeyError(f"{self!r} has no adapter {name!r}; it has: {known}")
 
+    @alone
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
         parameters = adapters.add(self.model, name, config)
         adapters.activate(self.model, self._active)
         return parameters
 
+    @alone
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter and its weights; KeyError if there is none of that name."""
         self._check_adapter(name)
         adapters.remove(self.model, name)
         adapters.activate(self.model, self._active)
 
+    @alone
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Writes an adapter as a plain PEFT folder (safetensors); KeyError if there is none."""
         self._check_adapter(name)
         adapters.save(self.model, name, folder)
 
+    @alone
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Reads a PEFT folder as an adapter; a folder that fails to load leaves nothing behind.
 

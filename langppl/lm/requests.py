@@ -8,10 +8,12 @@ executions are served in one batch; anywhere else they are served at once.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -20,7 +22,27 @@ from langppl.lm.rules import BoundRules, Path
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 Server = Callable[[Sequence["Request"]], list["Reply"]]
+
+_alone = threading.RLock()
+
+
+def alone(fn: Callable[P, R]) -> Callable[P, R]:
+    """A function that other threads wait for, if they call it or another such one.
+
+    Pyro's handlers, an LM's active adapter and its caches are one for all threads of a process.
+    """
+
+    @functools.wraps(fn)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _alone:
+            return fn(*args, **kwargs)
+
+    return waiting
+
 
 _server: ContextVar[Server | None] = ContextVar("langppl_server", default=None)
 
@@ -170,6 +192,7 @@ def perform(requests: Sequence[Request]) -> list[Reply]:
     return serve(requests) if server is None else server(requests)
 
 
+@alone
 def serve(requests: Sequence[Request]) -> list[Reply]:
     """Answers requests in batches, grouped by kind, LM and adapter; scores may be remembered."""
     from langppl.lm.decoding import draw

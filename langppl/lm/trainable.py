@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters
+from langppl.lm.requests import alone
 from langppl.lm.seeds import as_seed
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class TrainableLM:
         self.options = {"rank": rank, "alpha": alpha, "seed": as_seed(seed)}
         self._add()
 
+    @alone
     def _add(self) -> None:
         from peft import LoraConfig
 

@@ -9,7 +9,7 @@ of many whole inferences served together.
 
 Pyro and torch keep ambient state per process or per thread: handler stack, plate dimensions, grad
 mode, autocast, random numbers. Each execution owns its own, swapped in and out at every switch;
-context variables come with the greenlet.
+context variables come with the greenlet. Threads take turns, one scheduler each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from pyro.poutine import runtime
 
 from langppl.lm.kept import keeping
-from langppl.lm.requests import Reply, Request, serve, served_by
+from langppl.lm.requests import Reply, Request, alone, serve, served_by
 
 T = TypeVar("T")
 
@@ -114,6 +114,7 @@ def _ask(requests: Sequence[Request]) -> list[Reply]:
     return replies
 
 
+@alone
 def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Runs tasks at once, serving the LM requests of all of them in batches.
 
