@@ -37,6 +37,8 @@ _LARGE_ERROR = 0.5
 _HEAVY = 0.9
 _DEVIATIONS = 3.0
 _BINS = 10
+_NOISY = 0.5
+"""Noise above which a distance says nothing."""
 _BETTER = (
     "train a guide (guide='gflownet'), draw more (num_samples), or use another method "
     "(method='smc')"
@@ -277,7 +279,7 @@ def _agreement(one: Posterior, other: Posterior) -> Agreement:
     checks = []
     if deviations is not None:
         checks.append(abs(deviations) <= _DEVIATIONS)
-    if distance is not None and noise is not None and noise <= 0.5:
+    if distance is not None and noise is not None and noise <= _NOISY:
         checks.append(distance <= 2.0 * noise + 1e-3)
     return Agreement(
         other=f"{other.method}, {other.guide}",
@@ -349,10 +351,22 @@ def _comparison(a: Agreement) -> str:
             part += f" ({abs(a.evidence_deviations):.1f} standard errors{doubt})"
         said.append(part)
     if a.total_variation is not None and a.noise is not None:
-        few = ", too few samples to tell" if a.noise > 0.5 else ""
+        few = f", and up to {2.0 * a.noise:.3f} is let pass"
+        if a.noise > _NOISY:
+            few = ", too few samples to tell"
         said.append(
             f"total variation {a.total_variation:.3f} on {a.site!r} (about {a.noise:.3f} would be "
             f"noise{few})"
         )
-    verdict = {True: "they agree", False: "they disagree", None: "nothing to compare"}[a.agrees]
-    return "; ".join([*said, verdict])
+    return "; ".join([*said, _verdict(a)])
+
+
+def _verdict(a: Agreement) -> str:
+    if a.agrees is None:
+        return "nothing to compare"
+    if not a.agrees:
+        return "they disagree"
+    # Without enough samples the values were not compared, whatever the evidences say.
+    if a.noise is None or a.noise > _NOISY:
+        return "the evidences agree"
+    return "they agree" if a.evidence_deviations is not None else "the values agree"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,7 @@ def test_an_unknown_guide() -> None:
     ):
         lp.infer(story, guide="gflow")
     with pytest.raises(TypeError, match="a guide is a name or a Guide, got 3"):
-        lp.infer(story, guide=3)  # type: ignore[arg-type]
+        lp.infer(story, guide=3)
     with pytest.raises(ValueError, match="unknown guide 'gflow'"):
         lp.compare(story, guides=["gflow"])
 
@@ -539,9 +540,9 @@ def test_an_option_of_another_method(options: dict[str, Any], message: str) -> N
 def test_the_name_of_an_lm_for_the_lm() -> None:
     message = r"lm must be a langppl.LM, got 'gpt2'; write LM\('gpt2'\)"
     for make in (
-        lambda: lp.LMString("gpt2", "a"),  # type: ignore[arg-type]
-        lambda: lp.LMChoice("gpt2", "a", ["b", "c"]),  # type: ignore[arg-type]
-        lambda: lp.GFlowNetGuide("gpt2"),  # type: ignore[arg-type]
+        lambda: lp.LMString("gpt2", "a"),
+        lambda: lp.LMChoice("gpt2", "a", ["b", "c"]),
+        lambda: lp.GFlowNetGuide("gpt2"),
     ):
         with pytest.raises(TypeError, match=message):
             make()
@@ -554,12 +555,12 @@ def test_what_is_no_distribution() -> None:
     with pytest.raises(TypeError, match=r"torch's own; write pyro\.distributions\.Normal"):
         lp.sample("z", own)
     with pytest.raises(TypeError, match=r"site 'z' is no string site .*its value is '3'"):
-        lp.sample("z", dist.Normal(0.0, 1.0), obs="3")  # type: ignore[arg-type]
+        lp.sample("z", dist.Normal(0.0, 1.0), obs="3")
     for value in ("x", None):
         with pytest.raises(TypeError, match=f"factor 'f' must be one number, got {value!r}"):
-            lp.factor("f", value)  # type: ignore[arg-type]
+            lp.factor("f", value)
     with pytest.raises(TypeError, match="call 'tool' needs a function, got 3"):
-        lp.call("tool", 3)  # type: ignore[arg-type]
+        lp.call("tool", 3)
 
 
 @pytest.mark.parametrize("change", [lp.condition, lp.do])
@@ -588,7 +589,7 @@ def test_patience_without_validation(guide: lp.GFlowNetGuide) -> None:
     with pytest.raises(ValueError, match="patience=2 counts validations, and validation is None"):
         guide.fit(story, steps=2, patience=2, progress=False)
     with pytest.raises(TypeError, match="schedule must be a RewardSchedule, got 'linear'"):
-        guide.fit(story, steps=2, schedule="linear", progress=False)  # type: ignore[arg-type]
+        guide.fit(story, steps=2, schedule="linear", progress=False)
 
 
 def test_validation_is_done_at_the_end_of_a_short_training(guide: lp.GFlowNetGuide) -> None:
@@ -693,3 +694,60 @@ def test_a_choice_of_an_lm_whose_weights_are_not_finite() -> None:
 
     with pytest.raises(ValueError, match=r"site 'mood'.*are the LM's weights finite"):
         lp.infer(choice, num_samples=2)
+
+
+def yields() -> Any:
+    yield lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+
+
+async def waits() -> None:
+    lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+
+
+class Made:
+    def __init__(self) -> None:
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "match"),
+    [
+        (lambda: lp.infer(yields), TypeError, "the model 'yields' is a generator"),
+        (lambda: lp.infer(waits), TypeError, "the model 'waits' is async"),
+        (lambda: lp.infer(Made), TypeError, "got the class Made; give an instance"),
+        (
+            lambda: lp.condition(lp.compile(story), {"middle": "a"}),
+            TypeError,
+            r"program\.observing",
+        ),
+        (lambda: lp.do(lp.compile(story), {"z": "a"}), TypeError, "do changes a model"),
+        (lambda: lp.LM(LM.model), TypeError, r"LM\.from_parts\(model, tokenizer, name\)"),
+        (lambda: lp.GFlowNetGuide.load("there", "smollm2"), TypeError, r"write LM\('smollm2'\)"),
+        (
+            lambda: lp.GFlowNetGuide(LM).fit(story, data={"x": [1]}),
+            TypeError,
+            "got a mapping; of columns make rows",
+        ),
+        (
+            lambda: lp.infer(story, guide=lp.PromptedGuide(lambda info: 3)),
+            TypeError,
+            "guide's context for site 'middle': a prompt must be a string",
+        ),
+        (
+            lambda: lp.LMString(LM, "a", stop=re.compile("b")),
+            ValueError,
+            "a stop must be a non-empty string",
+        ),
+        (lambda: lp.evidence_bounds(only_factors), ValueError, "conditioned by factors"),
+    ],
+)
+def test_what_is_taken_for_something_else(
+    ask: Callable[[], Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        ask()
+
+
+def only_factors() -> None:
+    z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+    lp.factor("short", -float(len(z)))

@@ -139,6 +139,18 @@ def test_exact_and_sampled_posteriors_agree() -> None:
         assert beside.evidence_deviations is not None and abs(beside.evidence_deviations) <= 3.0
 
 
+def test_values_that_were_not_compared_do_not_agree() -> None:
+    one = Posterior([{"z": f"a{i}"} for i in range(40)], [0.0] * 40)
+    other = Posterior([{"z": f"b{i}"} for i in range(40)], [0.0] * 40)
+    (beside,) = one.diagnose(other).agreements
+    assert beside.total_variation == pytest.approx(1.0)
+    assert beside.noise is not None and beside.noise > 0.5
+    assert str(beside).endswith("too few samples to tell); the evidences agree")
+    coins = Posterior([{"z": "a"}, {"z": "b"}] * 50, [0.0] * 100)
+    (itself,) = coins.diagnose(coins).agreements
+    assert str(itself).endswith("they agree") and "is let pass" in str(itself)
+
+
 def test_posteriors_of_other_observations_disagree() -> None:
     one, other = (infer(story, s, num_samples=300, progress=False) for s in ("ab", "bb.."))
     found = one.diagnose(other)

@@ -10,6 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 
+from langppl.distributions import sites
 from langppl.distributions.text import Text
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt
@@ -124,7 +125,15 @@ class StringDistribution(dist.Distribution):
 
         Returns:
             Scalar, float64, nats.
+
+        Raises:
+            TypeError: for what is no string, such as a list of them.
         """
+        if not isinstance(value, str):
+            raise TypeError(
+                f"{sites.where()}log_prob of a distribution over strings takes one str, got "
+                f"{value!r} ({type(value).__name__})"
+            )
         wanted = self.pending(value)
         total = wanted.finish(perform(wanted.requests))
         return torch.tensor(total, dtype=torch.float64)

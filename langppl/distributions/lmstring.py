@@ -80,13 +80,12 @@ class LMString(StringDistribution):
         ban: TokenFilter | Sequence[str] | str | None = None,
         grammar: Grammar | None = None,
     ) -> None:
-        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
         if grammar is not None and truncate == "keep":
             truncate = "reject"  # what is cut is no whole text of the grammar
         rules = StringRules(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            stop=stops,
+            stop=stop,  # type: ignore[arg-type]
             truncate=truncate,
             temperature=temperature,
             allow=allow,  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 
 from langppl.distributions import StringDistribution
 from langppl.lm import LM
-from langppl.lm.prompts import Prompt, is_chat
+from langppl.lm.prompts import Prompt, check_prompt, is_chat
 from langppl.program import Program
 from langppl.program.execution import Execution, Site
 from langppl.program.placeholders import MARKER, fill
@@ -138,4 +138,8 @@ def context_ids(
     lm: LM,
 ) -> tuple[int, ...]:
     """Token ids of a latent's context."""
-    return lm.encode_prompt(context(context_info(program, site, fn, execution)))
+    found = context(context_info(program, site, fn, execution))
+    try:
+        return lm.encode_prompt(check_prompt(found))
+    except TypeError as error:
+        raise TypeError(f"the guide's context for site {site!r}: {error}") from None

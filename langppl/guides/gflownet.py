@@ -519,6 +519,7 @@ class GFlowNetGuide(Guide):
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
                 its context function or Pyro guide is missing.
         """
+        check_lm(lm)
         path = Path(folder) / GUIDE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")

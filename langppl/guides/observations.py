@@ -47,6 +47,11 @@ def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]
 
 def _rows(data: Any) -> list[tuple[Any, ...]]:
     """The observations of a sequence, or of a torch `Dataset`, which need not be iterable."""
+    if isinstance(data, Mapping):
+        raise TypeError(
+            "data must be a sequence of tuples of the model's arguments, got a mapping; of columns "
+            "make rows: list(zip(*columns.values()))"
+        )
     try:
         rows = [data[i] for i in range(len(data))]
     except TypeError as error:

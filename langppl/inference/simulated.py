@@ -38,6 +38,11 @@ def simulate_pairs(
         ValueError: if the program observes nothing or cannot be simulated, or a length is given
             for something else than an observed site.
     """
+    if not program.observed and any(s.kind == "factor" for s in program.sites.values()):
+        raise ValueError(
+            "the program is conditioned by factors, which cannot be simulated; give it an observed "
+            "site (lp.sample(..., obs=...))"
+        )
     if not program.observed:
         raise ValueError(
             "the program observes nothing, so its posterior is its prior; give it an observed "

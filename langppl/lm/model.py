@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from langppl.lm import adapters, products
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
-from langppl.lm.prompts import Prompt, encode_chat, is_chat
+from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
 from langppl.lm.requests import alone
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.tally import Tally
@@ -88,6 +89,11 @@ class LM:
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if isinstance(name_or_path, torch.nn.Module):
+            raise TypeError(
+                f"LM takes a name or a folder, got a {type(name_or_path).__name__}; of a model in "
+                "memory make LM.from_parts(model, tokenizer, name)"
+            )
         source = resolve(name_or_path)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,6 +205,14 @@ class LM:
                 ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
             except TypeError as error:  # what tokenizers says of what is no UTF-8
                 raise ValueError(f"a prompt must be valid Unicode, got {text!r}") from error
+            spelled = special_in(self.tokenizer, text)
+            if spelled is not None:
+                warnings.warn(
+                    f"a prompt spells the special token {spelled!r}, which is read as plain text; "
+                    "give a chat as a list of messages, {'role': ..., 'content': ...}",
+                    PromptWarning,
+                    stacklevel=2,
+                )
             unknown = [i for i in ids if i >= self.vocabulary.size]
             if unknown:
                 raise ValueError(

@@ -9,6 +9,18 @@ Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
 
 
+class PromptWarning(UserWarning):
+    """A prompt spells a special token, which is read as plain text."""
+
+
+def special_in(tokenizer: Any, text: str) -> str | None:
+    """The first special token of a tokenizer that a text spells; None if it spells none."""
+    contents = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    # Some tokenizers have single letters or spaces among them, which spell nothing.
+    spelled = [c for c in contents if len(c) > 2 and c in text]
+    return min(spelled, key=text.index, default=None)
+
+
 def is_chat(prompt: object) -> TypeGuard[Chat]:
     """Whether a prompt is a list of role/content messages."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -60,8 +61,7 @@ class Program:
     def __init__(
         self, model: Model, args: Sequence[Any], seed: int = 0, like: Program | None = None
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"a model is a function, got {model!r}")
+        _check_model(model)
         if like is not None and like.model is not model:
             raise ValueError(
                 f"like must be a program of the same model, got {like!r}; compile it without like"
@@ -404,6 +404,23 @@ def _renewed(argument: Any, new: Mapping[str, Any], sites: Mapping[str, Site]) -
     """An argument, or what is observed now if it was the value of one site and of no other."""
     owners = [n for n, s in sites.items() if s.kind == "observed" and _is_value_of(argument, s)]
     return new.get(owners[0], argument) if len(owners) == 1 else argument
+
+
+def _check_model(model: Any) -> None:
+    """Raises TypeError for what does not run as a plain function does."""
+    if not callable(model):
+        raise TypeError(f"a model is a function, got {model!r}")
+    if isinstance(model, Program):
+        raise TypeError("a compiled Program is no model to compile; use it as it is")
+    if isinstance(model, type):
+        raise TypeError(f"a model is a function, got the class {model.__name__}; give an instance")
+    for is_other, what in (
+        (inspect.isgeneratorfunction, "a generator: it yields, and a model returns"),
+        (inspect.iscoroutinefunction, "async; write it as a plain function"),
+        (inspect.isasyncgenfunction, "an async generator; write it as a plain function"),
+    ):
+        if is_other(model):
+            raise TypeError(f"the model {getattr(model, '__name__', model)!r} is {what}")
 
 
 def _is_value_of(argument: Any, site: Site) -> bool:

@@ -399,6 +399,13 @@ def hashable(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
+def _check_changeable(model: Any, by: str, instead: str) -> None:
+    if not callable(model):
+        raise TypeError(
+            f"{by} changes a model, a function, and got {model!r}; of a compiled program {instead}"
+        )
+
+
 def condition(model: Model, data: Mapping[str, Any]) -> Model:
     """The same model with some sites observed.
 
@@ -409,6 +416,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
     Returns:
         A model of the same arguments.
     """
+    _check_changeable(model, "condition", "give the model, or take program.observing(...)")
     observed = {k: as_value(v) for k, v in data.items()}
     named = Named("condition", frozenset(data))
 
@@ -431,6 +439,7 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
     Returns:
         A model of the same arguments, in which those sites do not exist.
     """
+    _check_changeable(model, "do", "give the model")
     fixed = dict(data)
     named = Named("do", frozenset(data))
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 import langppl as lp
 from langppl.lm import LM
+from langppl.lm.prompts import PromptWarning
 from langppl.testing import tiny_lm
 
 IDS = torch.tensor([[0, 3, 4, 5]])
@@ -181,7 +182,8 @@ def test_prompts() -> None:
     lm = tiny_lm(["a", "b", "<", "/", "s", ">"])
     assert lm.encode_prompt("") == (0,)
     assert lm.encode_prompt("ab") == (3, 4)
-    special = lm.encode_prompt("a</s>")
+    with pytest.warns(PromptWarning, match=r"spells the special token '</s>'.*list of messages"):
+        special = lm.encode_prompt("a</s>")
     assert 1 not in special and lm.vocabulary.join(special) == b"a</s>"
     assert 1 not in lm.encode_text("</s>")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
