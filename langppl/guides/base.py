@@ -153,6 +153,10 @@ class Guide(ABC):
         """
         return None, None
 
+    def __repr__(self) -> str:
+        """The type, and what tells it from others of it."""
+        return f"{type(self).__name__}()"
+
     def check(self, program: Program) -> None:  # noqa: B027 - most guides fit every program
         """Raises ValueError if the guide does not fit a program."""
 

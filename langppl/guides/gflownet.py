@@ -164,6 +164,12 @@ class GFlowNetGuide(Guide):
         self.flows: set[str] = set()
         weakref.finalize(self, _remove, lm, self.adapter)
 
+    def __repr__(self) -> str:
+        """The LM, what was learned and for how long."""
+        learned = ", ".join(sorted(self.learned))
+        said = f"{self.history.rows} steps on {learned}" if learned else "untrained"
+        return f"GFlowNetGuide({self.lm!r}, {said})"
+
     @property
     def proposer(self) -> Proposer:
         """What it proposes with."""

@@ -48,6 +48,11 @@ class MaskedGuide(Guide):
                 )
         self.grammars = dict(grammars)
 
+    def __repr__(self) -> str:
+        """The sites and their grammars, shortened."""
+        shown = ", ".join(f"{site!r}: {g.shown}" for site, g in self.grammars.items())
+        return f"MaskedGuide({{{shown}}})"
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
 

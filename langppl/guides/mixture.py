@@ -69,6 +69,10 @@ class MixtureGuide(Guide):
         if not (all(s > 0.0 for s in self.shares) and abs(math.fsum(self.shares) - 1.0) <= 1e-6):
             raise ValueError(f"shares are above 0 and sum to 1, got {list(self.shares)}")
 
+    def __repr__(self) -> str:
+        """The guides and their shares."""
+        return f"MixtureGuide({list(self.guides)}, {[round(s, 6) for s in self.shares]})"
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
         place = generator((*key, "mixture")).random()

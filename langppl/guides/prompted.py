@@ -25,6 +25,11 @@ class PromptedGuide(Guide):
     def __init__(self, context: ContextFunction | None = None) -> None:
         self.context = context or default_context
 
+    def __repr__(self) -> str:
+        """The context function, if it is not the default."""
+        own = "" if self.context is default_context else getattr(self.context, "__name__", "...")
+        return f"PromptedGuide({own})"
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
 

@@ -187,3 +187,19 @@ def test_guides_that_do_not_fit_the_program_say_so() -> None:
     mixture = MixtureGuide([MaskedGuide({"nowhere": ONLY_A}), "prior"])
     with pytest.raises(ValueError, match="nowhere"):
         lp.infer(story, guide=mixture, progress=False)
+
+
+def test_guides_show_what_they_are() -> None:
+    assert repr(PriorGuide()) == "PriorGuide()"
+    assert repr(PromptedGuide()) == "PromptedGuide()"
+    assert repr(PromptedGuide(lp_context)) == "PromptedGuide(lp_context)"
+    assert repr(lp.GFlowNetGuide(LM)) == "GFlowNetGuide(LM('tiny-1'), untrained)"
+    assert repr(taught(story)) == "GFlowNetGuide(LM('tiny-1'), 3 steps on kind, text)"
+    mixture = MixtureGuide([MaskedGuide({"z": ONLY_A}), "prior"], [0.9, 0.1])
+    masked = repr(MaskedGuide({"z": ONLY_A}))
+    assert masked.startswith("MaskedGuide({'z': ") and "a*" in masked
+    assert repr(mixture) == f"MixtureGuide([{masked}, PriorGuide()], [0.9, 0.1])"
+
+
+def lp_context(info: Any) -> Any:
+    return info.prompt
