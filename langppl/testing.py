@@ -410,8 +410,8 @@ def _check_draws(
         )
 
 
-class _Unlisted(Exception):
-    """An execution met a latent that has no value yet."""
+class _Unlisted(BaseException):
+    """An execution met a latent that has no value yet; no error, so no model catches it."""
 
     def __init__(self, name: str, fn: Any) -> None:
         super().__init__(name)
