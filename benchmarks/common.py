@@ -23,6 +23,7 @@ from rich.table import Table
 
 import langppl as lp
 from langppl.distributions import Text
+from langppl.lm import native
 from langppl.lm.rules import StringRules
 from langppl.lm.weights import resolve
 
@@ -226,6 +227,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "native": native.reason() or "compiled",
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {p: importlib.metadata.version(p) for p in versions},

@@ -62,6 +62,7 @@ class Blocks:
     key_depth: Tensor
     is_whole: bool
     _biases: dict[tuple[int | None, torch.dtype, int], Tensor] = field(default_factory=dict)
+    _lists: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def bias(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor:
         """What is added to the attention scores, shape [blocks, 1, groups · size, most].
@@ -81,6 +82,20 @@ class Blocks:
             bias.masked_fill_(~seen, -torch.inf)
             self._biases[key] = bias.repeat(1, groups, 1)[:, None]
         return self._biases[key]
+
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """The keys that each query sees, one query's after the other's.
+
+        Returns:
+            Where each query's begin, and their end, int64 [queries + 1], and the keys' numbers.
+        """
+        if not self._lists:
+            seen = self.seen.flatten(0, 1)[: self.queries]
+            starts = torch.zeros(self.queries + 1, dtype=torch.int64)
+            starts[1:] = seen.sum(1).cumsum(0)
+            keys = self.keys.repeat_interleave(self.size, 0)[: self.queries]
+            self._lists.append((starts, keys[seen]))
+        return self._lists[0]
 
 
 def of_row(row: Row, stem: int, device: torch.device) -> Blocks:

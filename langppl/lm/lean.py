@@ -2,7 +2,9 @@
 
 A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of
 Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as they stand, adapters
-included, and what lies between them in one loop. It serves passes without gradients on the CPU.
+included, and what lies between them in one loop. Layers without an adapter run in functions that
+are compiled for the machine, where there are any (`langppl.lm.native`). It serves passes without
+gradients on the CPU.
 
 Architectures of this form are listed, as others have the same parts and do more with them; the
 states are also compared with those of transformers' own pass (`langppl.lm.packed.lean_of`).
@@ -10,14 +12,16 @@ states are also compared with those of transformers' own pass (`langppl.lm.packe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from langppl.lm import native
 from langppl.lm.attention import Blocks, attend_to
+from langppl.lm.products import FrozenLinear
 
 _TYPES = {"llama", "mistral", "qwen2"}
 """As transformers' configs name them."""
@@ -25,6 +29,14 @@ _TYPES = {"llama", "mistral", "qwen2"}
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_PRODUCTS = (*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj")
+"""The products of a layer, as `native.Layer` takes them."""
+
+_SILU = {"SiLU", "SiLUActivation"}
+
+MOST_ROWS = 128
+"""Nodes of a pass whose attention is compiled too: of more, torch's products are faster."""
+
 _MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
@@ -42,6 +54,7 @@ class Lean:
         self.width: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.left_out = list(_left_out(base))
+        self._compiled: list[native.Layer | None] = [None] * len(self.layers)
 
     def suits(self) -> bool:
         """Whether the modules that it leaves out are as they were when it was made."""
@@ -74,24 +87,100 @@ class Lean:
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
         # Rotating a half: cat(-b, a) is a roll of (a, b), its first half with the other sign.
         sin[..., : width // 2].neg_()
+        turns: tuple[Tensor, Tensor] | None = None
         for number, layer in enumerate(self.layers):
-            parts, norm = layer.self_attn._modules, layer.input_layernorm
-            h = _normed(x, norm)
-            values = parts["v_proj"](h).view(1, n, -1, width).transpose(1, 2)
-            both = torch.cat([parts["q_proj"](h), parts["k_proj"](h)], -1).view(n, -1, width)
-            both = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
-            both = both.transpose(0, 1)[None]
-            heads = both.shape[1] - values.shape[1]
-            keys = both[:, heads:]
+            own = self._layer(number) if x.dtype == torch.float32 else None
+            if own is not None:
+                if turns is None:
+                    turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+                    room = x.new_empty(own.room(n))
+                    x = x.contiguous()
+                both, values = own.before(x, *turns, room)
+            else:
+                parts, norm = layer.self_attn._modules, layer.input_layernorm
+                h = _normed(x, norm)
+                values = parts["v_proj"](h).view(n, -1, width).transpose(0, 1)
+                both = torch.cat([parts["q_proj"](h), parts["k_proj"](h)], -1).view(n, -1, width)
+                both = torch.addcmul(both * cos, both.roll(width // 2, -1), sin).transpose(0, 1)
+            heads = len(both) - len(values)
+            queries, keys, values = both[None, :heads], both[None, heads:], values[None]
             if cache is not None:
                 keys, values = cache.update(keys, values, number)
-            found = attend_to(seen, both[:, :heads], keys, values, scaling=self.scaling)
-            x = x + parts["o_proj"](found.reshape(n, -1))
+            found = self._attended(seen, queries, keys, values)
+            if own is not None:
+                own.after(found, x, room)
+                continue
+            x = x + parts["o_proj"](found)
             gated = layer.mlp._modules
             h = _normed(x, layer.post_attention_layernorm)
             h = gated["act_fn"](gated["gate_proj"](h)).mul_(gated["up_proj"](h))
             x = x + gated["down_proj"](h)
         return _normed(x[keep], self.base.norm)
+
+    def _attended(self, seen: Blocks, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention's result [n, heads · width]."""
+        _, heads, n, _ = queries.shape
+        shared = keys.shape[1]
+        if (
+            n <= MOST_ROWS
+            and queries.dtype == torch.float32
+            and native.attends(self.width, heads // shared, seen.keys.shape[1])
+            and all(x.stride(2) == self.width and x.stride(3) == 1 for x in (keys, values))
+        ):
+            starts, places = seen.lists()
+            own = queries[0].contiguous()
+            return native.attend(own, keys[0], values[0], starts, places, self.scaling)
+        found = attend_to(seen, queries, keys, values, scaling=self.scaling)
+        return found.reshape(n, -1)
+
+    def _layer(self, number: int) -> native.Layer | None:
+        """A layer as compiled functions take it, if all its products are frozen weights' alone."""
+        if native.library() is None:
+            return None
+        layer = self.layers[number]
+        modules = {**layer.self_attn._modules, **layer.mlp._modules}
+        weights = []
+        for name in _PRODUCTS:
+            product = _frozen(modules[name])
+            panels = None if product is None else product.in_panels()
+            if product is None or panels is None:
+                return None
+            weights.append((panels, product.bias))
+        norms = [
+            (norm.weight, float(norm.variance_epsilon))
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        if type(modules["act_fn"]).__name__ not in _SILU or not all(
+            weight.dtype == torch.float32 and weight.is_contiguous() for weight, _ in norms
+        ):
+            return None
+        before = self._compiled[number]
+        if before is None or not _are_same(before, weights, norms):
+            self._compiled[number] = before = native.Layer(weights, norms, self.width)
+        return before
+
+
+def _are_same(
+    layer: native.Layer,
+    weights: Sequence[tuple[native.Weight, Tensor | None]],
+    norms: Sequence[tuple[Tensor, float]],
+) -> bool:
+    return all(
+        a is b and s is t for (a, s), (b, t) in zip(layer.weights, weights, strict=True)
+    ) and all(a is b and s == t for (a, s), (b, t) in zip(layer.norms, norms, strict=True))
+
+
+def _frozen(module: Any) -> FrozenLinear | None:
+    """The product with a frozen weight that a module is, or that is left of it without adapters."""
+    for _ in range(2):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        if type(module) is FrozenLinear:
+            return module
+        if not getattr(module, "disable_adapters", False) or module.merged:
+            return None
+        module = module.base_layer
+    return None
 
 
 def _left_out(base: Any) -> Iterator[Any]:

@@ -1,8 +1,9 @@
 """Faster matrix products with frozen weights on the CPU.
 
 `torch.nn.functional.linear` lays the weight out anew in every call; oneDNN takes one that was laid
-out once. The copy costs as much memory as the weight, and frozen weights are worth it: every
-strings' forward pass reads them.
+out once, and so do the products that are compiled for the machine (`langppl.lm.native`), which
+serve float32 where there are any. The copy costs as much memory as the weight, and frozen weights
+are worth it: every strings' forward pass reads them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from langppl.lm import native
 
 SMALLEST = 2**16
 """Weights of fewer numbers gain nothing: the call itself costs more."""
@@ -41,12 +44,20 @@ def unchanged() -> Iterator[None]:
         _unchanged.reset(token)
 
 
-def _lay_out(weight: Tensor) -> Tensor:
+Laid = Tensor | native.Weight
+"""A weight in oneDNN's layout, or in panels."""
+
+
+def _lay_out(weight: Tensor) -> Laid:
+    if weight.dtype == torch.float32 and native.library() is not None:
+        return native.lay_out(weight)
     laid: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
     return laid
 
 
-def _multiply(x: Tensor, laid: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
+    if isinstance(laid, native.Weight):
+        return native.multiply(x, laid, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid, bias, "none", [], "")
     return product
 
@@ -55,7 +66,7 @@ class _Product(torch.autograd.Function):
     """x Wᵀ + b whose gradient goes to x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, laid: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return _multiply(x, laid, bias)
 
@@ -66,10 +77,10 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that keeps a second copy of its weight in oneDNN's layout.
+    """A linear layer that keeps a second copy of its weight, laid out for products.
 
     It shares the parameters of the layer it replaces. The copy is made at the first call, and anew
-    when the weight has changed; off the CPU, in a float type that oneDNN does not multiply here, or
+    when the weight has changed; off the CPU, in a float type that is not multiplied so here, or
     where the weight itself takes gradients, it is a plain linear layer.
 
     A change is seen by the weight's identity, memory and version, and, since what is written
@@ -81,7 +92,7 @@ class FrozenLinear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.training = layer.training
-        self._laid: Tensor | None = None
+        self._laid: Laid | None = None
         self._of: tuple[Tensor, int, int] | None = None
         self._probe = self._seen = torch.empty(0)
         self._looked: object = None
@@ -98,22 +109,37 @@ class FrozenLinear(nn.Linear):
         )
         if takes_gradients or not _suits(weight) or input.dtype != weight.dtype:
             return super().forward(input)
+        laid = self._current()
+        if not torch.is_grad_enabled():
+            self._looked = stretch
+        elif input.requires_grad:
+            apply: Any = _Product.apply
+            product: Tensor = apply(input, weight, laid, bias)
+            return product
+        return _multiply(input, laid, bias)
+
+    def in_panels(self) -> native.Weight | None:
+        """The weight as compiled layers take it, for passes without gradients; None if not so."""
+        stretch, laid = _unchanged.get(), self._laid
+        if stretch is None or stretch is not self._looked or laid is None:
+            if self.weight.dtype != torch.float32 or not _suits(self.weight):
+                return None
+            laid = self._current()
+            self._looked = stretch
+        return laid if isinstance(laid, native.Weight) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the second copy, which does not let itself be copied or written."""
+        return {**self.__dict__, "_laid": None, "_of": None}
+
+    def _current(self) -> Laid:
+        weight = self.weight
         if self._laid is None or not self._is_current():
             self._laid, self._of = _lay_out(weight), (weight, weight.data_ptr(), weight._version)
             numbers = weight.detach().flatten()
             self._probe = numbers[:: max(1, len(numbers) // _PROBES)]
             self._seen = self._probe.clone()
-        if not torch.is_grad_enabled():
-            self._looked = stretch
-        elif input.requires_grad:
-            apply: Any = _Product.apply
-            product: Tensor = apply(input, weight, self._laid, bias)
-            return product
-        return _multiply(input, self._laid, bias)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the second copy, which oneDNN's tensors do not let be copied or written."""
-        return {**self.__dict__, "_laid": None, "_of": None}
+        return self._laid
 
     def _is_current(self) -> bool:
         assert self._of is not None
@@ -136,7 +162,7 @@ def _suits(weight: Tensor) -> bool:
 
 
 def freeze(model: nn.Module) -> None:
-    """Replaces a model's large linear layers, if this machine's torch has oneDNN's products."""
+    """Replaces a model's large linear layers, if this machine has products for them."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if (
@@ -149,7 +175,9 @@ def freeze(model: nn.Module) -> None:
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies in this float type here; not all machines' do in bfloat16."""
+    """Whether such products work here; not all machines' oneDNN multiplies in bfloat16."""
+    if dtype == torch.float32 and native.library() is not None:
+        return True
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(2, 3, dtype=dtype), torch.arange(12.0).reshape(4, 3).to(dtype)

@@ -1,0 +1,329 @@
+// What `langppl.lm.native` compiles for the machine that it runs on: products with frozen weights,
+// and what a decoder layer of Llama's form does around them, for float32 on the CPU.
+//
+// Each sum goes through its terms in one order, whatever else is computed beside it: a row's
+// numbers do not depend on the other rows of a pass.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <math.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define TILE 12
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDTH 8
+#define TILE 6
+#else
+#error "neither AVX-512 nor AVX2"
+#endif
+
+#define PANEL (2 * WIDTH)
+#define CHUNK 256   // rows whose sums a thread holds at a time
+#define DEPTH 256   // terms that are summed by themselves: fewer digits are lost than in one go
+#define AHEAD 32    // inputs of which the weights are fetched early
+#define MOST_SEEN 1024
+#define MOST_GROUPS 16
+
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+namespace {
+
+struct Product {
+    const float *laid;  // [outputs / PANEL, inputs, PANEL]
+    const float *bias;  // [outputs], or null
+    long inputs, outputs;
+};
+
+struct Layer {
+    const float *first, *second;  // weights of the norms, [inputs]
+    float first_epsilon, second_epsilon;
+    long heads, shared, width;  // heads of queries, of keys; numbers of each
+    Product query, key, value, out, gate, up, down;
+};
+
+vec all(float x) { return vec{} + x; }
+
+float sum(vec x) {
+#if WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+#endif
+}
+
+// e^x, to 2 units in the last place (Cephes' polynomial); NaN stays NaN.
+vec exponential(vec x) {
+    x = x > 88.3f ? all(88.3f) : x;
+    x = x < -87.3f ? all(-87.3f) : x;
+    vec n = x * 1.44269504088896341f;
+#if WIDTH == 16
+    n = (vec)_mm512_roundscale_ps((__m512)n, 0);
+#else
+    n = (vec)_mm256_round_ps((__m256)n, 0);
+#endif
+    x = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = all(1.9875691500e-4f);
+    y = y * x + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * (x * x) + x + 1.0f;
+    ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+    return y * (vec)power;
+}
+
+// Adds the products of some rows with a stretch of a panel to sums [ROWS, PANEL].
+template <int ROWS>
+void tile(const float *x, long stride, const float *laid, long depth, float *sums) {
+    vec own[ROWS][2];
+    for (int i = 0; i < ROWS; i++) own[i][0] = own[i][1] = vec{};
+    for (long k = 0; k < depth; k++) {
+        const float *at = laid + k * PANEL;
+        vec first = *(const vec *)at, second = *(const vec *)(at + WIDTH);
+        __builtin_prefetch(at + AHEAD * PANEL, 0, 1);
+        if (WIDTH == 16) __builtin_prefetch(at + AHEAD * PANEL + WIDTH, 0, 1);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            float factor = x[i * stride + k];
+            own[i][0] += first * factor;
+            own[i][1] += second * factor;
+        }
+    }
+    for (int i = 0; i < ROWS; i++) {
+        *(vec *)(sums + i * PANEL) += own[i][0];
+        *(vec *)(sums + i * PANEL + WIDTH) += own[i][1];
+    }
+}
+
+// Products of at most CHUNK rows with one panel, [rows, PANEL], bias included.
+void panel(const Product &product, long number, const float *x, long rows, float *sums) {
+    long first = number * PANEL, count = product.outputs - first;
+    for (long k = 0; k < PANEL; k++) sums[k] = product.bias && k < count ? product.bias[first + k] : 0;
+    for (long i = 1; i < rows; i++)
+        for (long k = 0; k < PANEL; k++) sums[i * PANEL + k] = sums[k];
+    const float *laid = product.laid + first * product.inputs;
+    long tiles = (rows + TILE - 1) / TILE;
+    for (long k = 0; k < product.inputs; k += DEPTH) {
+        long depth = product.inputs - k < DEPTH ? product.inputs - k : DEPTH, i = 0;
+        for (long t = 0; t < tiles; t++) {
+            long next = rows * (t + 1) / tiles;  // tiles of like heights
+            const float *of = x + i * product.inputs + k, *at = laid + k * PANEL;
+            float *to = sums + i * PANEL;
+            switch (next - i) {
+            case 1: tile<1>(of, product.inputs, at, depth, to); break;
+            case 2: tile<2>(of, product.inputs, at, depth, to); break;
+            case 3: tile<3>(of, product.inputs, at, depth, to); break;
+            case 4: tile<4>(of, product.inputs, at, depth, to); break;
+            case 5: tile<5>(of, product.inputs, at, depth, to); break;
+            case 6: tile<6>(of, product.inputs, at, depth, to); break;
+#if TILE == 12
+            case 7: tile<7>(of, product.inputs, at, depth, to); break;
+            case 8: tile<8>(of, product.inputs, at, depth, to); break;
+            case 9: tile<9>(of, product.inputs, at, depth, to); break;
+            case 10: tile<10>(of, product.inputs, at, depth, to); break;
+            case 11: tile<11>(of, product.inputs, at, depth, to); break;
+            case 12: tile<12>(of, product.inputs, at, depth, to); break;
+#endif
+            }
+            i = next;
+        }
+    }
+}
+
+long panels(const Product &product) { return (product.outputs + PANEL - 1) / PANEL; }
+
+long width_of(const Product &product, long number) {
+    long count = product.outputs - number * PANEL;
+    return count < PANEL ? count : PANEL;
+}
+
+// y = or += x Wᵀ + b; within a parallel region.
+void multiply(const Product &product, const float *x, long rows, float *y, long stride, bool adds) {
+    long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(product);
+#pragma omp for schedule(static) collapse(2) nowait
+    for (long c = 0; c < chunks; c++)
+        for (long p = 0; p < count; p++) {
+            float sums[CHUNK * PANEL];
+            long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
+            panel(product, p, x + first * product.inputs, own, sums);
+            long width = width_of(product, p);
+            for (long i = 0; i < own; i++) {
+                float *to = y + (first + i) * stride + p * PANEL;
+                const float *from = sums + i * PANEL;
+                if (adds)
+                    for (long k = 0; k < width; k++) to[k] += from[k];
+                else
+                    for (long k = 0; k < width; k++) to[k] = from[k];
+            }
+        }
+}
+
+// Rows over their root mean squares, times a weight; within a parallel region.
+void normed(const float *x, long rows, long width, const float *weight, float epsilon, float *y) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; i++) {
+        const float *from = x + i * width;
+        float *to = y + i * width;
+        vec squares = vec{};
+        long k = 0;
+        for (; k + WIDTH <= width; k += WIDTH) {
+            vec own = *(const vec *)(from + k);
+            squares += own * own;
+        }
+        float total = sum(squares);
+        for (; k < width; k++) total += from[k] * from[k];
+        float scale = 1.0f / sqrtf(total / width + epsilon);
+        for (k = 0; k < width; k++) to[k] = from[k] * scale * weight[k];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+long langppl_panel() { return PANEL; }
+long langppl_most_seen() { return MOST_SEEN; }
+long langppl_most_groups() { return MOST_GROUPS; }
+long langppl_lanes() { return WIDTH; }
+
+// A weight [outputs, inputs], laid out for `multiply`; the last panel is filled up with zeros.
+void langppl_lay_out(const float *weight, long outputs, long inputs, float *laid, int threads) {
+    long count = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long p = 0; p < count; p++) {
+        float *to = laid + p * PANEL * inputs;
+        for (long k = 0; k < inputs; k++)
+            for (long j = 0; j < PANEL; j++) {
+                long row = p * PANEL + j;
+                to[k * PANEL + j] = row < outputs ? weight[row * inputs + k] : 0;
+            }
+    }
+}
+
+void langppl_multiply(const Product *product, const float *x, long rows, float *y, int threads) {
+#pragma omp parallel num_threads(threads)
+    multiply(*product, x, rows, y, product->outputs, false);
+}
+
+// A layer up to its attention: queries and keys [heads + shared, rows, width], turned by their
+// positions' cosines and sines [rows, width] (the first half of the sines with the other sign), and
+// values [shared, rows, width]. `room` has space for rows · (inputs + (heads + 2 shared) · width)
+// numbers.
+void langppl_before(const Layer *layer, const float *x, long rows, const float *cosines,
+                    const float *sines, float *turned, float *values, float *room, int threads) {
+    const Layer &l = *layer;
+    long inputs = l.query.inputs, width = l.width, half = width / 2;
+    long of_queries = l.heads * width, of_keys = l.shared * width, stride = of_queries + 2 * of_keys;
+    float *h = room, *raw = room + rows * inputs;
+#pragma omp parallel num_threads(threads)
+    {
+        normed(x, rows, inputs, l.first, l.first_epsilon, h);
+        multiply(l.query, h, rows, raw, stride, false);
+        multiply(l.key, h, rows, raw + of_queries, stride, false);
+        multiply(l.value, h, rows, raw + of_queries + of_keys, stride, false);
+#pragma omp barrier
+#pragma omp for schedule(static) collapse(2)
+        for (long i = 0; i < rows; i++)
+            for (long a = 0; a < l.heads + 2 * l.shared; a++) {
+                const float *from = raw + i * stride + a * width;
+                if (a >= l.heads + l.shared) {
+                    float *to = values + ((a - l.heads - l.shared) * rows + i) * width;
+                    for (long k = 0; k < width; k++) to[k] = from[k];
+                    continue;
+                }
+                float *to = turned + (a * rows + i) * width;
+                const float *c = cosines + i * width, *s = sines + i * width;
+                for (long k = 0; k < half; k++) {
+                    float u = from[k], w = from[k + half];
+                    to[k] = u * c[k] + w * s[k];
+                    to[k + half] = w * c[k + half] + u * s[k + half];
+                }
+            }
+    }
+}
+
+// Attention of queries [heads, rows, width] to keys and values [shared, ·, width], a head of them
+// `key_stride` and `value_stride` numbers from the next. Row i sees the keys
+// places[starts[i]], ..., places[starts[i + 1] - 1]; found is [rows, heads, width].
+void langppl_attend(const float *queries, const float *keys, const float *values, long key_stride,
+                    long value_stride, long heads, long shared, long rows, long width,
+                    float scaling, const long *starts, const long *places, float *found,
+                    int threads) {
+    long groups = heads / shared;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
+    for (long i = 0; i < rows; i++)
+        for (long s = 0; s < shared; s++) {
+            float scores[MOST_GROUPS][MOST_SEEN + WIDTH];
+            const long *seen = places + starts[i];
+            long count = starts[i + 1] - starts[i];
+            const float *key = keys + s * key_stride, *value = values + s * value_stride;
+            const float *query = queries + (s * groups * rows + i) * width;
+            for (long j = 0; j < count; j++) {
+                const float *own = key + seen[j] * width;
+                for (long g = 0; g < groups; g++) {
+                    const float *of = query + g * rows * width;
+                    vec products = vec{};
+                    for (long k = 0; k < width; k += WIDTH)
+                        products += *(const vec *)(own + k) * *(const vec *)(of + k);
+                    scores[g][j] = sum(products) * scaling;
+                }
+            }
+            for (long g = 0; g < groups; g++) {
+                float *own = scores[g], most = own[0], total = 0;
+                for (long j = 1; j < count; j++) most = own[j] > most ? own[j] : most;
+                for (long j = count; j < count + WIDTH; j++) own[j] = most;
+                for (long j = 0; j < count; j += WIDTH)
+                    *(vec *)(own + j) = exponential(*(vec *)(own + j) - most);
+                for (long j = 0; j < count; j++) total += own[j];
+                float *to = found + (i * heads + s * groups + g) * width;
+                for (long k = 0; k < width; k += WIDTH) {
+                    vec sums = vec{};
+                    for (long j = 0; j < count; j++)
+                        sums += *(const vec *)(value + seen[j] * width + k) * own[j];
+                    *(vec *)(to + k) = sums / total;
+                }
+            }
+        }
+}
+
+// A layer after its attention, whose result is [rows, heads · width]: x [rows, inputs] is what goes
+// in and what comes out. `room` has space for rows · (inputs + gate's outputs) numbers.
+void langppl_after(const Layer *layer, const float *found, float *x, long rows, float *room,
+                   int threads) {
+    const Layer &l = *layer;
+    long inputs = l.out.outputs, inner = l.gate.outputs;
+    float *h = room, *gated = room + rows * inputs;
+#pragma omp parallel num_threads(threads)
+    {
+        multiply(l.out, found, rows, x, inputs, true);
+#pragma omp barrier
+        normed(x, rows, inputs, l.second, l.second_epsilon, h);
+        long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(l.gate);
+#pragma omp for schedule(static) collapse(2)
+        for (long c = 0; c < chunks; c++)
+            for (long p = 0; p < count; p++) {
+                float gate[CHUNK * PANEL], up[CHUNK * PANEL];
+                long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
+                panel(l.gate, p, h + first * inputs, own, gate);
+                panel(l.up, p, h + first * inputs, own, up);
+                long width = width_of(l.gate, p);
+                for (long i = 0; i < own; i++) {
+                    float *to = gated + (first + i) * inner + p * PANEL;
+                    float *of = gate + i * PANEL;
+                    const float *times = up + i * PANEL;
+                    for (long k = 0; k < PANEL; k += WIDTH) {
+                        vec g = *(vec *)(of + k);
+                        *(vec *)(of + k) = g / (1.0f + exponential(-g)) * *(const vec *)(times + k);
+                    }
+                    for (long k = 0; k < width; k++) to[k] = of[k];
+                }
+            }
+        multiply(l.down, gated, rows, x, inputs, true);
+    }
+}
+}

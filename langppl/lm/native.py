@@ -1,0 +1,389 @@
+"""Products and layers compiled for the machine they run on: float32 on the CPU, without gradients.
+
+A pass over a few tokens is bound by how fast its weights come from memory, and by what lies
+between the products. `native.cpp` has both for layers of Llama's form: weights in panels that are
+read in one stream, and everything between them in one go. It is compiled at first use, in a second,
+by the GCC of the machine (`$CXX`, or `g++`) for the machine's own instructions, AVX2 or AVX-512,
+and kept in the cache folder. Where that fails, or where `LANGPPL_NATIVE=0` says so, torch's own
+products run.
+
+A row's numbers do not depend on the other rows: products go through their terms in one order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from langppl.lm.weights import cache_dir
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+OPTIONS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fno-math-errno")
+
+PATIENCE = 120
+"""Seconds that the compiler may take."""
+
+_TOLERANCE = 1e-5
+"""How far its product may be from torch's, relative."""
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("laid", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_long),
+        ("outputs", ctypes.c_long),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("first_epsilon", ctypes.c_float),
+        ("second_epsilon", ctypes.c_float),
+        ("heads", ctypes.c_long),
+        ("shared", ctypes.c_long),
+        ("width", ctypes.c_long),
+        *((name, _Product) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+    )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight laid out in panels.
+
+    Attributes:
+        numbers: its copy.
+        outputs: rows of the weight.
+        inputs: columns of the weight.
+    """
+
+    numbers: Tensor
+    outputs: int
+    inputs: int
+    _products: dict[int, tuple[Tensor | None, _Product]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type of what it is multiplied with."""
+        return self.numbers.dtype
+
+    def product(self, bias: Tensor | None) -> _Product:
+        """With a bias, as compiled functions take it."""
+        at = 0 if bias is None else bias.data_ptr()
+        found = self._products.get(at)
+        if found is None or found[0] is not bias:
+            self._products.clear()
+            own = _Product(self.numbers.data_ptr(), at or None, self.inputs, self.outputs)
+            self._products[at] = found = (bias, own)
+        return found[1]
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled functions; None where there are none."""
+    return _loaded()[0]
+
+
+def reason() -> str:
+    """Why there are no compiled functions; empty where there are."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    if os.environ.get("LANGPPL_NATIVE") == "0":
+        return None, "LANGPPL_NATIVE=0"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return None, f"not made for {platform.system()} on {platform.machine()}"
+    try:
+        found = _declared(ctypes.CDLL(str(_built(OPTIONS))))
+        return (found, "") if _agrees(found) else (None, "its products are not torch's")
+    except subprocess.CalledProcessError as error:
+        return None, f"the compiler failed: {(error.stderr or '').strip()[:500]}"
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _built(options: tuple[str, ...]) -> Path:
+    """The library's file, compiled unless it is there."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise OSError("no g++ was found")
+    # A second pool of OpenMP's threads would fight with torch's, so its own is linked.
+    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    if not threads:
+        raise OSError("torch brings no libgomp")
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE
+    ).stdout
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    for part in (*options, version, str(threads[0]), _processor()):
+        digest.update(part.encode() + b"\n")
+    name = f"{digest.hexdigest()[:32]}.so"
+    folder = _folder()
+    target = folder / name
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        code, whole = Path(room, "native.o"), Path(room, name)
+        own = [compiler, *options, "-fopenmp", "-c", str(SOURCE), "-o", str(code)]
+        linked = [compiler, "-shared", str(code), str(threads[0]), "-o", str(whole)]
+        linked += [f"-Wl,-rpath,{threads[0].parent}"]
+        for command in (own, linked):
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        os.replace(whole, target)
+    return target
+
+
+def _folder() -> Path:
+    """Where the library is kept: nobody else may write there what this process then runs."""
+    folder = cache_dir() / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder of this process alone."""
+    folder = tempfile.TemporaryDirectory(prefix="langppl-native-")
+    _held.append(folder)
+    return Path(folder.name)
+
+
+_held: list[Any] = []
+"""Folders that are removed when the process ends."""
+
+
+def _processor() -> str:
+    """What tells machines apart whose instructions differ."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line
+    raise OSError("/proc/cpuinfo names no instructions")
+
+
+def _declared(found: Any) -> Any:
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    product, layer = ctypes.POINTER(_Product), ctypes.POINTER(_Layer)
+    for name, types in {
+        "lay_out": (pointer, number, number, pointer, threads),
+        "multiply": (product, pointer, number, pointer, threads),
+        "before": (layer, pointer, number, *[pointer] * 5, threads),
+        "attend": (
+            *[pointer] * 3,
+            *[number] * 6,
+            ctypes.c_float,
+            *[pointer] * 3,
+            threads,
+        ),
+        "after": (layer, pointer, pointer, number, pointer, threads),
+    }.items():
+        function = getattr(found, f"langppl_{name}")
+        function.argtypes, function.restype = types, None
+    for name in ("panel", "most_seen", "most_groups", "lanes"):
+        function = getattr(found, f"langppl_{name}")
+        function.argtypes, function.restype = (), number
+    return found
+
+
+def _agrees(found: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(s, generator=generator) for s in ((70, 33), (70,), (19, 33)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    own = _multiplied(found, x, _laid_out(found, weight), bias)
+    return bool((own - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def lay_out(weight: Tensor) -> Weight:
+    """A copy of a weight [outputs, inputs] in panels."""
+    return _laid_out(library(), weight)
+
+
+def _laid_out(found: Any, weight: Tensor) -> Weight:
+    own = weight.detach().contiguous()
+    outputs, inputs = own.shape
+    panel = found.langppl_panel()
+    numbers = own.new_empty(-(-outputs // panel) * panel * inputs)
+    threads = torch.get_num_threads()
+    found.langppl_lay_out(own.data_ptr(), outputs, inputs, numbers.data_ptr(), threads)
+    return Weight(numbers, outputs, inputs)
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The product x Wᵀ + b, of x [..., inputs]."""
+    return _multiplied(library(), x, weight, bias)
+
+
+def _multiplied(found: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != weight.inputs:
+        raise RuntimeError(f"{weight.inputs} inputs are needed, got {tuple(x.shape)}")
+    own = x.detach().contiguous()
+    y = own.new_empty(*x.shape[:-1], weight.outputs)
+    found.langppl_multiply(
+        weight.product(bias),
+        own.data_ptr(),
+        own.numel() // weight.inputs,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+PARTS = ("query", "key", "value", "out", "gate", "up", "down")
+"""A layer's products, in the order in which `Layer` takes them."""
+
+
+class Layer:
+    """One decoder layer of Llama's form.
+
+    Args:
+        weights: its products' weights and biases, in the order of `PARTS`.
+        norms: the weights of its two norms, and their epsilons.
+        width: numbers of a head.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Weight, Tensor | None]],
+        norms: Sequence[tuple[Tensor, float]],
+        width: int,
+    ) -> None:
+        self.weights, self.norms, self.width = weights, norms, width
+        (first, first_epsilon), (second, second_epsilon) = norms
+        self.inputs, self.inner = weights[0][0].inputs, weights[4][0].outputs
+        self.heads, self.shared = (weights[k][0].outputs // width for k in (0, 1))
+        self._own = _Layer(
+            first.data_ptr(),
+            second.data_ptr(),
+            first_epsilon,
+            second_epsilon,
+            self.heads,
+            self.shared,
+            width,
+            *(weight.product(bias) for weight, bias in weights),
+        )
+        self._library = library()
+
+    def room(self, rows: int) -> int:
+        """Numbers that its calls need for themselves."""
+        own = (self.heads + 2 * self.shared) * self.width
+        return rows * (self.inputs + max(own, self.inner))
+
+    def before(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, room: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What attention reads.
+
+        Args:
+            x: shape [rows, inputs].
+            cosines: of the positions, shape [rows, width].
+            sines: likewise.
+            room: at least as many numbers as `room` says.
+
+        Returns:
+            Queries and keys, shape [heads + shared, rows, width], and values
+            [shared, rows, width].
+        """
+        rows = len(x)
+        turned = x.new_empty(self.heads + self.shared, rows, self.width)
+        values = x.new_empty(self.shared, rows, self.width)
+        self._library.langppl_before(
+            self._own,
+            x.data_ptr(),
+            rows,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            turned.data_ptr(),
+            values.data_ptr(),
+            room.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return turned, values
+
+    def after(self, found: Tensor, x: Tensor, room: Tensor) -> None:
+        """The rest of the layer.
+
+        Args:
+            found: attention's result, shape [rows, heads · width].
+            x: what goes into the layer, and then what comes out, shape [rows, inputs].
+            room: at least as many numbers as `room` says.
+        """
+        self._library.langppl_after(
+            self._own,
+            found.data_ptr(),
+            x.data_ptr(),
+            len(x),
+            room.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def attends(width: int, groups: int, most: int) -> bool:
+    """Whether `attend` takes heads of such a width, groups of heads, and so many keys of a row."""
+    found = library()
+    return bool(
+        found is not None
+        and width % found.langppl_lanes() == 0
+        and groups <= found.langppl_most_groups()
+        and most <= found.langppl_most_seen()
+    )
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, places: Tensor, scaling: float
+) -> Tensor:
+    """Attention in which each row sees keys of its own.
+
+    Args:
+        queries: shape [heads, rows, width].
+        keys: shape [shared, keys, width], a head of them in one piece.
+        values: likewise.
+        starts: where each row's keys begin among `places`, and their end, int64 [rows + 1].
+        places: numbers of keys, int64.
+        scaling: of the scores.
+
+    Returns:
+        Shape [rows, heads · width].
+    """
+    heads, rows, width = queries.shape
+    found = queries.new_empty(rows, heads * width)
+    library().langppl_attend(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        values.stride(0),
+        heads,
+        len(keys),
+        rows,
+        width,
+        scaling,
+        starts.data_ptr(),
+        places.data_ptr(),
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found
