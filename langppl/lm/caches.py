@@ -48,19 +48,33 @@ def _growing() -> Any:
                 # Another's, perhaps, who may write behind it too: room of its own is made later.
                 self.keys, self.values = _alone(key_states), _alone(value_states)
                 return self.keys, self.values
+            new = key_states.shape[-2]
+            keys, values, held = self.room(new)
+            keys.narrow(-2, held, new).copy_(key_states)
+            values.narrow(-2, held, new).copy_(value_states)
+            return self.grow(new)
+
+        def room(self, new: int) -> tuple[Tensor, Tensor, int]:
+            """Keys and values with room for so many more tokens behind those that it holds.
+
+            Returns:
+                Keys and values, and how many tokens of them it holds.
+            """
             assert self.keys is not None and self.values is not None
-            held, new = self.keys.shape[-2], key_states.shape[-2]
+            held = self.keys.shape[-2]
             if self.rooms is None or self.rooms[0].shape[-2] < held + new:
                 self.rooms = (
                     _roomier(self.keys, 3 * (held + new) // 2),
                     _roomier(self.values, 3 * (held + new) // 2),
                 )
-            keys, values = self.rooms
-            keys.narrow(-2, held, new).copy_(key_states)
-            values.narrow(-2, held, new).copy_(value_states)
-            self.keys = keys.narrow(-2, 0, held + new)
-            self.values = values.narrow(-2, 0, held + new)
-            return self.keys, self.values
+            return *self.rooms, held
+
+        def grow(self, new: int) -> tuple[Tensor, Tensor]:
+            """All that it holds, now that so many tokens more have been written."""
+            assert self.rooms is not None and self.keys is not None
+            keys, values = (x.narrow(-2, 0, self.keys.shape[-2] + new) for x in self.rooms)
+            self.keys, self.values = keys, values
+            return keys, values
 
     return functools.partial(Cache, layer_class_to_replicate=Growing)
 

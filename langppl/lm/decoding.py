@@ -351,14 +351,23 @@ def _run(
     Returns:
         States after the tokens, what of the cache each row sees by then, and the new last nodes.
     """
-    nodes = [tree.add(node, token) for node, token in zip(last, tokens, strict=True)]
-    seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)], axis=1)
+    # Rows that have come the same way go on as one.
+    steps = list(zip((tree.first[node] for node in last), tokens, strict=True))
+    lines = list({step: line for line, step in reversed([*enumerate(steps)])}.values())
+    lines.sort()
+    number = {steps[line]: k for k, line in enumerate(lines)}
+    of_step = np.array([number[step] for step in steps])
+    nodes = [tree.add(last[line], tokens[line]) for line in lines]
+    seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)[of_step]], axis=1)
     depth = np.array(tree.depth)
-    sees = packed.seen_by(lm, packing, seen, depth[nodes], depth, BLOCK)
+    sees = packed.seen_by(lm, packing, seen[lines], depth[nodes], depth, BLOCK)
+    ids = torch.tensor([tokens[line] for line in lines])
     at, everyone = torch.from_numpy(depth[nodes]), torch.arange(len(nodes))
-    found = packed.run(lm, packing, torch.tensor(tokens), at, sees, everyone, cache)
+    found = packed.run(lm, packing, ids, at, sees, everyone, cache)
     tree.note(lm, nodes, found)
-    return found, seen, nodes
+    if len(nodes) < len(tokens):
+        found = found[torch.from_numpy(of_step).to(lm.device)]
+    return found, seen, [nodes[k] for k in of_step]
 
 
 def _grow(

@@ -12,7 +12,7 @@ states are also compared with those of transformers' own pass (`langppl.lm.packe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ _TYPES = {"llama", "mistral", "qwen2"}
 """As transformers' configs name them."""
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_PRODUCTS = (*(f"{name}_proj" for name in "qkvo"), "gate_proj", "up_proj", "down_proj")
-"""The products of a layer, as `native.Layer` takes them."""
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OF_GATED = ("gate_proj", "up_proj", "down_proj")
+"""Both in the order in which `native.Layer` takes them."""
 
+_ATTENTION = {*_OF_ATTENTION}
+_GATED = {*_OF_GATED, "act_fn"}
 _SILU = {"SiLU", "SiLUActivation"}
 
 MOST_ROWS = 128
@@ -54,7 +55,11 @@ class Lean:
         self.width: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.left_out = list(_left_out(base))
-        self._compiled: list[native.Layer | None] = [None] * len(self.layers)
+        self._parts = [
+            (x.self_attn._modules, x.mlp._modules, (x.input_layernorm, x.post_attention_layernorm))
+            for x in self.layers
+        ]
+        self._compiled: list[tuple[list[Any], native.Layer] | None] = [None] * len(self.layers)
 
     def suits(self) -> bool:
         """Whether the modules that it leaves out are as they were when it was made."""
@@ -82,19 +87,20 @@ class Lean:
         device = self.base.device
         ids, depth, keep = ids.to(device), depth.to(device), keep.to(device)
         n, width = len(ids), self.width
-        x: Tensor = self.base.embed_tokens(ids[None])[0]
+        x: Tensor = self.base.embed_tokens(ids[None])[0].contiguous()
         cos, sin = self.base.rotary_emb(x[None], depth[None])
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
         # Rotating a half: cat(-b, a) is a roll of (a, b), its first half with the other sign.
         sin[..., : width // 2].neg_()
-        turns: tuple[Tensor, Tensor] | None = None
-        for number, layer in enumerate(self.layers):
-            own = self._layer(number) if x.dtype == torch.float32 else None
+        turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+        compiled = self._in_panels(x.dtype)
+        if self._run(compiled, seen, x, turns, cache):
+            return _normed(x[keep], self.base.norm)
+        room: Tensor | None = None
+        for number, (layer, own) in enumerate(zip(self.layers, compiled, strict=True)):
             if own is not None:
-                if turns is None:
-                    turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+                if room is None:
                     room = x.new_empty(own.room(n))
-                    x = x.contiguous()
                 both, values = own.before(x, *turns, room)
             else:
                 parts, norm = layer.self_attn._modules, layer.input_layernorm
@@ -105,9 +111,13 @@ class Lean:
             heads = len(both) - len(values)
             queries, keys, values = both[None, :heads], both[None, heads:], values[None]
             if cache is not None:
-                keys, values = cache.update(keys, values, number)
+                # What lies around a layer's own update moves layers between devices.
+                one = cache.layers[number] if number < len(cache.layers) else None
+                keys, values = (
+                    cache.update(keys, values, number) if one is None else one.update(keys, values)
+                )
             found = self._attended(seen, queries, keys, values)
-            if own is not None:
+            if own is not None and room is not None:
                 own.after(found, x, room)
                 continue
             x = x + parts["o_proj"](found)
@@ -116,6 +126,39 @@ class Lean:
             h = gated["act_fn"](gated["gate_proj"](h)).mul_(gated["up_proj"](h))
             x = x + gated["down_proj"](h)
         return _normed(x[keep], self.base.norm)
+
+    def _run(
+        self,
+        layers: list[native.Layer | None],
+        seen: Blocks,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        cache: Any,
+    ) -> bool:
+        """Runs all layers in one compiled function, in place; False where that cannot be."""
+        n, every = len(x), [own for own in layers if own is not None]
+        if len(every) < len(layers) or cache is None or len(cache.layers) != len(layers):
+            return False
+        first, most = every[0], seen.keys.shape[1]
+        shared, width = first.shared, self.width
+        if n > MOST_ROWS or not native.attends(width, first.heads // shared, most):
+            return False
+        if not all(hasattr(layer, "room") and layer.is_initialized for layer in cache.layers):
+            return False
+        rooms, held = [], set()
+        for layer in cache.layers:
+            keys, values, own = layer.room(n)
+            rooms.append((keys, values))
+            held.add((own, keys.shape, values.shape))
+        ((tokens, of_keys, of_values),) = held if len(held) == 1 else {(0, None, None)}
+        if of_keys is None or of_keys != of_values or of_keys[1] != shared or of_keys[0] != 1:
+            return False
+        if not all(r.is_contiguous() and r.dtype == x.dtype for pair in rooms for r in pair):
+            return False
+        native.run(every, x, *turns, rooms, tokens, *seen.lists(), self.scaling)
+        for layer in cache.layers:
+            layer.grow(n)
+        return True
 
     def _attended(self, seen: Blocks, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention's result [n, heads · width]."""
@@ -133,41 +176,40 @@ class Lean:
         found = attend_to(seen, queries, keys, values, scaling=self.scaling)
         return found.reshape(n, -1)
 
+    def _in_panels(self, dtype: torch.dtype) -> list[native.Layer | None]:
+        """Each layer as compiled functions take it, or None."""
+        takes = dtype == torch.float32 and native.library() is not None
+        return [self._layer(number) if takes else None for number in range(len(self.layers))]
+
     def _layer(self, number: int) -> native.Layer | None:
         """A layer as compiled functions take it, if all its products are frozen weights' alone."""
-        if native.library() is None:
-            return None
-        layer = self.layers[number]
-        modules = {**layer.self_attn._modules, **layer.mlp._modules}
-        weights = []
-        for name in _PRODUCTS:
-            product = _frozen(modules[name])
-            panels = None if product is None else product.in_panels()
-            if product is None or panels is None:
+        attention, gated, norms = self._parts[number]
+        found: list[Any] = []
+        for modules, names in ((attention, _OF_ATTENTION), (gated, _OF_GATED)):
+            for name in names:
+                product = _frozen(modules[name])
+                panels = None if product is None else product.in_panels()
+                if product is None or panels is None:
+                    return None
+                found += (panels, product.bias)
+        for norm in norms:
+            weight = norm._parameters["weight"]
+            found += (weight, norm.variance_epsilon)
+            if weight.dtype != torch.float32 or not weight.is_contiguous():
                 return None
-            weights.append((panels, product.bias))
-        norms = [
-            (norm.weight, float(norm.variance_epsilon))
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        ]
-        if type(modules["act_fn"]).__name__ not in _SILU or not all(
-            weight.dtype == torch.float32 and weight.is_contiguous() for weight, _ in norms
-        ):
-            return None
+        found.append(type(gated["act_fn"]))
         before = self._compiled[number]
-        if before is None or not _are_same(before, weights, norms):
-            self._compiled[number] = before = native.Layer(weights, norms, self.width)
-        return before
-
-
-def _are_same(
-    layer: native.Layer,
-    weights: Sequence[tuple[native.Weight, Tensor | None]],
-    norms: Sequence[tuple[Tensor, float]],
-) -> bool:
-    return all(
-        a is b and s is t for (a, s), (b, t) in zip(layer.weights, weights, strict=True)
-    ) and all(a is b and s == t for (a, s), (b, t) in zip(layer.norms, norms, strict=True))
+        if before is None or not all(
+            a is b or (type(a) is float and a == b) for a, b in zip(found, before[0], strict=True)
+        ):
+            if found[-1].__name__ not in _SILU:
+                return None
+            weights = list(zip(found[0:14:2], found[1:14:2], strict=True))
+            own = native.Layer(
+                weights, list(zip(found[14:18:2], found[15:18:2], strict=True)), self.width
+            )
+            self._compiled[number] = before = (found, own)
+        return before[1]
 
 
 def _frozen(module: Any) -> FrozenLinear | None:

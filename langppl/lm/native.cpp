@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <math.h>
+#include <string.h>
 
 #if defined(__AVX512F__)
 #define WIDTH 16
@@ -324,6 +325,30 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
                 }
             }
         multiply(l.down, gated, rows, x, inputs, true);
+    }
+}
+
+// Layers one after another. Of each, a head of keys and of values has `stride` numbers of room, of
+// which the first `held` tokens are taken: the pass's own are written behind them. `room` has space
+// for what the three functions above read, write and use.
+void langppl_run(const Layer *const *layers, long count, float *x, long rows, const float *cosines,
+                 const float *sines, float *const *keys, float *const *values, long held,
+                 long stride, float scaling, const long *starts, const long *places, float *room,
+                 int threads) {
+    for (long n = 0; n < count; n++) {
+        const Layer &l = *layers[n];
+        long head = rows * l.width;
+        float *turned = room, *own = turned + (l.heads + l.shared) * head;
+        float *found = own + l.shared * head, *rest = found + l.heads * head;
+        langppl_before(&l, x, rows, cosines, sines, turned, own, rest, threads);
+        for (long s = 0; s < l.shared; s++) {
+            long to = s * stride + held * l.width;
+            memcpy(keys[n] + to, turned + (l.heads + s) * head, sizeof(float) * head);
+            memcpy(values[n] + to, own + s * head, sizeof(float) * head);
+        }
+        langppl_attend(turned, keys[n], values[n], stride, stride, l.heads, l.shared, rows, l.width,
+                       scaling, starts, places, found, threads);
+        langppl_after(&l, found, x, rows, rest, threads);
     }
 }
 }

@@ -200,6 +200,13 @@ def _declared(found: Any) -> Any:
             threads,
         ),
         "after": (layer, pointer, pointer, number, pointer, threads),
+        "run": (
+            *(pointer, number, pointer, number),
+            *[pointer] * 4,
+            *(number, number, ctypes.c_float),
+            *[pointer] * 3,
+            threads,
+        ),
     }.items():
         function = getattr(found, f"langppl_{name}")
         function.argtypes, function.restype = types, None
@@ -285,6 +292,7 @@ class Layer:
             width,
             *(weight.product(bias) for weight, bias in weights),
         )
+        self.address = ctypes.addressof(self._own)
         self._library = library()
 
     def room(self, rows: int) -> int:
@@ -387,3 +395,51 @@ def attend(
         torch.get_num_threads(),
     )
     return found
+
+
+def run(
+    layers: Sequence[Layer],
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    rooms: Sequence[tuple[Tensor, Tensor]],
+    held: int,
+    starts: Tensor,
+    places: Tensor,
+    scaling: float,
+) -> None:
+    """A pass through layers, each with attention as `attend` has it.
+
+    Args:
+        layers: layers of one form.
+        x: what goes in, and then what comes out, shape [rows, inputs].
+        cosines: of the positions, shape [rows, width].
+        sines: likewise, the first half with the other sign.
+        rooms: of each layer, keys and values [1, shared, room, width], all of one shape and each in
+            one piece; those of the rows are written behind what they hold.
+        held: how many tokens they hold.
+        starts: see `attend`.
+        places: numbers of keys, those of the rows among them.
+        scaling: of the scores.
+    """
+    rows, own = len(x), layers[0]
+    of_attention = 2 * (own.heads + own.shared) * own.width * rows
+    room = x.new_empty(of_attention + own.room(rows))
+    pointers = ctypes.c_void_p * len(layers)
+    library().langppl_run(
+        pointers(*(layer.address for layer in layers)),
+        len(layers),
+        x.data_ptr(),
+        rows,
+        cosines.data_ptr(),
+        sines.data_ptr(),
+        pointers(*(keys.data_ptr() for keys, _ in rooms)),
+        pointers(*(values.data_ptr() for _, values in rooms)),
+        held,
+        rooms[0][0].stride(1),
+        scaling,
+        starts.data_ptr(),
+        places.data_ptr(),
+        room.data_ptr(),
+        torch.get_num_threads(),
+    )
