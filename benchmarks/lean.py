@@ -1,6 +1,8 @@
-"""Small passes: layers taken apart (`langppl.lm.lean`) against transformers' own.
+"""Small passes: layers taken apart (`langppl.lm.lean`), and compiled, against transformers' own.
 
 A pass of n nodes that continue n strings of eight tokens with one prompt, as in a step of decoding.
+The first two ways multiply with oneDNN's layout of the weights, the third with functions compiled
+for the machine (`langppl.lm.native`).
 
     python benchmarks/lean.py
     python benchmarks/lean.py --help
@@ -9,21 +11,22 @@ A pass of n nodes that continue n strings of eight tokens with one prompt, as in
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import common
 import numpy as np
 import torch
 
 import langppl as lp
-from langppl.lm import caches, packed, products
+from langppl.lm import caches, native, packed, products
 from langppl.lm.decoding import BLOCK
 from langppl.lm.trie import lay_out
 
 GROWN = 8
 
 
-def measure(lm: lp.LM, prompt: int, count: int, runs: int) -> dict[str, Any]:
-    """Seconds of a pass in both ways."""
+def measure(lm: lp.LM, plain: lp.LM, prompt: int, count: int, runs: int) -> dict[str, Any]:
+    """Seconds of a pass in each way; `plain` is the LM without compiled functions."""
     assert lm.packs is not None and lm.lean is not None
     rng = np.random.default_rng(0)
     ids = lm.encode_prompt(common.prompt_of(lm, prompt))
@@ -38,10 +41,10 @@ def measure(lm: lp.LM, prompt: int, count: int, runs: int) -> dict[str, Any]:
     depth = np.concatenate([row.depth, row.depth[leaves] + 1])
     sees = packed.seen_by(lm, lm.packs, seen, depth[-count:], depth, BLOCK)
     tokens, at = torch.from_numpy(words[:, -1].copy()), torch.from_numpy(depth[-count:])
-    lean = lm.lean
+    lean = plain.lean
     states = {}
 
-    def way(name: str, own: Any) -> Any:
+    def way(name: str, lm: lp.LM, own: Any) -> Any:
         def go() -> None:
             lm.lean = own
             everyone = torch.arange(count)
@@ -51,17 +54,23 @@ def measure(lm: lp.LM, prompt: int, count: int, runs: int) -> dict[str, Any]:
 
         return go
 
-    ways = {"transformers": way("transformers", None), "lean": way("lean", lean)}
+    ways = {
+        "transformers": way("transformers", plain, None),
+        "lean": way("lean", plain, lean),
+        "compiled": way("compiled", lm, lm.lean),
+    }
     seconds = common.side_by_side(ways, runs + 2)
-    lm.lean = lean
-    a, b = (common.median(seconds[name][2:]) for name in ways)
-    difference = (states["lean"] - states["transformers"]).abs().max()
+    plain.lean = lean
+    a, b, c = (common.median(seconds[name][2:]) for name in ways)
+    difference = max((states[k] - states["transformers"]).abs().max() for k in ("lean", "compiled"))
     return {
         "prompt": prompt,
         "strings": count,
         "transformers' layers ms": 1e3 * a,
         "taken apart ms": 1e3 * b,
         "ratio": a / b,
+        "compiled ms": 1e3 * c,
+        "its ratio": a / c,
         "difference": f"{float(difference / states['transformers'].abs().max()):.0e}",
         "seconds": seconds,
     }
@@ -73,9 +82,13 @@ def main() -> None:
     options.add_argument("--prompts", type=int, nargs="+", default=[7, 200])
     options.add_argument("--strings", type=int, nargs="+", default=[1, 8, 16, 32, 128])
     args = options.parse_args()
+    if native.library() is None:
+        options.error(f"nothing is compiled here: {native.reason()}")
     lm = lp.LM(args.lm, device="cpu")
+    with mock.patch.object(native, "library", lambda: None):
+        plain = lp.LM(args.lm, device="cpu")
     with torch.no_grad(), products.unchanged():
-        rows = [measure(lm, p, n, args.runs) for p in args.prompts for n in args.strings]
+        rows = [measure(lm, plain, p, n, args.runs) for p in args.prompts for n in args.strings]
     common.report("lean", [c for c in rows[0] if c != "seconds"], rows, args)
 
 

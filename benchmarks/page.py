@@ -47,7 +47,8 @@ langppl.""",
     "lean": """### Layers taken apart
 
 A pass of as many tokens as there are strings, each after a prompt and eight tokens of its own:
-transformers' layers against `langppl.lm.lean`, in turns. Difference: of the states, relative to the
+transformers' layers, `langppl.lm.lean` and its compiled form (`langppl.lm.native`), in turns; the
+first two multiply with weights in oneDNN's layout. Difference: of the states, relative to the
 largest.""",
     "grammars": """## Grammars
 

@@ -2,9 +2,8 @@
 
 A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of
 Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as they stand, adapters
-included, and what lies between them in one loop. Layers without an adapter run in functions that
-are compiled for the machine, where there are any (`langppl.lm.native`). It serves passes without
-gradients on the CPU.
+included, and what lies between them in one loop; in functions that are compiled for the machine
+where there are any (`langppl.lm.native`). It serves passes without gradients on the CPU.
 
 Architectures of this form are listed, as others have the same parts and do more with them; the
 states are also compared with those of transformers' own pass (`langppl.lm.packed.lean_of`).
@@ -19,12 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from langppl.lm import native
+from langppl.lm import native, products
 from langppl.lm.attention import Blocks, attend_to
 from langppl.lm.products import FrozenLinear
 
 _TYPES = {"llama", "mistral", "qwen2"}
 """As transformers' configs name them."""
+
+_NUMBERS = {int, float}
+
+_Adapted = tuple[Tensor, Tensor, float]
+"""An adapter's two weights and its scale."""
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -60,6 +64,7 @@ class Lean:
             for x in self.layers
         ]
         self._compiled: list[tuple[list[Any], native.Layer] | None] = [None] * len(self.layers)
+        self._adapters: dict[tuple[int, str], tuple[object, _Adapted, native.Adapter]] = {}
 
     def suits(self) -> bool:
         """Whether the modules that it leaves out are as they were when it was made."""
@@ -182,47 +187,90 @@ class Lean:
         return [self._layer(number) if takes else None for number in range(len(self.layers))]
 
     def _layer(self, number: int) -> native.Layer | None:
-        """A layer as compiled functions take it, if all its products are frozen weights' alone."""
+        """A layer as compiled functions take it, if its products are with frozen weights."""
         attention, gated, norms = self._parts[number]
         found: list[Any] = []
         for modules, names in ((attention, _OF_ATTENTION), (gated, _OF_GATED)):
             for name in names:
-                product = _frozen(modules[name])
+                product, adapted = _product(modules[name])
                 panels = None if product is None else product.in_panels()
                 if product is None or panels is None:
                     return None
-                found += (panels, product.bias)
+                own = None if adapted is None else self._adapter(number, name, adapted)
+                bias = product.bias
+                found += (panels, bias, own, 0 if bias is None else bias.data_ptr())
         for norm in norms:
             weight = norm._parameters["weight"]
-            found += (weight, norm.variance_epsilon)
+            found += (weight, float(norm.variance_epsilon), weight.data_ptr())
             if weight.dtype != torch.float32 or not weight.is_contiguous():
                 return None
         found.append(type(gated["act_fn"]))
         before = self._compiled[number]
         if before is None or not all(
-            a is b or (type(a) is float and a == b) for a, b in zip(found, before[0], strict=True)
+            a is b or (type(a) in _NUMBERS and a == b)
+            for a, b in zip(found, before[0], strict=True)
         ):
             if found[-1].__name__ not in _SILU:
                 return None
-            weights = list(zip(found[0:14:2], found[1:14:2], strict=True))
-            own = native.Layer(
-                weights, list(zip(found[14:18:2], found[15:18:2], strict=True)), self.width
-            )
-            self._compiled[number] = before = (found, own)
+            weights = [tuple(found[k : k + 3]) for k in range(0, 28, 4)]
+            layer = native.Layer(weights, [tuple(found[k : k + 2]) for k in (28, 31)], self.width)
+            self._compiled[number] = before = (found, layer)
         return before[1]
 
+    def _adapter(self, number: int, name: str, adapted: _Adapted) -> native.Adapter:
+        """A product's adapter in panels, laid out anew unless no weight is changed meanwhile."""
+        down, up, scale = adapted
+        stretch, before = products.stretch(), self._adapters.get((number, name))
+        if stretch is not None and before is not None and before[0] is stretch:
+            of = before[1]
+            if of[0] is down and of[1] is up and of[2] == scale:
+                return before[2]
+        found = native.Adapter(native.lay_out(down), native.lay_out(up), scale)
+        self._adapters[number, name] = (stretch, adapted, found)
+        return found
 
-def _frozen(module: Any) -> FrozenLinear | None:
-    """The product with a frozen weight that a module is, or that is left of it without adapters."""
-    for _ in range(2):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return None
-        if type(module) is FrozenLinear:
-            return module
-        if not getattr(module, "disable_adapters", False) or module.merged:
-            return None
-        module = module.base_layer
-    return None
+
+def _product(module: Any) -> tuple[FrozenLinear | None, _Adapted | None]:
+    """The product with a frozen weight that a module is, and the adapter that it has on it.
+
+    Returns:
+        (None, None) for whatever is not known to be that.
+    """
+    nothing = None, None
+    if _is_watched(module):
+        return nothing
+    if type(module) is FrozenLinear:
+        return module, None
+    if not hasattr(module, "disable_adapters") or module.merged:
+        return nothing
+    base, adapted = module.base_layer, None
+    if type(base) is not FrozenLinear or _is_watched(base):
+        return nothing
+    if not module.disable_adapters:
+        kind = type(module)
+        if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+            return nothing
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        if len(names) > 1 or any(name in module.lora_variant for name in names):
+            return nothing
+        for name in names:
+            two = module.lora_A[name], module.lora_B[name]
+            if module.lora_dropout[name].training or not all(
+                type(own) is nn.Linear
+                and own.bias is None
+                and own.weight.dtype == torch.float32
+                and own.weight.device.type == "cpu"
+                and not _is_watched(own)
+                for own in two
+            ):
+                return nothing
+            adapted = two[0].weight, two[1].weight, float(module.scaling[name])
+    return base, adapted
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether more happens with a module than its own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _left_out(base: Any) -> Iterator[Any]:

@@ -35,6 +35,10 @@ struct Product {
     const float *laid;  // [outputs / PANEL, inputs, PANEL]
     const float *bias;  // [outputs], or null
     long inputs, outputs;
+    // An adapter's two weights, laid out likewise, of `rank` numbers in between; no adapter if 0.
+    const float *down, *up;
+    long rank;
+    float scale;
 };
 
 struct Layer {
@@ -101,34 +105,29 @@ void tile(const float *x, long stride, const float *laid, long depth, float *sum
     }
 }
 
-// Products of at most CHUNK rows with one panel, [rows, PANEL], bias included.
-void panel(const Product &product, long number, const float *x, long rows, float *sums) {
-    long first = number * PANEL, count = product.outputs - first;
-    for (long k = 0; k < PANEL; k++) sums[k] = product.bias && k < count ? product.bias[first + k] : 0;
-    for (long i = 1; i < rows; i++)
-        for (long k = 0; k < PANEL; k++) sums[i * PANEL + k] = sums[k];
-    const float *laid = product.laid + first * product.inputs;
+// Adds the products of at most CHUNK rows [rows, inputs] with a panel to sums [rows, PANEL].
+void add(const float *x, long inputs, const float *laid, long rows, float *sums) {
     long tiles = (rows + TILE - 1) / TILE;
-    for (long k = 0; k < product.inputs; k += DEPTH) {
-        long depth = product.inputs - k < DEPTH ? product.inputs - k : DEPTH, i = 0;
+    for (long k = 0; k < inputs; k += DEPTH) {
+        long depth = inputs - k < DEPTH ? inputs - k : DEPTH, i = 0;
         for (long t = 0; t < tiles; t++) {
             long next = rows * (t + 1) / tiles;  // tiles of like heights
-            const float *of = x + i * product.inputs + k, *at = laid + k * PANEL;
+            const float *of = x + i * inputs + k, *at = laid + k * PANEL;
             float *to = sums + i * PANEL;
             switch (next - i) {
-            case 1: tile<1>(of, product.inputs, at, depth, to); break;
-            case 2: tile<2>(of, product.inputs, at, depth, to); break;
-            case 3: tile<3>(of, product.inputs, at, depth, to); break;
-            case 4: tile<4>(of, product.inputs, at, depth, to); break;
-            case 5: tile<5>(of, product.inputs, at, depth, to); break;
-            case 6: tile<6>(of, product.inputs, at, depth, to); break;
+            case 1: tile<1>(of, inputs, at, depth, to); break;
+            case 2: tile<2>(of, inputs, at, depth, to); break;
+            case 3: tile<3>(of, inputs, at, depth, to); break;
+            case 4: tile<4>(of, inputs, at, depth, to); break;
+            case 5: tile<5>(of, inputs, at, depth, to); break;
+            case 6: tile<6>(of, inputs, at, depth, to); break;
 #if TILE == 12
-            case 7: tile<7>(of, product.inputs, at, depth, to); break;
-            case 8: tile<8>(of, product.inputs, at, depth, to); break;
-            case 9: tile<9>(of, product.inputs, at, depth, to); break;
-            case 10: tile<10>(of, product.inputs, at, depth, to); break;
-            case 11: tile<11>(of, product.inputs, at, depth, to); break;
-            case 12: tile<12>(of, product.inputs, at, depth, to); break;
+            case 7: tile<7>(of, inputs, at, depth, to); break;
+            case 8: tile<8>(of, inputs, at, depth, to); break;
+            case 9: tile<9>(of, inputs, at, depth, to); break;
+            case 10: tile<10>(of, inputs, at, depth, to); break;
+            case 11: tile<11>(of, inputs, at, depth, to); break;
+            case 12: tile<12>(of, inputs, at, depth, to); break;
 #endif
             }
             i = next;
@@ -136,23 +135,62 @@ void panel(const Product &product, long number, const float *x, long rows, float
     }
 }
 
-long panels(const Product &product) { return (product.outputs + PANEL - 1) / PANEL; }
+// Products of at most CHUNK rows with one panel, [rows, PANEL], bias and adapter included; `low` is
+// what `lower` made of the rows.
+void panel(const Product &product, long number, const float *x, const float *low, long rows,
+           float *sums) {
+    long first = number * PANEL, count = product.outputs - first;
+    for (long k = 0; k < PANEL; k++) sums[k] = product.bias && k < count ? product.bias[first + k] : 0;
+    for (long i = 1; i < rows; i++)
+        for (long k = 0; k < PANEL; k++) sums[i * PANEL + k] = sums[k];
+    add(x, product.inputs, product.laid + first * product.inputs, rows, sums);
+    if (product.rank) add(low, product.rank, product.up + first * product.rank, rows, sums);
+}
 
-long width_of(const Product &product, long number) {
-    long count = product.outputs - number * PANEL;
+long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
+
+long width_of(long outputs, long number) {
+    long count = outputs - number * PANEL;
     return count < PANEL ? count : PANEL;
 }
 
+// Of some products with the same rows, what their adapters' first weights make of these, scaled:
+// [rows, rank] of each, one after another; within a parallel region.
+void lower(const Product *const *products, long count, const float *x, long rows, float *low) {
+    long most = 0, chunks = (rows + CHUNK - 1) / CHUNK;
+    for (long n = 0; n < count; n++)
+        if (panels(products[n]->rank) > most) most = panels(products[n]->rank);
+    if (!most) return;
+#pragma omp for schedule(static) collapse(3)
+    for (long n = 0; n < count; n++)
+        for (long c = 0; c < chunks; c++)
+            for (long p = 0; p < most; p++) {
+                const Product &own = *products[n];
+                long before = 0;
+                for (long m = 0; m < n; m++) before += products[m]->rank;
+                if (p >= panels(own.rank)) continue;
+                Product down = {own.down, nullptr, own.inputs, own.rank, nullptr, nullptr, 0, 0};
+                float sums[CHUNK * PANEL];
+                long first = c * CHUNK, some = rows - first < CHUNK ? rows - first : CHUNK;
+                panel(down, p, x + first * own.inputs, nullptr, some, sums);
+                float *to = low + before * rows + first * own.rank + p * PANEL;
+                for (long i = 0; i < some; i++)
+                    for (long k = 0; k < width_of(own.rank, p); k++)
+                        to[i * own.rank + k] = sums[i * PANEL + k] * own.scale;
+            }
+}
+
 // y = or += x Wᵀ + b; within a parallel region.
-void multiply(const Product &product, const float *x, long rows, float *y, long stride, bool adds) {
-    long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(product);
+void multiply(const Product &product, const float *x, const float *low, long rows, float *y,
+              long stride, bool adds) {
+    long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(product.outputs);
 #pragma omp for schedule(static) collapse(2) nowait
     for (long c = 0; c < chunks; c++)
         for (long p = 0; p < count; p++) {
             float sums[CHUNK * PANEL];
             long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
-            panel(product, p, x + first * product.inputs, own, sums);
-            long width = width_of(product, p);
+            panel(product, p, x + first * product.inputs, low + first * product.rank, own, sums);
+            long width = width_of(product.outputs, p);
             for (long i = 0; i < own; i++) {
                 float *to = y + (first + i) * stride + p * PANEL;
                 const float *from = sums + i * PANEL;
@@ -208,25 +246,28 @@ void langppl_lay_out(const float *weight, long outputs, long inputs, float *laid
 
 void langppl_multiply(const Product *product, const float *x, long rows, float *y, int threads) {
 #pragma omp parallel num_threads(threads)
-    multiply(*product, x, rows, y, product->outputs, false);
+    multiply(*product, x, nullptr, rows, y, product->outputs, false);
 }
 
 // A layer up to its attention: queries and keys [heads + shared, rows, width], turned by their
 // positions' cosines and sines [rows, width] (the first half of the sines with the other sign), and
-// values [shared, rows, width]. `room` has space for rows · (inputs + (heads + 2 shared) · width)
-// numbers.
+// values [shared, rows, width]. `room` has space for rows · (inputs + (heads + 2 shared) · width +
+// 3 ranks) numbers.
 void langppl_before(const Layer *layer, const float *x, long rows, const float *cosines,
                     const float *sines, float *turned, float *values, float *room, int threads) {
     const Layer &l = *layer;
     long inputs = l.query.inputs, width = l.width, half = width / 2;
     long of_queries = l.heads * width, of_keys = l.shared * width, stride = of_queries + 2 * of_keys;
-    float *h = room, *raw = room + rows * inputs;
+    float *h = room, *raw = room + rows * inputs, *low = raw + rows * stride;
+    const Product *const three[] = {&l.query, &l.key, &l.value};
+    const float *of_second = low + rows * l.query.rank, *of_third = of_second + rows * l.key.rank;
 #pragma omp parallel num_threads(threads)
     {
         normed(x, rows, inputs, l.first, l.first_epsilon, h);
-        multiply(l.query, h, rows, raw, stride, false);
-        multiply(l.key, h, rows, raw + of_queries, stride, false);
-        multiply(l.value, h, rows, raw + of_queries + of_keys, stride, false);
+        lower(three, 3, h, rows, low);
+        multiply(l.query, h, low, rows, raw, stride, false);
+        multiply(l.key, h, of_second, rows, raw + of_queries, stride, false);
+        multiply(l.value, h, of_third, rows, raw + of_queries + of_keys, stride, false);
 #pragma omp barrier
 #pragma omp for schedule(static) collapse(2)
         for (long i = 0; i < rows; i++)
@@ -293,26 +334,31 @@ void langppl_attend(const float *queries, const float *keys, const float *values
 }
 
 // A layer after its attention, whose result is [rows, heads · width]: x [rows, inputs] is what goes
-// in and what comes out. `room` has space for rows · (inputs + gate's outputs) numbers.
+// in and what comes out. `room` has space for rows · (inputs + gate's outputs + 3 ranks) numbers.
 void langppl_after(const Layer *layer, const float *found, float *x, long rows, float *room,
                    int threads) {
     const Layer &l = *layer;
     long inputs = l.out.outputs, inner = l.gate.outputs;
-    float *h = room, *gated = room + rows * inputs;
+    float *h = room, *gated = room + rows * inputs, *low = gated + rows * inner;
+    const Product *const out[] = {&l.out}, *const two[] = {&l.gate, &l.up}, *const down[] = {&l.down};
+    const float *of_up = low + rows * l.gate.rank;
 #pragma omp parallel num_threads(threads)
     {
-        multiply(l.out, found, rows, x, inputs, true);
+        lower(out, 1, found, rows, low);
+        multiply(l.out, found, low, rows, x, inputs, true);
 #pragma omp barrier
         normed(x, rows, inputs, l.second, l.second_epsilon, h);
-        long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(l.gate);
+        lower(two, 2, h, rows, low);
+        long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(inner);
 #pragma omp for schedule(static) collapse(2)
         for (long c = 0; c < chunks; c++)
             for (long p = 0; p < count; p++) {
                 float gate[CHUNK * PANEL], up[CHUNK * PANEL];
                 long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
-                panel(l.gate, p, h + first * inputs, own, gate);
-                panel(l.up, p, h + first * inputs, own, up);
-                long width = width_of(l.gate, p);
+                const float *rows_of = h + first * inputs;
+                panel(l.gate, p, rows_of, low + first * l.gate.rank, own, gate);
+                panel(l.up, p, rows_of, of_up + first * l.up.rank, own, up);
+                long width = width_of(inner, p);
                 for (long i = 0; i < own; i++) {
                     float *to = gated + (first + i) * inner + p * PANEL;
                     float *of = gate + i * PANEL;
@@ -324,7 +370,8 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
                     for (long k = 0; k < width; k++) to[k] = of[k];
                 }
             }
-        multiply(l.down, gated, rows, x, inputs, true);
+        lower(down, 1, gated, rows, low);
+        multiply(l.down, gated, low, rows, x, inputs, true);
     }
 }
 

@@ -47,6 +47,10 @@ class _Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("inputs", ctypes.c_long),
         ("outputs", ctypes.c_long),
+        ("down", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -259,6 +263,21 @@ def _multiplied(found: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> T
     return y
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of one product.
+
+    Attributes:
+        down: its first weight, [rank, inputs].
+        up: its second one, [outputs, rank].
+        scale: what its result is multiplied with.
+    """
+
+    down: Weight
+    up: Weight
+    scale: float
+
+
 PARTS = ("query", "key", "value", "out", "gate", "up", "down")
 """A layer's products, in the order in which `Layer` takes them."""
 
@@ -267,14 +286,14 @@ class Layer:
     """One decoder layer of Llama's form.
 
     Args:
-        weights: its products' weights and biases, in the order of `PARTS`.
+        weights: its products' weights, biases and adapters, in the order of `PARTS`.
         norms: the weights of its two norms, and their epsilons.
         width: numbers of a head.
     """
 
     def __init__(
         self,
-        weights: Sequence[tuple[Weight, Tensor | None]],
+        weights: Sequence[tuple[Weight, Tensor | None, Adapter | None]],
         norms: Sequence[tuple[Tensor, float]],
         width: int,
     ) -> None:
@@ -290,15 +309,16 @@ class Layer:
             self.heads,
             self.shared,
             width,
-            *(weight.product(bias) for weight, bias in weights),
+            *(_adapted(*own) for own in weights),
         )
+        self.rank = max(own.down.outputs if own else 0 for _, _, own in weights)
         self.address = ctypes.addressof(self._own)
         self._library = library()
 
     def room(self, rows: int) -> int:
         """Numbers that its calls need for themselves."""
         own = (self.heads + 2 * self.shared) * self.width
-        return rows * (self.inputs + max(own, self.inner))
+        return rows * (self.inputs + max(own, self.inner) + 3 * self.rank)
 
     def before(
         self, x: Tensor, cosines: Tensor, sines: Tensor, room: Tensor
@@ -347,6 +367,23 @@ class Layer:
             room.data_ptr(),
             torch.get_num_threads(),
         )
+
+
+def _adapted(weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> _Product:
+    own = weight.product(bias)
+    if adapter is None:
+        return own
+    down, up = adapter.down.numbers, adapter.up.numbers
+    return _Product(
+        own.laid,
+        own.bias,
+        own.inputs,
+        own.outputs,
+        down.data_ptr(),
+        up.data_ptr(),
+        adapter.down.outputs,
+        adapter.scale,
+    )
 
 
 def attends(width: int, groups: int, most: int) -> bool:

@@ -48,6 +48,11 @@ Laid = Tensor | native.Weight
 """A weight in oneDNN's layout, or in panels."""
 
 
+def stretch() -> object:
+    """The innermost such block; None outside."""
+    return _unchanged.get()
+
+
 def _lay_out(weight: Tensor) -> Laid:
     if weight.dtype == torch.float32 and native.library() is not None:
         return native.lay_out(weight)
