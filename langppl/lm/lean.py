@@ -3,7 +3,8 @@
 A pass over few tokens spends much of its time in Python, in modules within modules. Of layers of
 Llama's form (Llama, SmolLM2, Mistral, Qwen2) this runs the products as they stand, adapters
 included, and what lies between them in one loop; in functions that are compiled for the machine
-where there are any (`langppl.lm.native`). It serves passes without gradients on the CPU.
+where there are any (`langppl.lm.native`). It serves passes on the CPU without gradients, and, where
+all its layers are compiled, passes with gradients of an adapter.
 
 Architectures of this form are listed, as others have the same parts and do more with them; the
 states are also compared with those of transformers' own pass (`langppl.lm.packed.lean_of`).
@@ -20,15 +21,13 @@ from torch.nn.functional import rms_norm
 
 from langppl.lm import native, products
 from langppl.lm.attention import Blocks, attend_to
+from langppl.lm.lean_gradients import Adapted, Trained
 from langppl.lm.products import FrozenLinear
 
 _TYPES = {"llama", "mistral", "qwen2"}
 """As transformers' configs name them."""
 
 _NUMBERS = {int, float}
-
-_Adapted = tuple[Tensor, Tensor, float]
-"""An adapter's two weights and its scale."""
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -63,8 +62,8 @@ class Lean:
             (x.self_attn._modules, x.mlp._modules, (x.input_layernorm, x.post_attention_layernorm))
             for x in self.layers
         ]
-        self._compiled: list[tuple[list[Any], native.Layer] | None] = [None] * len(self.layers)
-        self._adapters: dict[tuple[int, str], tuple[object, _Adapted, native.Adapter]] = {}
+        self._compiled: list[tuple[list[Any], Trained] | None] = [None] * len(self.layers)
+        self._adapters: dict[tuple[int, str], tuple[object, Adapted, native.Adapter]] = {}
 
     def suits(self) -> bool:
         """Whether the modules that it leaves out are as they were when it was made."""
@@ -74,6 +73,19 @@ class Lean:
             and not (now._forward_hooks or now._forward_pre_hooks or now.training)
             and "forward" not in vars(now)
             for now, then in zip(found, self.left_out, strict=True)
+        )
+
+    def trains(self) -> bool:
+        """Whether it gives the gradients of the adapter that is switched on."""
+        every = self._in_panels(torch.float32)
+        return (
+            None not in every
+            and self.base.embed_tokens.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not any(
+                p.requires_grad for n, p in self.base.named_parameters() if ".lora_" not in n
+            )
+            and self.suits()
         )
 
     def states(self, ids: Tensor, depth: Tensor, seen: Blocks, keep: Tensor, cache: Any) -> Tensor:
@@ -98,7 +110,11 @@ class Lean:
         # Rotating a half: cat(-b, a) is a roll of (a, b), its first half with the other sign.
         sin[..., : width // 2].neg_()
         turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
-        compiled = self._in_panels(x.dtype)
+        every = self._in_panels(x.dtype)
+        if torch.is_grad_enabled():
+            x = self._trained(every, seen, x, turns, cache)
+            return _normed(x[keep], self.base.norm)
+        compiled = [None if own is None else own.layer for own in every]
         if self._run(compiled, seen, x, turns, cache):
             return _normed(x[keep], self.base.norm)
         room: Tensor | None = None
@@ -131,6 +147,27 @@ class Lean:
             h = gated["act_fn"](gated["gate_proj"](h)).mul_(gated["up_proj"](h))
             x = x + gated["down_proj"](h)
         return _normed(x[keep], self.base.norm)
+
+    def _trained(
+        self,
+        layers: list[Trained | None],
+        seen: Blocks,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor],
+        cache: Any,
+    ) -> Tensor:
+        """What comes out of all layers, with gradients."""
+        for number, own in enumerate(layers):
+            if own is None:
+                raise RuntimeError("gradients of layers that are not compiled")
+            both, values = own.before(x, *turns)
+            heads = len(both) - len(values)
+            queries, keys, values = both[None, :heads], both[None, heads:], values[None]
+            if cache is not None:
+                keys, values = cache.update(keys, values, number)
+            found = attend_to(seen, queries, keys, values, scaling=self.scaling)
+            x = own.after(found.reshape(len(x), -1), x)
+        return x
 
     def _run(
         self,
@@ -181,15 +218,17 @@ class Lean:
         found = attend_to(seen, queries, keys, values, scaling=self.scaling)
         return found.reshape(n, -1)
 
-    def _in_panels(self, dtype: torch.dtype) -> list[native.Layer | None]:
+    def _in_panels(self, dtype: torch.dtype) -> list[Trained | None]:
         """Each layer as compiled functions take it, or None."""
         takes = dtype == torch.float32 and native.library() is not None
         return [self._layer(number) if takes else None for number in range(len(self.layers))]
 
-    def _layer(self, number: int) -> native.Layer | None:
+    def _layer(self, number: int) -> Trained | None:
         """A layer as compiled functions take it, if its products are with frozen weights."""
         attention, gated, norms = self._parts[number]
         found: list[Any] = []
+        plain: list[Tensor] = []
+        adapters: list[Adapted | None] = []
         for modules, names in ((attention, _OF_ATTENTION), (gated, _OF_GATED)):
             for name in names:
                 product, adapted = _product(modules[name])
@@ -197,6 +236,8 @@ class Lean:
                 if product is None or panels is None:
                     return None
                 own = None if adapted is None else self._adapter(number, name, adapted)
+                plain.append(product.weight)
+                adapters.append(adapted)
                 bias = product.bias
                 found += (panels, bias, own, 0 if bias is None else bias.data_ptr())
         for norm in norms:
@@ -214,10 +255,10 @@ class Lean:
                 return None
             weights = [tuple(found[k : k + 3]) for k in range(0, 28, 4)]
             layer = native.Layer(weights, [tuple(found[k : k + 2]) for k in (28, 31)], self.width)
-            self._compiled[number] = before = (found, layer)
+            self._compiled[number] = before = (found, Trained(layer, plain, adapters))
         return before[1]
 
-    def _adapter(self, number: int, name: str, adapted: _Adapted) -> native.Adapter:
+    def _adapter(self, number: int, name: str, adapted: Adapted) -> native.Adapter:
         """A product's adapter in panels, laid out anew unless no weight is changed meanwhile."""
         down, up, scale = adapted
         stretch, before = products.stretch(), self._adapters.get((number, name))
@@ -230,7 +271,7 @@ class Lean:
         return found
 
 
-def _product(module: Any) -> tuple[FrozenLinear | None, _Adapted | None]:
+def _product(module: Any) -> tuple[FrozenLinear | None, Adapted | None]:
     """The product with a frozen weight that a module is, and the adapter that it has on it.
 
     Returns:

@@ -334,19 +334,27 @@ void langppl_attend(const float *queries, const float *keys, const float *values
 }
 
 // A layer after its attention, whose result is [rows, heads · width]: x [rows, inputs] is what goes
-// in and what comes out. `room` has space for rows · (inputs + gate's outputs + 3 ranks) numbers.
+// in and what comes out. `room` has space for rows · (inputs + gate's outputs + 4 ranks) numbers, of
+// which the last are what `lower` made for the four products. For a backward pass, x between the two
+// halves [rows, inputs] and what gate and up gave [rows, outputs] are written where `middle` is given.
 void langppl_after(const Layer *layer, const float *found, float *x, long rows, float *room,
-                   int threads) {
+                   float *middle, float *gates, float *ups, int threads) {
     const Layer &l = *layer;
     long inputs = l.out.outputs, inner = l.gate.outputs;
-    float *h = room, *gated = room + rows * inputs, *low = gated + rows * inner;
+    float *h = room, *gated = room + rows * inputs, *of_out = gated + rows * inner;
+    float *low = of_out + rows * l.out.rank, *of_up = low + rows * l.gate.rank;
+    float *of_down = of_up + rows * l.up.rank;
     const Product *const out[] = {&l.out}, *const two[] = {&l.gate, &l.up}, *const down[] = {&l.down};
-    const float *of_up = low + rows * l.gate.rank;
 #pragma omp parallel num_threads(threads)
     {
-        lower(out, 1, found, rows, low);
-        multiply(l.out, found, low, rows, x, inputs, true);
+        lower(out, 1, found, rows, of_out);
+        multiply(l.out, found, of_out, rows, x, inputs, true);
 #pragma omp barrier
+        if (middle) {
+#pragma omp for schedule(static) nowait
+            for (long i = 0; i < rows; i++)
+                memcpy(middle + i * inputs, x + i * inputs, sizeof(float) * inputs);
+        }
         normed(x, rows, inputs, l.second, l.second_epsilon, h);
         lower(two, 2, h, rows, low);
         long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(inner);
@@ -363,6 +371,11 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
                     float *to = gated + (first + i) * inner + p * PANEL;
                     float *of = gate + i * PANEL;
                     const float *times = up + i * PANEL;
+                    if (middle) {
+                        long at = (first + i) * inner + p * PANEL;
+                        memcpy(gates + at, of, sizeof(float) * width);
+                        memcpy(ups + at, times, sizeof(float) * width);
+                    }
                     for (long k = 0; k < PANEL; k += WIDTH) {
                         vec g = *(vec *)(of + k);
                         *(vec *)(of + k) = g / (1.0f + exponential(-g)) * *(const vec *)(times + k);
@@ -370,8 +383,8 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
                     for (long k = 0; k < width; k++) to[k] = of[k];
                 }
             }
-        lower(down, 1, gated, rows, low);
-        multiply(l.down, gated, low, rows, x, inputs, true);
+        lower(down, 1, gated, rows, of_down);
+        multiply(l.down, gated, of_down, rows, x, inputs, true);
     }
 }
 
@@ -395,7 +408,75 @@ void langppl_run(const Layer *const *layers, long count, float *x, long rows, co
         }
         langppl_attend(turned, keys[n], values[n], stride, stride, l.heads, l.shared, rows, l.width,
                        scaling, starts, places, found, threads);
-        langppl_after(&l, found, x, rows, rest, threads);
+        langppl_after(&l, found, x, rows, rest, nullptr, nullptr, nullptr, threads);
     }
+}
+
+// Rows over their root mean squares, times a weight.
+void langppl_norm(const float *x, long rows, long width, const float *weight, float epsilon,
+                  float *y, int threads) {
+#pragma omp parallel num_threads(threads)
+    normed(x, rows, width, weight, epsilon, y);
+}
+
+// Adds to `into` the gradients of x, of those of `langppl_norm`'s result.
+void langppl_norm_back(const float *x, long rows, long width, const float *weight, float epsilon,
+                       const float *gradients, float *into, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < rows; i++) {
+        const float *from = x + i * width, *of = gradients + i * width;
+        float *to = into + i * width;
+        double squares = 0, products = 0;
+        for (long k = 0; k < width; k++) {
+            squares += (double)from[k] * from[k];
+            products += (double)from[k] * weight[k] * of[k];
+        }
+        float scale = (float)(1.0 / sqrt(squares / width + epsilon));
+        float along = (float)(products / width) * scale * scale;
+        for (long k = 0; k < width; k++) to[k] += scale * (weight[k] * of[k] - from[k] * along);
+    }
+}
+
+// Gradients of what gate and up gave, of those of their product, which is made again.
+void langppl_gated_back(const float *gates, const float *ups, const float *gradients, long count,
+                        float *product, float *of_gates, float *of_ups, int threads) {
+    long steps = (count + WIDTH - 1) / WIDTH;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < steps; n++) {
+        long at = n * WIDTH, some = count - at < WIDTH ? count - at : WIDTH;
+        float own[3][WIDTH] = {}, made[3][WIDTH];
+        const float *from[] = {gates + at, ups + at, gradients + at};
+        float *to[] = {product + at, of_gates + at, of_ups + at};
+        for (int j = 0; j < 3; j++) memcpy(own[j], from[j], sizeof(float) * some);
+        vec g = *(vec *)own[0], up = *(vec *)own[1], of = *(vec *)own[2];
+        vec share = 1.0f / (1.0f + exponential(-g)), active = g * share;
+        *(vec *)made[0] = active * up;
+        *(vec *)made[1] = of * up * share * (1.0f + g * (1.0f - share));
+        *(vec *)made[2] = of * active;
+        for (int j = 0; j < 3; j++) memcpy(to[j], made[j], sizeof(float) * some);
+    }
+}
+
+// Gradients [rows, (heads + 2 shared) · width] of what the three products gave, of those of
+// `langppl_before`'s results.
+void langppl_turn_back(long heads, long shared, long width, long rows, const float *cosines,
+                       const float *sines, const float *of_turned, const float *of_values,
+                       float *into, int threads) {
+    long half = width / 2, every = heads + 2 * shared;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
+    for (long i = 0; i < rows; i++)
+        for (long a = 0; a < every; a++) {
+            float *to = into + (i * every + a) * width;
+            if (a >= heads + shared) {
+                memcpy(to, of_values + ((a - heads - shared) * rows + i) * width, sizeof(float) * width);
+                continue;
+            }
+            const float *from = of_turned + (a * rows + i) * width;
+            const float *c = cosines + i * width, *s = sines + i * width;
+            for (long k = 0; k < half; k++) {
+                to[k] = from[k] * c[k] + from[k + half] * s[k + half];
+                to[k + half] = from[k + half] * c[k + half] + from[k] * s[k];
+            }
+        }
 }
 }

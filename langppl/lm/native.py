@@ -1,4 +1,4 @@
-"""Products and layers compiled for the machine they run on: float32 on the CPU, without gradients.
+"""Products and layers compiled for the machine they run on: float32 on the CPU.
 
 A pass over a few tokens is bound by how fast its weights come from memory, and by what lies
 between the products. `native.cpp` has both for layers of Llama's form: weights in panels that are
@@ -203,7 +203,14 @@ def _declared(found: Any) -> Any:
             *[pointer] * 3,
             threads,
         ),
-        "after": (layer, pointer, pointer, number, pointer, threads),
+        "after": (layer, pointer, pointer, number, *[pointer] * 4, threads),
+        "norm": (pointer, number, number, pointer, ctypes.c_float, pointer, threads),
+        "norm_back": (
+            *(pointer, number, number, pointer, ctypes.c_float),
+            *(pointer, pointer, threads),
+        ),
+        "gated_back": (*[pointer] * 3, number, *[pointer] * 3, threads),
+        "turn_back": (*[number] * 4, *[pointer] * 5, threads),
         "run": (
             *(pointer, number, pointer, number),
             *[pointer] * 4,
@@ -318,7 +325,7 @@ class Layer:
     def room(self, rows: int) -> int:
         """Numbers that its calls need for themselves."""
         own = (self.heads + 2 * self.shared) * self.width
-        return rows * (self.inputs + max(own, self.inner) + 3 * self.rank)
+        return rows * (self.inputs + max(own, self.inner) + 4 * self.rank)
 
     def before(
         self, x: Tensor, cosines: Tensor, sines: Tensor, room: Tensor
@@ -351,13 +358,21 @@ class Layer:
         )
         return turned, values
 
-    def after(self, found: Tensor, x: Tensor, room: Tensor) -> None:
+    def after(
+        self,
+        found: Tensor,
+        x: Tensor,
+        room: Tensor,
+        kept: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
         """The rest of the layer.
 
         Args:
             found: attention's result, shape [rows, heads · width].
             x: what goes into the layer, and then what comes out, shape [rows, inputs].
             room: at least as many numbers as `room` says.
+            kept: for a backward pass: takes x between the layer's halves, [rows, inputs], and what
+                gate and up gave, each [rows, inner].
         """
         self._library.langppl_after(
             self._own,
@@ -365,8 +380,79 @@ class Layer:
             x.data_ptr(),
             len(x),
             room.data_ptr(),
+            *((None,) * 3 if kept is None else (own.data_ptr() for own in kept)),
             torch.get_num_threads(),
         )
+
+    def ranks(self) -> list[int]:
+        """Of its products' adapters, 0 where there is none."""
+        return [own.down.outputs if own else 0 for _, _, own in self.weights]
+
+    def normed(self, x: Tensor, which: int) -> Tensor:
+        """Its first (0) or second norm of x [rows, inputs]."""
+        weight, epsilon = self.norms[which]
+        y = torch.empty_like(x)
+        rows, width = x.shape
+        self._library.langppl_norm(
+            x.data_ptr(),
+            rows,
+            width,
+            weight.data_ptr(),
+            epsilon,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def normed_back(self, x: Tensor, which: int, gradients: Tensor, into: Tensor) -> None:
+        """Adds to `into` x's gradients, of those of its norm; each [rows, inputs]."""
+        weight, epsilon = self.norms[which]
+        rows, width = x.shape
+        self._library.langppl_norm_back(
+            x.data_ptr(),
+            rows,
+            width,
+            weight.data_ptr(),
+            epsilon,
+            gradients.data_ptr(),
+            into.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def gated_back(
+        self, gates: Tensor, ups: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What gate's and up's results make, and their gradients, of those of it; [rows, inner]."""
+        made = [torch.empty_like(gates) for _ in range(3)]
+        self._library.langppl_gated_back(
+            gates.data_ptr(),
+            ups.data_ptr(),
+            gradients.data_ptr(),
+            gates.numel(),
+            *(own.data_ptr() for own in made),
+            torch.get_num_threads(),
+        )
+        return made[0], made[1], made[2]
+
+    def turned_back(
+        self, cosines: Tensor, sines: Tensor, of_turned: Tensor, of_values: Tensor
+    ) -> Tensor:
+        """Gradients [rows, outputs] of what three products gave, of those of `before`'s results."""
+        rows, own = len(cosines), self.heads + 2 * self.shared
+        found = cosines.new_empty(rows, own * self.width)
+        self._library.langppl_turn_back(
+            self.heads,
+            self.shared,
+            self.width,
+            rows,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            of_turned.data_ptr(),
+            of_values.data_ptr(),
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
 
 
 def _adapted(weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> _Product:

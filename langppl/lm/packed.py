@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from langppl.lm import attention, kept, lean
+from langppl.lm import attention, kept, lean, products
 from langppl.lm.attention import Blocks
 from langppl.lm.caches import cache_of, keys_and_values
 from langppl.lm.kept import KeysAndValues, Tree
@@ -145,12 +145,18 @@ def _new_states(
             found = passed()
         elif row is not layout.rows[-1]:
             found = checkpoint(passed, use_reentrant=False)
-        elif lm.device.type != "cpu" and len(row.ids) <= SPARED:
-            found = passed()
+        elif (lm.device.type != "cpu" and len(row.ids) <= SPARED) or _trains(lm):
+            found = passed()  # little is kept, or little is gained
         else:
             with elementwise_again(lm.model):
                 found = passed()
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
+
+
+def _trains(lm: LM) -> bool:
+    """Whether compiled layers give an adapter's gradients."""
+    assert lm.packs is not None
+    return lm.lean is not None and lm.packs.in_blocks and lm.splits_head and lm.lean.trains()
 
 
 def _after_trees(
@@ -215,7 +221,7 @@ def _row_states(
     adapter: str | None,
 ) -> torch.Tensor:
     # Run again in a backward pass, it finds the LM without its adapter.
-    with lm.adapter(adapter):
+    with lm.adapter(adapter), products.unchanged():
         cache = None if known is None else cache_of(known)
         return run_row(lm, packing, row, len(stem), nodes, cache)
 
@@ -246,9 +252,8 @@ def run(
     if isinstance(seen, Blocks):
         if (
             lm.lean is not None
-            and lm.lean.suits()
             and lm.splits_head
-            and not torch.is_grad_enabled()
+            and (lm.lean.trains() if torch.is_grad_enabled() else lm.lean.suits())
         ):
             lm.tally.add(len(ids))
             return lm.lean.states(ids, depth, seen, keep, cache)
