@@ -61,9 +61,9 @@ that end and break their grammar. The share counts: other work ran on the same c
 N particles of a missing sentence with its ending observed. langppl runs its importance sampler
 here.""",
     "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
-other token, at its word (`twist_power=1`, before there was another).""",
-    "particles_128": """More particles, on one core of a slower hour; a training ran on the
-other.""",
+other token.""",
+    "particles_none": """The same with langppl's SMC that waits for the ending (`twist=None`).""",
+    "particles_128": """More particles.""",
     "particles_json": """A record under a JSON schema, with a remark on it observed. langppl draws
 through llguidance's mask and weights with what it took; genlm-control draws with AWRS and its
 JsonSchema, whose validator runs in Python. One core; a training ran on the other. 1,000 draws of

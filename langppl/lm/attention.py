@@ -35,6 +35,9 @@ BLOCK = 64
 SPARED_BYTES = 64 * 2**20
 """Copies of a layer's keys and values that an accelerator keeps for the backward pass."""
 
+SPARED_BYTES_ON_CPU = 4 * 2**20
+"""Likewise on the CPU."""
+
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
@@ -308,7 +311,7 @@ def attend_to(
 def _is_large(blocks: Blocks, key: Tensor) -> bool:
     """Whether the copies of keys and values are worth the time to make them again."""
     copied = 2 * key[0, :, 0].nbytes * blocks.keys.numel()
-    return key.device.type == "cpu" or copied > SPARED_BYTES
+    return copied > (SPARED_BYTES_ON_CPU if key.device.type == "cpu" else SPARED_BYTES)
 
 
 @functools.cache

@@ -74,12 +74,12 @@ def _back(
         gradients: of the product's result, shape [rows, outputs].
         into: other gradients of x, which these are added to.
     """
-    of_x = gradients @ weight if into is None else into.addmm_(gradients, weight)
     if adapter is None:
-        return of_x, None, None
+        return native.multiply_back(gradients, weight, into=into), None, None
     down, up, scale = adapter
     of_low = (gradients @ up).mul_(scale)
-    return of_x.addmm_(of_low, down), of_low.T @ x, gradients.T @ low
+    of_x = native.multiply_back(gradients, weight, of_low, down, into)
+    return of_x, of_low.T @ x, gradients.T @ low
 
 
 class _Before(torch.autograd.Function):
@@ -154,12 +154,10 @@ class _After(torch.autograd.Function):
             return _back(weights[3 + k], adapter, x, low[k], own, into)
 
         # The gated product is made again beside its gradients, which come of the last product's.
-        of_product = of_out @ weights[6]
         last = _adapter(trained, 6, parameters, 3)
-        of_low = None
-        if last is not None:
-            of_low = (of_out @ last[1]).mul_(last[2])
-            of_product.addmm_(of_low, last[0])
+        of_low = None if last is None else (of_out @ last[1]).mul_(last[2])
+        down = None if last is None else last[0]
+        of_product = native.multiply_back(of_out, weights[6], of_low, down)
         product, of_gates, of_ups = layer.gated_back(gates, ups, of_product)
         of_last: list[Tensor | None] = [None, None]
         if of_low is not None:

@@ -8,6 +8,7 @@
 #include <omp.h>
 #include <math.h>
 #include <string.h>
+#include <vector>
 
 #if defined(__AVX512F__)
 #define WIDTH 16
@@ -409,6 +410,43 @@ void langppl_run(const Layer *const *layers, long count, float *x, long rows, co
         langppl_attend(turned, keys[n], values[n], stride, stride, l.heads, l.shared, rows, l.width,
                        scaling, starts, places, found, threads);
         langppl_after(&l, found, x, rows, rest, nullptr, nullptr, nullptr, threads);
+    }
+}
+
+// Gradients [rows, inputs] of x, of those [rows, outputs] of its product with a weight
+// [outputs, inputs]; they are added to what is there, or take its place. An adapter's part comes from
+// `low` [rows, rank] and its first weight `down` [rank, inputs], if rank is not 0.
+void langppl_multiply_back(const float *weight, long outputs, long inputs, const float *gradients,
+                           const float *low, const float *down, long rank, long rows, float *into,
+                           int adds, int threads) {
+    long count = panels(inputs);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> laid((outputs + rank) * PANEL), sums(CHUNK * PANEL);
+#pragma omp for schedule(static)
+        for (long p = 0; p < count; p++) {
+            long width = width_of(inputs, p);
+            float *to = laid.data();
+            for (long n = 0; n < outputs + rank; n++, to += PANEL) {
+                const float *from = n < outputs ? weight + n * inputs : down + (n - outputs) * inputs;
+                for (long k = 0; k < width; k++) to[k] = from[p * PANEL + k];
+            }
+            for (long first = 0; first < rows; first += CHUNK) {
+                long own = rows - first < CHUNK ? rows - first : CHUNK;
+                memset(sums.data(), 0, sizeof(float) * own * PANEL);
+                add(gradients + first * outputs, outputs, laid.data(), own, sums.data());
+                if (rank)
+                    add(low + first * rank, rank, laid.data() + outputs * PANEL, own, sums.data());
+                for (long i = 0; i < own; i++) {
+                    float *at = into + (first + i) * inputs + p * PANEL;
+                    const float *of = sums.data() + i * PANEL;
+                    if (adds)
+                        for (long k = 0; k < width; k++) at[k] += of[k];
+                    else
+                        for (long k = 0; k < width; k++) at[k] = of[k];
+                }
+            }
+        }
     }
 }
 

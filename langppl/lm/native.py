@@ -204,6 +204,10 @@ def _declared(found: Any) -> Any:
             threads,
         ),
         "after": (layer, pointer, pointer, number, *[pointer] * 4, threads),
+        "multiply_back": (
+            *(pointer, number, number, pointer, pointer, pointer),
+            *(number, number, pointer, threads, threads),
+        ),
         "norm": (pointer, number, number, pointer, ctypes.c_float, pointer, threads),
         "norm_back": (
             *(pointer, number, number, pointer, ctypes.c_float),
@@ -268,6 +272,47 @@ def _multiplied(found: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> T
         torch.get_num_threads(),
     )
     return y
+
+
+def multiply_back(
+    gradients: Tensor,
+    weight: Tensor,
+    low: Tensor | None = None,
+    down: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Gradients of what was multiplied with a weight.
+
+    Args:
+        gradients: of the product, shape [..., outputs].
+        weight: as it is, shape [outputs, inputs].
+        low: gradients of what an adapter's first weight gave, shape [..., rank].
+        down: that weight, shape [rank, inputs].
+        into: other gradients, in one piece, which these are added to.
+
+    Returns:
+        Shape [..., inputs].
+    """
+    outputs, inputs = weight.shape
+    own, weight = gradients.contiguous(), weight.contiguous()
+    found = own.new_empty(*own.shape[:-1], inputs) if into is None else into
+    rank = 0
+    if low is not None and down is not None:
+        low, down, rank = low.contiguous(), down.contiguous(), len(down)
+    library().langppl_multiply_back(
+        weight.data_ptr(),
+        outputs,
+        inputs,
+        own.data_ptr(),
+        None if low is None else low.data_ptr(),
+        None if down is None else down.data_ptr(),
+        rank,
+        own.numel() // outputs,
+        found.data_ptr(),
+        into is not None,
+        torch.get_num_threads(),
+    )
+    return found
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, laid: Laid, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
+        ctx.is_compiled = isinstance(laid, native.Weight)
         return _multiply(x, laid, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        if ctx.is_compiled:
+            return native.multiply_back(gradients[0], weight), None, None, None
         return gradients[0] @ weight, None, None, None
 
 
