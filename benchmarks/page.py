@@ -241,7 +241,9 @@ def where(name: str, machine: dict[str, Any]) -> str:
     """The device, else the processor."""
     if name.startswith("gpu_"):
         return str(machine["device"])
-    return f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}"
+    parts = [machine["processor"], f"{machine['threads']} threads", machine["capability"]]
+    parts += ["compiled passes"] if machine.get("native") == "compiled" else []
+    return ", ".join(parts)
 
 
 def main() -> None:

@@ -104,16 +104,19 @@ class Lean:
         device = self.base.device
         ids, depth, keep = ids.to(device), depth.to(device), keep.to(device)
         n, width = len(ids), self.width
-        x: Tensor = self.base.embed_tokens(ids[None])[0].contiguous()
+        x: Tensor = self.base.embed_tokens(ids[None])[0]
         cos, sin = self.base.rotary_emb(x[None], depth[None])
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
         # Rotating a half: cat(-b, a) is a roll of (a, b), its first half with the other sign.
         sin[..., : width // 2].neg_()
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
-        every = self._in_panels(x.dtype)
+        # Of heads that are turned in part, compiled functions would read more than there is.
+        every = self._in_panels(x.dtype if cos.shape[-1] == width else None)
         if torch.is_grad_enabled():
             x = self._trained(every, seen, x, turns, cache)
             return _normed(x[keep], self.base.norm)
+        x = x.clone(memory_format=torch.contiguous_format)  # compiled layers write over it
         compiled = [None if own is None else own.layer for own in every]
         if self._run(compiled, seen, x, turns, cache):
             return _normed(x[keep], self.base.norm)
@@ -157,6 +160,7 @@ class Lean:
         cache: Any,
     ) -> Tensor:
         """What comes out of all layers, with gradients."""
+        x = x.contiguous()
         for number, own in enumerate(layers):
             if own is None:
                 raise RuntimeError("gradients of layers that are not compiled")
@@ -218,7 +222,7 @@ class Lean:
         found = attend_to(seen, queries, keys, values, scaling=self.scaling)
         return found.reshape(n, -1)
 
-    def _in_panels(self, dtype: torch.dtype) -> list[Trained | None]:
+    def _in_panels(self, dtype: torch.dtype | None) -> list[Trained | None]:
         """Each layer as compiled functions take it, or None."""
         takes = dtype == torch.float32 and native.library() is not None
         return [self._layer(number) if takes else None for number in range(len(self.layers))]

@@ -347,6 +347,20 @@ def test_other_activations_and_float_types_are_left_to_torch():
 
 
 @has_compiled
+def test_what_a_hook_keeps_of_the_embeddings_stays():
+    lm = compiled("Llama", head_dim=16)
+    embed = lm.model.get_input_embeddings()
+    kept = []
+    handle = embed.register_forward_hook(lambda module, args, out: kept.append((args[0], out)))
+    score(requests(lm, WORDS))
+    draw(as_drawn(lm, ["ab", "b a"], 3, max_tokens=6))
+    handle.remove()
+    assert len(kept) > 3
+    for ids, out in kept:
+        torch.testing.assert_close(out, embed(ids))
+
+
+@has_compiled
 def test_a_pass_of_many_nodes_and_one_of_few_agree_to_the_last_digit():
     lm = compiled("Llama", head_dim=16)
     words = [("ab", "ab" * k + "a" * j) for k in range(5) for j in range(3)]
