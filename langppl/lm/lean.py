@@ -69,9 +69,7 @@ class Lean:
         """Whether the modules that it leaves out are as they were when it was made."""
         found = list(_left_out(self.base))
         return len(found) == len(self.left_out) and all(
-            now is then
-            and not (now._forward_hooks or now._forward_pre_hooks or now.training)
-            and "forward" not in vars(now)
+            now is then and not (now.training or _is_watched(now))
             for now, then in zip(found, self.left_out, strict=True)
         )
 
@@ -120,11 +118,10 @@ class Lean:
         compiled = [None if own is None else own.layer for own in every]
         if self._run(compiled, seen, x, turns, cache):
             return _normed(x[keep], self.base.norm)
-        room: Tensor | None = None
+        # Adapters differ between layers, and with them what these need.
+        room = x.new_empty(max((own.room(n) for own in compiled if own is not None), default=0))
         for number, (layer, own) in enumerate(zip(self.layers, compiled, strict=True)):
             if own is not None:
-                if room is None:
-                    room = x.new_empty(own.room(n))
                 both, values = own.before(x, *turns, room)
             else:
                 parts, norm = layer.self_attn._modules, layer.input_layernorm
@@ -141,8 +138,8 @@ class Lean:
                     cache.update(keys, values, number) if one is None else one.update(keys, values)
                 )
             found = self._attended(seen, queries, keys, values)
-            if own is not None and room is not None:
-                own.after(found, x, room)
+            if own is not None:
+                own.after(found.contiguous(), x, room)
                 continue
             x = x + parts["o_proj"](found)
             gated = layer.mlp._modules
@@ -170,7 +167,7 @@ class Lean:
             if cache is not None:
                 keys, values = cache.update(keys, values, number)
             found = attend_to(seen, queries, keys, values, scaling=self.scaling)
-            x = own.after(found.reshape(len(x), -1), x)
+            x = own.after(found.reshape(len(x), -1).contiguous(), x)
         return x
 
     def _run(
@@ -214,7 +211,10 @@ class Lean:
             n <= MOST_ROWS
             and queries.dtype == torch.float32
             and native.attends(self.width, heads // shared, seen.keys.shape[1])
-            and all(x.stride(2) == self.width and x.stride(3) == 1 for x in (keys, values))
+            and all(
+                x.stride(2) == self.width and x.stride(3) == 1 and x.dtype == torch.float32
+                for x in (keys, values)
+            )
         ):
             starts, places = seen.lists()
             own = queries[0].contiguous()
@@ -249,6 +249,8 @@ class Lean:
             found += (weight, float(norm.variance_epsilon), weight.data_ptr())
             if weight.dtype != torch.float32 or not weight.is_contiguous():
                 return None
+        if _is_watched(gated["act_fn"]):
+            return None
         found.append(type(gated["act_fn"]))
         before = self._compiled[number]
         if before is None or not all(
@@ -315,7 +317,13 @@ def _product(module: Any) -> tuple[FrozenLinear | None, Adapted | None]:
 
 def _is_watched(module: Any) -> bool:
     """Whether more happens with a module than its own forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def _left_out(base: Any) -> Iterator[Any]:

@@ -7,7 +7,8 @@ and up gave, and the adapters' few numbers in between; norms and the gated produ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,24 +104,8 @@ class _Before(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, cosines, sines, *kept = ctx.saved_tensors
-        trained: Trained = ctx.trained
-        layer = trained.layer
-        whole = layer.turned_back(cosines, sines, *(g.contiguous() for g in gradients))
-        h = layer.normed(x, 0)
-        of_h: Tensor | None = None
-        of_parameters: list[Tensor | None] = []
-        widths = [n * layer.width for n in (layer.heads, layer.shared, layer.shared)]
-        for k, own in enumerate(whole.split(widths, 1)):
-            adapter = _adapter(trained, k, kept[3:], k)
-            of_h, *of_own = _back(trained.weights[k], adapter, h, kept[k], own, of_h)
-            of_parameters += of_own
-        assert of_h is not None
-        of_x = None
-        if ctx.needs_input_grad[1]:
-            of_x = torch.zeros_like(x)
-            layer.normed_back(x, 0, of_h, of_x)
-        return None, of_x, None, None, *of_parameters
+        with _alone():
+            return _before_back(ctx, gradients)
 
 
 class _After(torch.autograd.Function):
@@ -141,35 +126,70 @@ class _After(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found, middle, gates, ups, *kept = ctx.saved_tensors
-        trained: Trained = ctx.trained
-        layer, weights = trained.layer, trained.weights
-        low, parameters = kept[:4], kept[4:]
-        of_out = gradients[0].contiguous()
+        with _alone():
+            return _after_back(ctx, gradients)
 
-        def back(
-            k: int, x: Tensor, own: Tensor, into: Tensor | None = None
-        ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            adapter = _adapter(trained, 3 + k, parameters, k)
-            return _back(weights[3 + k], adapter, x, low[k], own, into)
 
-        # The gated product is made again beside its gradients, which come of the last product's.
-        last = _adapter(trained, 6, parameters, 3)
-        of_low = None if last is None else (of_out @ last[1]).mul_(last[2])
-        down = None if last is None else last[0]
-        of_product = native.multiply_back(of_out, weights[6], of_low, down)
-        product, of_gates, of_ups = layer.gated_back(gates, ups, of_product)
-        of_last: list[Tensor | None] = [None, None]
-        if of_low is not None:
-            of_last = [of_low.T @ product, of_out.T @ low[3]]
-        del product, of_product
-        h = layer.normed(middle, 1)
-        of_h, *of_gate = back(1, h, of_gates)
-        of_h, *of_up = back(2, h, of_ups, of_h)
-        of_middle = of_out.clone()
-        layer.normed_back(middle, 1, of_h, of_middle)
-        of_found, *of_first = back(0, found, of_middle)
-        return None, of_found, of_middle, *of_first, *of_gate, *of_up, *of_last
+def _before_back(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    x, cosines, sines, *kept = ctx.saved_tensors
+    trained: Trained = ctx.trained
+    layer = trained.layer
+    whole = layer.turned_back(cosines, sines, *(g.contiguous() for g in gradients))
+    h = layer.normed(x, 0)
+    of_h: Tensor | None = None
+    of_parameters: list[Tensor | None] = []
+    widths = [n * layer.width for n in (layer.heads, layer.shared, layer.shared)]
+    for k, own in enumerate(whole.split(widths, 1)):
+        adapter = _adapter(trained, k, kept[3:], k)
+        of_h, *of_own = _back(trained.weights[k], adapter, h, kept[k], own, of_h)
+        of_parameters += of_own
+    assert of_h is not None
+    of_x = None
+    if ctx.needs_input_grad[1]:
+        of_x = torch.zeros_like(x)
+        layer.normed_back(x, 0, of_h, of_x)
+    return None, of_x, None, None, *of_parameters
+
+
+def _after_back(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    found, middle, gates, ups, *kept = ctx.saved_tensors
+    trained: Trained = ctx.trained
+    layer, weights = trained.layer, trained.weights
+    low, parameters = kept[:4], kept[4:]
+    of_out = gradients[0].contiguous()
+
+    def back(
+        k: int, x: Tensor, own: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        adapter = _adapter(trained, 3 + k, parameters, k)
+        return _back(weights[3 + k], adapter, x, low[k], own, into)
+
+    # The gated product is made again beside its gradients, which come of the last product's.
+    last = _adapter(trained, 6, parameters, 3)
+    of_low = None if last is None else (of_out @ last[1]).mul_(last[2])
+    down = None if last is None else last[0]
+    of_product = native.multiply_back(of_out, weights[6], of_low, down)
+    product, of_gates, of_ups = layer.gated_back(gates, ups, of_product)
+    of_last: list[Tensor | None] = [None, None]
+    if of_low is not None:
+        of_last = [of_low.T @ product, of_out.T @ low[3]]
+    del product, of_product
+    h = layer.normed(middle, 1)
+    of_h, *of_gate = back(1, h, of_gates)
+    of_h, *of_up = back(2, h, of_ups, of_h)
+    of_middle = of_out.clone()
+    layer.normed_back(middle, 1, of_h, of_middle)
+    of_found, *of_first = back(0, found, of_middle)
+    return None, of_found, of_middle, *of_first, *of_gate, *of_up, *of_last
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """For a backward pass: whatever the caller's autocast says, and once."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("compiled layers have no second gradients (create_graph=True)")
+    with torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _adapter(

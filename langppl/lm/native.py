@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,8 +120,9 @@ def _loaded() -> tuple[Any, str]:
         found = _declared(ctypes.CDLL(str(_built(OPTIONS))))
         return (found, "") if _agrees(found) else (None, "its products are not torch's")
     except subprocess.CalledProcessError as error:
-        return None, f"the compiler failed: {(error.stderr or '').strip()[:500]}"
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        said = (error.stderr or b"").decode(errors="replace").strip()
+        return None, f"the compiler failed: {said[:500]}"
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -134,10 +136,11 @@ def _built(options: tuple[str, ...]) -> Path:
     if not threads:
         raise OSError("torch brings no libgomp")
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE
+        [compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE
     ).stdout
     digest = hashlib.sha256(SOURCE.read_bytes())
-    for part in (*options, version, str(threads[0]), _processor()):
+    digest.update(version)
+    for part in (*options, str(threads[0]), _processor()):
         digest.update(part.encode() + b"\n")
     name = f"{digest.hexdigest()[:32]}.so"
     folder = _folder()
@@ -150,21 +153,21 @@ def _built(options: tuple[str, ...]) -> Path:
         linked = [compiler, "-shared", str(code), str(threads[0]), "-o", str(whole)]
         linked += [f"-Wl,-rpath,{threads[0].parent}"]
         for command in (own, linked):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
         os.replace(whole, target)
     return target
 
 
 def _folder() -> Path:
     """Where the library is kept: nobody else may write there what this process then runs."""
-    folder = cache_dir() / "native"
     try:
+        folder = cache_dir() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         if found.st_uid == os.getuid() and not found.st_mode & 0o022:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
-    except OSError:
+    except (OSError, RuntimeError):  # of a user without a home
         pass
     return _own_folder()
 
@@ -232,11 +235,23 @@ def _declared(found: Any) -> Any:
 
 
 def _agrees(found: Any) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(s, generator=generator) for s in ((70, 33), (70,), (19, 33)))
-    expected = torch.nn.functional.linear(x, weight, bias)
+    rng = np.random.default_rng(0)
+    weight, bias, x = (
+        torch.from_numpy(rng.normal(size=size).astype(np.float32))
+        for size in ((70, 33), (70,), (19, 33))
+    )
+    expected = x.double() @ weight.double().T + bias.double()
     own = _multiplied(found, x, _laid_out(found, weight), bias)
     return bool((own - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _check(*tensors: Tensor | None) -> None:
+    """Raises TypeError for what compiled functions would read as something that it is not."""
+    for own in tensors:
+        if own is not None and (own.dtype != torch.float32 or own.device.type != "cpu"):
+            raise TypeError(
+                f"compiled functions take float32 on the CPU, got {own.dtype} on {own.device}"
+            )
 
 
 def lay_out(weight: Tensor) -> Weight:
@@ -245,6 +260,7 @@ def lay_out(weight: Tensor) -> Weight:
 
 
 def _laid_out(found: Any, weight: Tensor) -> Weight:
+    _check(weight)
     own = weight.detach().contiguous()
     outputs, inputs = own.shape
     panel = found.langppl_panel()
@@ -262,6 +278,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def _multiplied(found: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if x.shape[-1] != weight.inputs:
         raise RuntimeError(f"{weight.inputs} inputs are needed, got {tuple(x.shape)}")
+    _check(x, bias)
     own = x.detach().contiguous()
     y = own.new_empty(*x.shape[:-1], weight.outputs)
     found.langppl_multiply(
@@ -293,6 +310,7 @@ def multiply_back(
     Returns:
         Shape [..., inputs].
     """
+    _check(gradients, weight, low, down, into)
     outputs, inputs = weight.shape
     own, weight = gradients.contiguous(), weight.contiguous()
     found = own.new_empty(*own.shape[:-1], inputs) if into is None else into
@@ -387,6 +405,7 @@ class Layer:
             Queries and keys, shape [heads + shared, rows, width], and values
             [shared, rows, width].
         """
+        _check(x, cosines, sines, room)
         rows = len(x)
         turned = x.new_empty(self.heads + self.shared, rows, self.width)
         values = x.new_empty(self.shared, rows, self.width)
@@ -419,6 +438,7 @@ class Layer:
             kept: for a backward pass: takes x between the layer's halves, [rows, inputs], and what
                 gate and up gave, each [rows, inner].
         """
+        _check(found, x, room)
         self._library.langppl_after(
             self._own,
             found.data_ptr(),
@@ -544,6 +564,7 @@ def attend(
     Returns:
         Shape [rows, heads · width].
     """
+    _check(queries, keys, values)
     heads, rows, width = queries.shape
     found = queries.new_empty(rows, heads * width)
     library().langppl_attend(
@@ -592,7 +613,9 @@ def run(
     """
     rows, own = len(x), layers[0]
     of_attention = 2 * (own.heads + own.shared) * own.width * rows
-    room = x.new_empty(of_attention + own.room(rows))
+    _check(x, cosines, sines)
+    # Adapters differ between layers, and with them what these need.
+    room = x.new_empty(of_attention + max(layer.room(rows) for layer in layers))
     pointers = ctypes.c_void_p * len(layers)
     library().langppl_run(
         pointers(*(layer.address for layer in layers)),

@@ -79,7 +79,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        if ctx.is_compiled:
+        if ctx.is_compiled and not torch.is_grad_enabled():
             return native.multiply_back(gradients[0], weight), None, None, None
         return gradients[0] @ weight, None, None, None
 
@@ -115,7 +115,7 @@ class FrozenLinear(nn.Linear):
         takes_gradients = torch.is_grad_enabled() and (
             weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if takes_gradients or not _suits(weight) or input.dtype != weight.dtype:
+        if takes_gradients or not _suits(weight, bias) or input.dtype != weight.dtype:
             return super().forward(input)
         laid = self._current()
         if not torch.is_grad_enabled():
@@ -130,7 +130,7 @@ class FrozenLinear(nn.Linear):
         """The weight as compiled layers take it, for passes without gradients; None if not so."""
         stretch, laid = _unchanged.get(), self._laid
         if stretch is None or stretch is not self._looked or laid is None:
-            if self.weight.dtype != torch.float32 or not _suits(self.weight):
+            if self.weight.dtype != torch.float32 or not _suits(self.weight, self.bias):
                 return None
             laid = self._current()
             self._looked = stretch
@@ -160,9 +160,10 @@ class FrozenLinear(nn.Linear):
         )
 
 
-def _suits(weight: Tensor) -> bool:
+def _suits(weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        weight.device.type == "cpu"
+        (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        and weight.device.type == "cpu"
         and weight.is_contiguous()
         and weight.dtype in _TOLERANCE
         and _works(weight.dtype)
@@ -176,7 +177,7 @@ def freeze(model: nn.Module) -> None:
             if (
                 type(layer) is nn.Linear
                 and layer.weight.numel() >= SMALLEST
-                and _suits(layer.weight)
+                and _suits(layer.weight, layer.bias)
             ):
                 setattr(parent, name, FrozenLinear(layer))
 

@@ -1,6 +1,7 @@
 """Gradients through compiled layers are those of transformers' and peft's own."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from test_lean import FORMS, whole
+from test_lean import FORMS, as_drawn, whole
 from test_native import compiled, has_compiled, instructions  # noqa: F401
 from test_packed import requests
 
 from langppl.lm import native
+from langppl.lm.decoding import draw
 from langppl.lm.lean import Lean
-from langppl.lm.scoring import score_with_gradients
+from langppl.lm.scoring import score, score_with_gradients
 
 pytestmark = has_compiled
 
@@ -127,6 +129,59 @@ def test_a_graph_that_is_kept_gives_its_gradients_again():
     once, twice = (gradients(lm, parameters, TEXTS, times) for times in (1, 2))
     for a, b in zip(once[1], twice[1], strict=True):
         torch.testing.assert_close(2.0 * a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_backward_within_autocast_and_second_gradients():
+    lm, parameters = with_adapter("Llama")
+    _, expected = gradients(lm, parameters, TEXTS)
+    found = score_with_gradients(requests(lm, TEXTS, adapter="own"))
+    totals = torch.stack([f.total for f in found])
+    loss = (totals * torch.linspace(-1.0, 2.0, len(totals))).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for a, b in zip(own, expected, strict=True):  # the part that reads logits is torch's own
+        assert float((a - b).abs().max()) <= 0.1 * max(float(b.abs().max()), 1.0)
+    with pytest.raises(NotImplementedError, match="no second gradients"):
+        torch.autograd.grad(loss, parameters, create_graph=True)
+
+
+def test_a_backward_hook_is_heeded(monkeypatch):
+    lm, parameters = with_adapter("Llama")
+    calls = used(monkeypatch)
+    seen = []
+    layer = lm.model.model.layers[1]
+    for module in (layer, layer.mlp.gate_proj, layer.mlp.act_fn):
+        handle = module.register_full_backward_hook(lambda *args: seen.append(1))
+        gradients(lm, parameters, TEXTS)
+        assert seen and not calls
+        handle.remove()
+        seen.clear()
+
+
+def test_adapters_of_some_layers_alone():
+    lm = compiled("Llama", head_dim=16, num_hidden_layers=3)
+    torch.manual_seed(2)
+    config = LoraConfig(
+        r=1,
+        target_modules=["q_proj", "down_proj", "up_proj"],
+        layers_to_transform=[1, 2],
+        rank_pattern={r"layers\.2\.mlp\.down_proj": 70, r"layers\.2\.mlp\.up_proj": 45},
+        init_lora_weights=False,
+    )
+    parameters = lm.add_adapter("own", config)
+    assert {len(p) for p in parameters} > {1, 45, 70}
+    found = gradients(lm, parameters, TEXTS)
+    scores = [s.tokens for s in score(requests(lm, TEXTS, adapter="own"))]
+    draws = [
+        replace(r, adapter="own") for r in as_drawn(lm, [p for p, _ in TEXTS], 3, max_tokens=6)
+    ]
+    drawn = draw(draws)
+    with whole(lm):
+        lm.memo.clear()
+        agree(found, gradients(lm, parameters, TEXTS))
+        for own, expected in zip(scores, score(requests(lm, TEXTS, adapter="own")), strict=True):
+            np.testing.assert_allclose(own, expected.tokens, atol=2e-5)
+        assert [d.ids for d in drawn] == [d.ids for d in draw(draws)]
 
 
 def test_what_is_not_an_adapter_of_frozen_weights_is_left_to_torch(monkeypatch):

@@ -347,6 +347,53 @@ def test_other_activations_and_float_types_are_left_to_torch():
 
 
 @has_compiled
+def test_a_hook_on_the_activation_is_heeded():
+    lm = compiled("Llama")
+    act = lm.lean.layers[0].mlp.act_fn
+    handle = act.register_forward_hook(lambda module, args, out: out + 1.0)
+    assert lm.lean._layer(0) is None
+    handle.remove()
+    assert lm.lean._layer(0) is not None
+
+
+@has_compiled
+def test_under_autocast_scores_are_those_of_whole_layers():
+    with every_product_frozen():
+        products.SMALLEST = 32 * 40  # not of keys and values
+        lm = other("Llama", head_dim=16, num_key_value_heads=2)
+    assert lm.lean is not None and lm.lean._layer(0) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = score(requests(lm, WORDS[:1]))
+        with whole(lm):
+            lm.memo.clear()
+            (expected,) = score(requests(lm, WORDS[:1]))
+    np.testing.assert_allclose(found.tokens, expected.tokens, atol=0.05)
+
+
+@has_compiled
+def test_other_float_types_are_refused():
+    plain = layer(8, 5, bias=True)
+    laid = native.lay_out(plain.weight)
+    x = torch.ones(2, 8)
+    with pytest.raises(TypeError, match="float32"):
+        native.multiply(x.bfloat16(), laid, None)
+    with pytest.raises(TypeError, match="float32"):
+        native.multiply(x, laid, plain.bias.double())
+    with pytest.raises(TypeError, match="float32"):
+        native.multiply_back(torch.ones(2, 5).half(), plain.weight)
+
+
+def test_the_check_of_a_library_does_not_depend_on_defaults():
+    code = (
+        "import torch; torch.set_default_dtype(torch.bfloat16); "
+        "torch.set_default_device('meta'); from langppl.lm import native; "
+        "print(native.reason())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == native.reason()
+
+
+@has_compiled
 def test_what_a_hook_keeps_of_the_embeddings_stays():
     lm = compiled("Llama", head_dim=16)
     embed = lm.model.get_input_embeddings()

@@ -94,6 +94,29 @@ def test_other_float_types_take_the_plain_road():
     torch.testing.assert_close(frozen.double()(x), plain.double()(x))
 
 
+def test_second_gradients():
+    plain, frozen = layers(6, 5, True)
+    found = []
+    for own in (plain, frozen):
+        x = torch.linspace(-1.0, 1.0, 6).requires_grad_(True)
+        (first,) = torch.autograd.grad(own(x**2).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert found[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("bias", [torch.ones(10)[::2], torch.ones(5, dtype=torch.float64)])
+def test_a_bias_of_another_form_takes_the_plain_road(bias):
+    plain, frozen = layers(6, 5, True)
+    frozen.bias.data = bias
+    x = torch.randn(3, 6)
+    if bias.dtype == torch.float32:
+        torch.testing.assert_close(frozen(x), x @ plain.weight.T + bias)
+    else:
+        with pytest.raises(RuntimeError):
+            frozen(x)
+
+
 def test_it_can_be_copied_after_use():
     plain, frozen = layers(6, 5, True)
     x = torch.randn(3, 6)
