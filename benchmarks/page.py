@@ -61,7 +61,7 @@ that end and break their grammar. The share counts: other work ran on the same c
 N particles of a missing sentence with its ending observed. langppl runs its importance sampler
 here.""",
     "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
-other token.""",
+other token (`every=2`).""",
     "particles_none": """The same with langppl's SMC that waits for the ending (`twist=None`).""",
     "particles_128": """More particles.""",
     "particles_json": """A record under a JSON schema, with a remark on it observed. langppl draws
