@@ -127,7 +127,7 @@ class FrozenLinear(nn.Linear):
         return _multiply(input, laid, bias)
 
     def in_panels(self) -> native.Weight | None:
-        """The weight as compiled layers take it, for passes without gradients; None if not so."""
+        """The weight as compiled layers take it; None if it is not laid out so."""
         stretch, laid = _unchanged.get(), self._laid
         if stretch is None or stretch is not self._looked or laid is None:
             if self.weight.dtype != torch.float32 or not _suits(self.weight, self.bias):
