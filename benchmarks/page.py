@@ -68,9 +68,7 @@ other token (`every=2`).""",
 through llguidance's mask and weights with what it took; genlm-control draws with AWRS and its
 JsonSchema, whose validator runs in Python. One core; a training ran on the other. 1,000 draws of
 langppl's importance sampler give a log evidence of -10.36 ± 0.02.""",
-    "particles_json_none": """The same with langppl's SMC, which resamples inside the record. Since
-then a draw's last states are kept, and SMC scores 149 tokens here in the place of 1,238 (32
-particles), importance sampling 156 for 388.""",
+    "particles_json_none": """The same with langppl's SMC, on two cores with nothing beside it.""",
     "limit": """## Against the limit
 
 Tokens really computed × operations of a token, over the rate of bare matrix products in the
