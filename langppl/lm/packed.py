@@ -145,18 +145,9 @@ def _new_states(
             found = passed()
         elif row is not layout.rows[-1]:
             found = checkpoint(passed, use_reentrant=False)
-        elif (lm.device.type != "cpu" and len(row.ids) <= SPARED) or _trains(lm):
-            found = passed()  # little is kept, or little is gained
         else:
-            with elementwise_again(lm.model):
-                found = passed()
+            found = passed(spares=lm.device.type == "cpu" or len(row.ids) > SPARED)
         yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
-
-
-def _trains(lm: LM) -> bool:
-    """Whether compiled layers give an adapter's gradients."""
-    assert lm.packs is not None
-    return lm.lean is not None and lm.packs.in_blocks and lm.splits_head and lm.lean.trains()
 
 
 def _after_trees(
@@ -219,11 +210,22 @@ def _row_states(
     nodes: np.ndarray,
     known: KeysAndValues | None,
     adapter: str | None,
+    spares: bool = False,
 ) -> torch.Tensor:
     # Run again in a backward pass, it finds the LM without its adapter.
-    with lm.adapter(adapter), products.unchanged():
+    with lm.adapter(adapter), products.unchanged(), contextlib.ExitStack() as stack:
+        # Compiled layers keep little already.
+        if spares and not (packing.in_blocks and _is_lean(lm)):
+            stack.enter_context(elementwise_again(lm.model))
         cache = None if known is None else cache_of(known)
         return run_row(lm, packing, row, len(stem), nodes, cache)
+
+
+def _is_lean(lm: LM) -> bool:
+    """Whether a pass in blocks runs layers taken apart (`langppl.lm.lean`)."""
+    if lm.lean is None or not lm.splits_head:
+        return False
+    return lm.lean.trains() if torch.is_grad_enabled() else lm.lean.suits()
 
 
 def run(
@@ -250,11 +252,7 @@ def run(
         States, shape [kept, width].
     """
     if isinstance(seen, Blocks):
-        if (
-            lm.lean is not None
-            and lm.splits_head
-            and (lm.lean.trains() if torch.is_grad_enabled() else lm.lean.suits())
-        ):
+        if lm.lean is not None and _is_lean(lm):
             lm.tally.add(len(ids))
             return lm.lean.states(ids, depth, seen, keep, cache)
         # No layer reads this mask, but with it transformers makes none of its own.
