@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from langppl.lm.products import mixed
 from langppl.lm.reading import logit_bytes
 from langppl.lm.rules import Step
 
@@ -121,7 +122,7 @@ def _of_states(
         # Of a logit: q (gap − KL), as the chances' derivatives add up to nothing. Of a state: that
         # many output embeddings, which takes as much room as the state itself.
         chances *= gap.sub_(kl[:, None]).div_(temperature)
-        slope = (chances.to(head.weight.dtype) @ head.weight).float()
+        slope = mixed(chances, head.weight)
     along = (own.float() * slope).sum(-1)
     kls: Tensor = kl + (along - along.detach())
     return kls

@@ -75,10 +75,9 @@ class Lean:
 
     def trains(self) -> bool:
         """Whether it gives the gradients of the adapter that is switched on."""
-        every = self._in_panels(torch.float32)
+        every = self._in_panels()
         return (
             None not in every
-            and self.base.embed_tokens.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not any(
                 p.requires_grad for n, p in self.base.named_parameters() if ".lora_" not in n
@@ -97,20 +96,25 @@ class Lean:
             cache: the KV cache, which grows by the nodes; None to keep none.
 
         Returns:
-            States, shape [kept, width].
+            States, shape [kept, width]; float32 where all layers are compiled, else in the model's
+            float type.
         """
         device = self.base.device
         ids, depth, keep = ids.to(device), depth.to(device), keep.to(device)
         n, width = len(ids), self.width
-        x: Tensor = self.base.embed_tokens(ids[None])[0]
+        embedded: Tensor = self.base.embed_tokens(ids[None])[0]
+        every = self._in_panels()
+        is_whole = None not in every
+        x = embedded.float() if is_whole else embedded
         cos, sin = self.base.rotary_emb(x[None], depth[None])
+        # Of heads that are turned in part, compiled functions would read more than there is.
+        if cos.shape[-1] != width or not (is_whole or x.dtype == torch.float32):
+            every, x = [None] * len(self.layers), embedded
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
         # Rotating a half: cat(-b, a) is a roll of (a, b), its first half with the other sign.
         sin[..., : width // 2].neg_()
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         turns = cos[:, 0].contiguous(), sin[:, 0].contiguous()
-        # Of heads that are turned in part, compiled functions would read more than there is.
-        every = self._in_panels(x.dtype if cos.shape[-1] == width else None)
         if torch.is_grad_enabled():
             x = self._trained(every, seen, x, turns, cache)
             return _normed(x[keep], self.base.norm)
@@ -132,12 +136,13 @@ class Lean:
             heads = len(both) - len(values)
             queries, keys, values = both[None, :heads], both[None, heads:], values[None]
             if cache is not None:
+                keys, values = keys.to(embedded.dtype), values.to(embedded.dtype)
                 # What lies around a layer's own update moves layers between devices.
                 one = cache.layers[number] if number < len(cache.layers) else None
                 keys, values = (
                     cache.update(keys, values, number) if one is None else one.update(keys, values)
                 )
-            found = self._attended(seen, queries, keys, values)
+            found = self._attended(seen, queries, keys, values).to(x.dtype)
             if own is not None:
                 own.after(found.contiguous(), x, room)
                 continue
@@ -192,11 +197,13 @@ class Lean:
         for layer in cache.layers:
             keys, values, own = layer.room(n)
             rooms.append((keys, values))
-            held.add((own, keys.shape, values.shape))
-        ((tokens, of_keys, of_values),) = held if len(held) == 1 else {(0, None, None)}
-        if of_keys is None or of_keys != of_values or of_keys[1] != shared or of_keys[0] != 1:
+            held |= {(own, keys.shape, keys.dtype), (own, values.shape, values.dtype)}
+        if len(held) > 1:
             return False
-        if not all(r.is_contiguous() and r.dtype == x.dtype for pair in rooms for r in pair):
+        ((tokens, shape, dtype),) = held
+        if shape[1] != shared or shape[0] != 1 or dtype not in native.DTYPES:
+            return False
+        if not all(r.is_contiguous() for pair in rooms for r in pair):
             return False
         native.run(every, x, *turns, rooms, tokens, *seen.lists(), self.scaling)
         for layer in cache.layers:
@@ -210,21 +217,20 @@ class Lean:
         if (
             n <= MOST_ROWS
             and queries.dtype == torch.float32
+            and keys.dtype == values.dtype
+            and keys.dtype in native.DTYPES
             and native.attends(self.width, heads // shared, seen.keys.shape[1])
-            and all(
-                x.stride(2) == self.width and x.stride(3) == 1 and x.dtype == torch.float32
-                for x in (keys, values)
-            )
+            and all(x.stride(2) == self.width and x.stride(3) == 1 for x in (keys, values))
         ):
             starts, places = seen.lists()
             own = queries[0].contiguous()
             return native.attend(own, keys[0], values[0], starts, places, self.scaling)
-        found = attend_to(seen, queries, keys, values, scaling=self.scaling)
+        found = attend_to(seen, queries.to(keys.dtype), keys, values, scaling=self.scaling)
         return found.reshape(n, -1)
 
-    def _in_panels(self, dtype: torch.dtype | None) -> list[Trained | None]:
+    def _in_panels(self) -> list[Trained | None]:
         """Each layer as compiled functions take it, or None."""
-        takes = dtype == torch.float32 and native.library() is not None
+        takes = native.library() is not None
         return [self._layer(number) if takes else None for number in range(len(self.layers))]
 
     def _layer(self, number: int) -> Trained | None:
@@ -247,7 +253,7 @@ class Lean:
         for norm in norms:
             weight = norm._parameters["weight"]
             found += (weight, float(norm.variance_epsilon), weight.data_ptr())
-            if weight.dtype != torch.float32 or not weight.is_contiguous():
+            if weight.dtype not in native.DTYPES or not weight.is_contiguous():
                 return None
         if _is_watched(gated["act_fn"]):
             return None
@@ -258,6 +264,8 @@ class Lean:
             for a, b in zip(found, before[0], strict=True)
         ):
             if found[-1].__name__ not in _SILU:
+                return None
+            if len({w.dtype for w in (*plain, found[28], found[31])}) > 1:
                 return None
             weights = [tuple(found[k : k + 3]) for k in range(0, 28, 4)]
             layer = native.Layer(weights, [tuple(found[k : k + 2]) for k in (28, 31)], self.width)
@@ -335,7 +343,7 @@ def _left_out(base: Any) -> Iterator[Any]:
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
-    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+    return rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def of_model(model: Any) -> Lean | None:

@@ -309,7 +309,10 @@ class LM:
         """Logits [..., vocabulary] of states [..., width]."""
         if not self.splits_head:
             return states
-        logits: torch.Tensor = self.model.get_output_embeddings()(states)
+        head = self.model.get_output_embeddings()
+        # Compiled layers of a bfloat16 LM give float32, which not every head takes.
+        takes = type(head) is products.FrozenLinear and head.takes(states)
+        logits: torch.Tensor = head(states if takes else states.to(head.weight.dtype))
         return logits
 
     def _splits_head(self) -> bool:

@@ -1,5 +1,8 @@
 // What `langppl.lm.native` compiles for the machine that it runs on: products with frozen weights,
-// and what a decoder layer of Llama's form does around them, for float32 on the CPU.
+// and what a decoder layer of Llama's form does around them, for float32 and bfloat16 on the CPU.
+//
+// Numbers are float32 throughout. Weights, keys and values may be bfloat16; what is multiplied with
+// such weights is rounded to it, and the sums are float32.
 //
 // Each sum goes through its terms in one order, whatever else is computed beside it: a row's
 // numbers do not depend on the other rows of a pass.
@@ -7,6 +10,7 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <math.h>
+#include <stdint.h>
 #include <string.h>
 #include <vector>
 
@@ -32,10 +36,20 @@ typedef int ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 namespace {
 
+typedef uint16_t brief;  // a bfloat16
+
+// What is multiplied with brief weights: brief itself where the machine multiplies that.
+#if defined(__AVX512BF16__) && WIDTH == 16
+typedef brief term;
+#else
+typedef float term;
+#endif
+
 struct Product {
-    const float *laid;  // [outputs / PANEL, inputs, PANEL]
-    const float *bias;  // [outputs], or null
+    const void *laid;  // [outputs / PANEL, inputs, PANEL], or, brief, [·, inputs / 2, PANEL, 2]
+    const void *bias;  // [outputs], or null
     long inputs, outputs;
+    long is_brief;  // whether weights and bias are brief
     // An adapter's two weights, laid out likewise, of `rank` numbers in between; no adapter if 0.
     const float *down, *up;
     long rank;
@@ -43,7 +57,7 @@ struct Product {
 };
 
 struct Layer {
-    const float *first, *second;  // weights of the norms, [inputs]
+    const void *first, *second;  // weights of the norms, [inputs], brief where the products' are
     float first_epsilon, second_epsilon;
     long heads, shared, width;  // heads of queries, of keys; numbers of each
     Product query, key, value, out, gate, up, down;
@@ -60,6 +74,46 @@ float sum(vec x) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 #endif
 }
+
+float widened(brief x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+brief shortened(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? (brief)(bits >> 16 | 0x40) : (brief)even;
+}
+
+void shorten(const float *from, long count, brief *to) {
+    for (long k = 0; k < count; k++) to[k] = shortened(from[k]);
+}
+
+void shorten(const float *from, long count, float *to) {
+    for (long k = 0; k < count; k++) to[k] = widened(shortened(from[k]));
+}
+
+vec load(const float *from) { return *(const vec *)from; }
+
+vec load(const brief *from) {
+#if WIDTH == 16
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#endif
+}
+
+float number(const void *of, long k, bool is_brief) {
+    return is_brief ? widened(((const brief *)of)[k]) : ((const float *)of)[k];
+}
+
+// Brief terms come in pairs.
+long even(long count) { return count + (count & 1); }
 
 // e^x, to 2 units in the last place (Cephes' polynomial); NaN stays NaN.
 vec exponential(vec x) {
@@ -106,14 +160,59 @@ void tile(const float *x, long stride, const float *laid, long depth, float *sum
     }
 }
 
+// The same with brief weights, which lie in pairs.
+template <int ROWS>
+void tile(const term *x, long stride, const brief *laid, long depth, float *sums) {
+    vec own[ROWS][2];
+    for (int i = 0; i < ROWS; i++) own[i][0] = own[i][1] = vec{};
+    for (long k = 0; k < depth; k += 2) {
+        const brief *at = laid + k * PANEL;
+        ints first = *(const ints *)at, second = *(const ints *)(at + 2 * WIDTH);
+        __builtin_prefetch(at + AHEAD * PANEL, 0, 1);
+        if (WIDTH == 16) __builtin_prefetch(at + AHEAD * PANEL + 2 * WIDTH, 0, 1);
+#if defined(__AVX512BF16__) && WIDTH == 16
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            int both;
+            memcpy(&both, x + i * stride + k, sizeof both);
+            __m512bh factors = (__m512bh)_mm512_set1_epi32(both);
+            own[i][0] = (vec)_mm512_dpbf16_ps((__m512)own[i][0], (__m512bh)first, factors);
+            own[i][1] = (vec)_mm512_dpbf16_ps((__m512)own[i][1], (__m512bh)second, factors);
+        }
+#else
+        const ints high = ints{} + (int)0xffff0000;
+        vec even_ones[] = {(vec)(first << 16), (vec)(second << 16)};
+        vec odd_ones[] = {(vec)(first & high), (vec)(second & high)};
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            float factor = x[i * stride + k];
+            own[i][0] += even_ones[0] * factor;
+            own[i][1] += even_ones[1] * factor;
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            float factor = x[i * stride + k + 1];
+            own[i][0] += odd_ones[0] * factor;
+            own[i][1] += odd_ones[1] * factor;
+        }
+#endif
+    }
+    for (int i = 0; i < ROWS; i++) {
+        *(vec *)(sums + i * PANEL) += own[i][0];
+        *(vec *)(sums + i * PANEL + WIDTH) += own[i][1];
+    }
+}
+
 // Adds the products of at most CHUNK rows [rows, inputs] with a panel to sums [rows, PANEL].
-void add(const float *x, long inputs, const float *laid, long rows, float *sums) {
+template <class Term, class Weight>
+void add(const Term *x, long inputs, const Weight *laid, long rows, float *sums) {
     long tiles = (rows + TILE - 1) / TILE;
     for (long k = 0; k < inputs; k += DEPTH) {
         long depth = inputs - k < DEPTH ? inputs - k : DEPTH, i = 0;
         for (long t = 0; t < tiles; t++) {
             long next = rows * (t + 1) / tiles;  // tiles of like heights
-            const float *of = x + i * inputs + k, *at = laid + k * PANEL;
+            const Term *of = x + i * inputs + k;
+            const Weight *at = laid + k * PANEL;
             float *to = sums + i * PANEL;
             switch (next - i) {
             case 1: tile<1>(of, inputs, at, depth, to); break;
@@ -136,15 +235,38 @@ void add(const float *x, long inputs, const float *laid, long rows, float *sums)
     }
 }
 
+// Rows as brief weights take them, [rows, even(width)]; within a parallel region.
+void to_terms(const float *x, long rows, long width, term *terms) {
+    long stride = even(width);
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; i++) {
+        shorten(x + i * width, width, terms + i * stride);
+        if (stride > width) terms[i * stride + width] = 0;
+    }
+}
+
+// Rows, and the same as brief weights take them, where there are any.
+struct Rows {
+    const float *x;
+    const term *terms;
+
+    Rows from(long first, long width) const {
+        return {x + first * width, terms ? terms + first * even(width) : nullptr};
+    }
+};
+
 // Products of at most CHUNK rows with one panel, [rows, PANEL], bias and adapter included; `low` is
 // what `lower` made of the rows.
-void panel(const Product &product, long number, const float *x, const float *low, long rows,
-           float *sums) {
-    long first = number * PANEL, count = product.outputs - first;
-    for (long k = 0; k < PANEL; k++) sums[k] = product.bias && k < count ? product.bias[first + k] : 0;
+void panel(const Product &product, long at, Rows of, const float *low, long rows, float *sums) {
+    long first = at * PANEL, count = product.outputs - first, inputs = product.inputs;
+    for (long k = 0; k < PANEL; k++)
+        sums[k] = product.bias && k < count ? number(product.bias, first + k, product.is_brief) : 0;
     for (long i = 1; i < rows; i++)
         for (long k = 0; k < PANEL; k++) sums[i * PANEL + k] = sums[k];
-    add(x, product.inputs, product.laid + first * product.inputs, rows, sums);
+    if (product.is_brief)
+        add(of.terms, even(inputs), (const brief *)product.laid + first * even(inputs), rows, sums);
+    else
+        add(of.x, inputs, (const float *)product.laid + first * inputs, rows, sums);
     if (product.rank) add(low, product.rank, product.up + first * product.rank, rows, sums);
 }
 
@@ -170,10 +292,10 @@ void lower(const Product *const *products, long count, const float *x, long rows
                 long before = 0;
                 for (long m = 0; m < n; m++) before += products[m]->rank;
                 if (p >= panels(own.rank)) continue;
-                Product down = {own.down, nullptr, own.inputs, own.rank, nullptr, nullptr, 0, 0};
+                Product down = {own.down, nullptr, own.inputs, own.rank, 0, nullptr, nullptr, 0, 0};
                 float sums[CHUNK * PANEL];
                 long first = c * CHUNK, some = rows - first < CHUNK ? rows - first : CHUNK;
-                panel(down, p, x + first * own.inputs, nullptr, some, sums);
+                panel(down, p, {x + first * own.inputs, nullptr}, nullptr, some, sums);
                 float *to = low + before * rows + first * own.rank + p * PANEL;
                 for (long i = 0; i < some; i++)
                     for (long k = 0; k < width_of(own.rank, p); k++)
@@ -182,15 +304,15 @@ void lower(const Product *const *products, long count, const float *x, long rows
 }
 
 // y = or += x Wᵀ + b; within a parallel region.
-void multiply(const Product &product, const float *x, const float *low, long rows, float *y,
-              long stride, bool adds) {
+void multiply(const Product &product, Rows of, const float *low, long rows, float *y, long stride,
+              bool adds) {
     long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(product.outputs);
 #pragma omp for schedule(static) collapse(2) nowait
     for (long c = 0; c < chunks; c++)
         for (long p = 0; p < count; p++) {
             float sums[CHUNK * PANEL];
             long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
-            panel(product, p, x + first * product.inputs, low + first * product.rank, own, sums);
+            panel(product, p, of.from(first, product.inputs), low + first * product.rank, own, sums);
             long width = width_of(product.outputs, p);
             for (long i = 0; i < own; i++) {
                 float *to = y + (first + i) * stride + p * PANEL;
@@ -204,7 +326,8 @@ void multiply(const Product &product, const float *x, const float *low, long row
 }
 
 // Rows over their root mean squares, times a weight; within a parallel region.
-void normed(const float *x, long rows, long width, const float *weight, float epsilon, float *y) {
+void normed(const float *x, long rows, long width, const void *weight, bool is_brief, float epsilon,
+            float *y) {
 #pragma omp for schedule(static)
     for (long i = 0; i < rows; i++) {
         const float *from = x + i * width;
@@ -218,8 +341,55 @@ void normed(const float *x, long rows, long width, const float *weight, float ep
         float total = sum(squares);
         for (; k < width; k++) total += from[k] * from[k];
         float scale = 1.0f / sqrtf(total / width + epsilon);
-        for (k = 0; k < width; k++) to[k] = from[k] * scale * weight[k];
+        if (is_brief)
+            for (k = 0; k < width; k++) to[k] = from[k] * scale * widened(((const brief *)weight)[k]);
+        else
+            for (k = 0; k < width; k++) to[k] = from[k] * scale * ((const float *)weight)[k];
     }
+}
+
+// Attention of queries [heads, rows, width] to keys and values [shared, ·, width], a head of them
+// `key_stride` and `value_stride` numbers from the next. Row i sees the keys
+// places[starts[i]], ..., places[starts[i + 1] - 1]; found is [rows, heads, width].
+template <class Number>
+void attend(const float *queries, const Number *keys, const Number *values, long key_stride,
+            long value_stride, long heads, long shared, long rows, long width, float scaling,
+            const long *starts, const long *places, float *found, int threads) {
+    long groups = heads / shared;
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
+    for (long i = 0; i < rows; i++)
+        for (long s = 0; s < shared; s++) {
+            float scores[MOST_GROUPS][MOST_SEEN + WIDTH];
+            const long *seen = places + starts[i];
+            long count = starts[i + 1] - starts[i];
+            const Number *key = keys + s * key_stride, *value = values + s * value_stride;
+            const float *query = queries + (s * groups * rows + i) * width;
+            for (long j = 0; j < count; j++) {
+                const Number *own = key + seen[j] * width;
+                for (long g = 0; g < groups; g++) {
+                    const float *of = query + g * rows * width;
+                    vec products = vec{};
+                    for (long k = 0; k < width; k += WIDTH)
+                        products += load(own + k) * load(of + k);
+                    scores[g][j] = sum(products) * scaling;
+                }
+            }
+            for (long g = 0; g < groups; g++) {
+                float *own = scores[g], most = own[0], total = 0;
+                for (long j = 1; j < count; j++) most = own[j] > most ? own[j] : most;
+                for (long j = count; j < count + WIDTH; j++) own[j] = most;
+                for (long j = 0; j < count; j += WIDTH)
+                    *(vec *)(own + j) = exponential(*(vec *)(own + j) - most);
+                for (long j = 0; j < count; j++) total += own[j];
+                float *to = found + (i * heads + s * groups + g) * width;
+                for (long k = 0; k < width; k += WIDTH) {
+                    vec sums = vec{};
+                    for (long j = 0; j < count; j++)
+                        sums += load(value + seen[j] * width + k) * own[j];
+                    *(vec *)(to + k) = sums / total;
+                }
+            }
+        }
 }
 
 }  // namespace
@@ -230,6 +400,7 @@ long langppl_panel() { return PANEL; }
 long langppl_most_seen() { return MOST_SEEN; }
 long langppl_most_groups() { return MOST_GROUPS; }
 long langppl_lanes() { return WIDTH; }
+long langppl_has_brief() { return sizeof(term) == sizeof(brief); }
 
 // A weight [outputs, inputs], laid out for `multiply`; the last panel is filled up with zeros.
 void langppl_lay_out(const float *weight, long outputs, long inputs, float *laid, int threads) {
@@ -245,15 +416,36 @@ void langppl_lay_out(const float *weight, long outputs, long inputs, float *laid
     }
 }
 
-void langppl_multiply(const Product *product, const float *x, long rows, float *y, int threads) {
+// A brief weight likewise, in pairs; of an odd number of inputs the last one's other half is zero.
+void langppl_lay_out_brief(const brief *weight, long outputs, long inputs, brief *laid, int threads) {
+    long count = (outputs + PANEL - 1) / PANEL, deep = even(inputs);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long p = 0; p < count; p++) {
+        brief *to = laid + p * PANEL * deep;
+        for (long k = 0; k < deep; k++)
+            for (long j = 0; j < PANEL; j++) {
+                long row = p * PANEL + j;
+                bool is_there = row < outputs && k < inputs;
+                to[(k & ~1L) * PANEL + 2 * j + (k & 1)] = is_there ? weight[row * inputs + k] : 0;
+            }
+    }
+}
+
+// `room` has space for rows · even(inputs) numbers where the weight is brief.
+void langppl_multiply(const Product *product, const float *x, long rows, float *y, float *room,
+                      int threads) {
+    term *terms = product->is_brief ? (term *)room : nullptr;
 #pragma omp parallel num_threads(threads)
-    multiply(*product, x, nullptr, rows, y, product->outputs, false);
+    {
+        if (terms) to_terms(x, rows, product->inputs, terms);
+        multiply(*product, {x, terms}, nullptr, rows, y, product->outputs, false);
+    }
 }
 
 // A layer up to its attention: queries and keys [heads + shared, rows, width], turned by their
 // positions' cosines and sines [rows, width] (the first half of the sines with the other sign), and
 // values [shared, rows, width]. `room` has space for rows · (inputs + (heads + 2 shared) · width +
-// 3 ranks) numbers.
+// 3 ranks) numbers, and for rows · even(inputs) more where the weights are brief.
 void langppl_before(const Layer *layer, const float *x, long rows, const float *cosines,
                     const float *sines, float *turned, float *values, float *room, int threads) {
     const Layer &l = *layer;
@@ -262,13 +454,16 @@ void langppl_before(const Layer *layer, const float *x, long rows, const float *
     float *h = room, *raw = room + rows * inputs, *low = raw + rows * stride;
     const Product *const three[] = {&l.query, &l.key, &l.value};
     const float *of_second = low + rows * l.query.rank, *of_third = of_second + rows * l.key.rank;
+    term *terms = l.query.is_brief ? (term *)(of_third + rows * l.value.rank) : nullptr;
+    Rows own = {h, terms};
 #pragma omp parallel num_threads(threads)
     {
-        normed(x, rows, inputs, l.first, l.first_epsilon, h);
+        normed(x, rows, inputs, l.first, l.query.is_brief, l.first_epsilon, h);
+        if (terms) to_terms(h, rows, inputs, terms);
         lower(three, 3, h, rows, low);
-        multiply(l.query, h, low, rows, raw, stride, false);
-        multiply(l.key, h, of_second, rows, raw + of_queries, stride, false);
-        multiply(l.value, h, of_third, rows, raw + of_queries + of_keys, stride, false);
+        multiply(l.query, own, low, rows, raw, stride, false);
+        multiply(l.key, own, of_second, rows, raw + of_queries, stride, false);
+        multiply(l.value, own, of_third, rows, raw + of_queries + of_keys, stride, false);
 #pragma omp barrier
 #pragma omp for schedule(static) collapse(2)
         for (long i = 0; i < rows; i++)
@@ -290,53 +485,22 @@ void langppl_before(const Layer *layer, const float *x, long rows, const float *
     }
 }
 
-// Attention of queries [heads, rows, width] to keys and values [shared, ·, width], a head of them
-// `key_stride` and `value_stride` numbers from the next. Row i sees the keys
-// places[starts[i]], ..., places[starts[i + 1] - 1]; found is [rows, heads, width].
-void langppl_attend(const float *queries, const float *keys, const float *values, long key_stride,
-                    long value_stride, long heads, long shared, long rows, long width,
-                    float scaling, const long *starts, const long *places, float *found,
+void langppl_attend(const float *queries, const void *keys, const void *values, long is_brief,
+                    long key_stride, long value_stride, long heads, long shared, long rows,
+                    long width, float scaling, const long *starts, const long *places, float *found,
                     int threads) {
-    long groups = heads / shared;
-#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
-    for (long i = 0; i < rows; i++)
-        for (long s = 0; s < shared; s++) {
-            float scores[MOST_GROUPS][MOST_SEEN + WIDTH];
-            const long *seen = places + starts[i];
-            long count = starts[i + 1] - starts[i];
-            const float *key = keys + s * key_stride, *value = values + s * value_stride;
-            const float *query = queries + (s * groups * rows + i) * width;
-            for (long j = 0; j < count; j++) {
-                const float *own = key + seen[j] * width;
-                for (long g = 0; g < groups; g++) {
-                    const float *of = query + g * rows * width;
-                    vec products = vec{};
-                    for (long k = 0; k < width; k += WIDTH)
-                        products += *(const vec *)(own + k) * *(const vec *)(of + k);
-                    scores[g][j] = sum(products) * scaling;
-                }
-            }
-            for (long g = 0; g < groups; g++) {
-                float *own = scores[g], most = own[0], total = 0;
-                for (long j = 1; j < count; j++) most = own[j] > most ? own[j] : most;
-                for (long j = count; j < count + WIDTH; j++) own[j] = most;
-                for (long j = 0; j < count; j += WIDTH)
-                    *(vec *)(own + j) = exponential(*(vec *)(own + j) - most);
-                for (long j = 0; j < count; j++) total += own[j];
-                float *to = found + (i * heads + s * groups + g) * width;
-                for (long k = 0; k < width; k += WIDTH) {
-                    vec sums = vec{};
-                    for (long j = 0; j < count; j++)
-                        sums += *(const vec *)(value + seen[j] * width + k) * own[j];
-                    *(vec *)(to + k) = sums / total;
-                }
-            }
-        }
+    if (is_brief)
+        attend(queries, (const brief *)keys, (const brief *)values, key_stride, value_stride, heads,
+               shared, rows, width, scaling, starts, places, found, threads);
+    else
+        attend(queries, (const float *)keys, (const float *)values, key_stride, value_stride, heads,
+               shared, rows, width, scaling, starts, places, found, threads);
 }
 
 // A layer after its attention, whose result is [rows, heads · width]: x [rows, inputs] is what goes
 // in and what comes out. `room` has space for rows · (inputs + gate's outputs + 4 ranks) numbers, of
-// which the last are what `lower` made for the four products. For a backward pass, x between the two
+// which the last are what `lower` made for the four products; brief weights take rows · even(the most
+// of their inputs) more. For a backward pass, x between the two
 // halves [rows, inputs] and what gate and up gave [rows, outputs] are written where `middle` is given.
 void langppl_after(const Layer *layer, const float *found, float *x, long rows, float *room,
                    float *middle, float *gates, float *ups, int threads) {
@@ -346,17 +510,20 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
     float *low = of_out + rows * l.out.rank, *of_up = low + rows * l.gate.rank;
     float *of_down = of_up + rows * l.up.rank;
     const Product *const out[] = {&l.out}, *const two[] = {&l.gate, &l.up}, *const down[] = {&l.down};
+    term *terms = l.out.is_brief ? (term *)(of_down + rows * l.down.rank) : nullptr;
 #pragma omp parallel num_threads(threads)
     {
+        if (terms) to_terms(found, rows, l.out.inputs, terms);
         lower(out, 1, found, rows, of_out);
-        multiply(l.out, found, of_out, rows, x, inputs, true);
+        multiply(l.out, {found, terms}, of_out, rows, x, inputs, true);
 #pragma omp barrier
         if (middle) {
 #pragma omp for schedule(static) nowait
             for (long i = 0; i < rows; i++)
                 memcpy(middle + i * inputs, x + i * inputs, sizeof(float) * inputs);
         }
-        normed(x, rows, inputs, l.second, l.second_epsilon, h);
+        normed(x, rows, inputs, l.second, l.gate.is_brief, l.second_epsilon, h);
+        if (terms) to_terms(h, rows, inputs, terms);
         lower(two, 2, h, rows, low);
         long chunks = (rows + CHUNK - 1) / CHUNK, count = panels(inner);
 #pragma omp for schedule(static) collapse(2)
@@ -364,7 +531,7 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
             for (long p = 0; p < count; p++) {
                 float gate[CHUNK * PANEL], up[CHUNK * PANEL];
                 long first = c * CHUNK, own = rows - first < CHUNK ? rows - first : CHUNK;
-                const float *rows_of = h + first * inputs;
+                Rows rows_of = Rows{h, terms}.from(first, inputs);
                 panel(l.gate, p, rows_of, low + first * l.gate.rank, own, gate);
                 panel(l.up, p, rows_of, of_up + first * l.up.rank, own, up);
                 long width = width_of(inner, p);
@@ -384,8 +551,9 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
                     for (long k = 0; k < width; k++) to[k] = of[k];
                 }
             }
+        if (terms) to_terms(gated, rows, inner, terms);
         lower(down, 1, gated, rows, of_down);
-        multiply(l.down, gated, of_down, rows, x, inputs, true);
+        multiply(l.down, {gated, terms}, of_down, rows, x, inputs, true);
     }
 }
 
@@ -393,8 +561,8 @@ void langppl_after(const Layer *layer, const float *found, float *x, long rows, 
 // which the first `held` tokens are taken: the pass's own are written behind them. `room` has space
 // for what the three functions above read, write and use.
 void langppl_run(const Layer *const *layers, long count, float *x, long rows, const float *cosines,
-                 const float *sines, float *const *keys, float *const *values, long held,
-                 long stride, float scaling, const long *starts, const long *places, float *room,
+                 const float *sines, void *const *keys, void *const *values, long is_brief,
+                 long held, long stride, float scaling, const long *starts, const long *places, float *room,
                  int threads) {
     for (long n = 0; n < count; n++) {
         const Layer &l = *layers[n];
@@ -404,39 +572,62 @@ void langppl_run(const Layer *const *layers, long count, float *x, long rows, co
         langppl_before(&l, x, rows, cosines, sines, turned, own, rest, threads);
         for (long s = 0; s < l.shared; s++) {
             long to = s * stride + held * l.width;
-            memcpy(keys[n] + to, turned + (l.heads + s) * head, sizeof(float) * head);
-            memcpy(values[n] + to, own + s * head, sizeof(float) * head);
+            const float *key = turned + (l.heads + s) * head, *value = own + s * head;
+            if (is_brief) {
+                shorten(key, head, (brief *)keys[n] + to);
+                shorten(value, head, (brief *)values[n] + to);
+                continue;
+            }
+            memcpy((float *)keys[n] + to, key, sizeof(float) * head);
+            memcpy((float *)values[n] + to, value, sizeof(float) * head);
         }
-        langppl_attend(turned, keys[n], values[n], stride, stride, l.heads, l.shared, rows, l.width,
-                       scaling, starts, places, found, threads);
+        langppl_attend(turned, keys[n], values[n], is_brief, stride, stride, l.heads, l.shared, rows,
+                       l.width, scaling, starts, places, found, threads);
         langppl_after(&l, found, x, rows, rest, nullptr, nullptr, nullptr, threads);
     }
 }
 
 // Gradients [rows, inputs] of x, of those [rows, outputs] of its product with a weight
 // [outputs, inputs]; they are added to what is there, or take its place. An adapter's part comes from
-// `low` [rows, rank] and its first weight `down` [rank, inputs], if rank is not 0.
-void langppl_multiply_back(const float *weight, long outputs, long inputs, const float *gradients,
-                           const float *low, const float *down, long rank, long rows, float *into,
-                           int adds, int threads) {
-    long count = panels(inputs);
+// `low` [rows, rank] and its first weight `down` [rank, inputs], if rank is not 0. `room` has space
+// for rows · even(outputs) numbers where the weight is brief.
+void langppl_multiply_back(const void *weight, long is_brief, long outputs, long inputs,
+                           const float *gradients, const float *low, const float *down, long rank,
+                           long rows, float *into, int adds, float *room, int threads) {
+    long count = panels(inputs), deep = even(outputs);
+    term *terms = is_brief ? (term *)room : nullptr;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> laid((outputs + rank) * PANEL), sums(CHUNK * PANEL);
+        std::vector<float> laid((is_brief ? rank : outputs + rank) * PANEL), sums(CHUNK * PANEL);
+        std::vector<brief> pairs(is_brief ? deep * PANEL : 0);
+        if (terms) to_terms(gradients, rows, outputs, terms);
 #pragma omp for schedule(static)
         for (long p = 0; p < count; p++) {
             long width = width_of(inputs, p);
             float *to = laid.data();
-            for (long n = 0; n < outputs + rank; n++, to += PANEL) {
-                const float *from = n < outputs ? weight + n * inputs : down + (n - outputs) * inputs;
+            if (is_brief)
+                for (long n = 0; n < outputs; n++) {
+                    const brief *from = (const brief *)weight + n * inputs + p * PANEL;
+                    brief *pair = pairs.data() + (n & ~1L) * PANEL + (n & 1);
+                    for (long k = 0; k < width; k++) pair[2 * k] = from[k];
+                }
+            for (long n = is_brief ? outputs : 0; n < outputs + rank; n++, to += PANEL) {
+                const float *from =
+                    n < outputs ? (const float *)weight + n * inputs : down + (n - outputs) * inputs;
                 for (long k = 0; k < width; k++) to[k] = from[p * PANEL + k];
             }
             for (long first = 0; first < rows; first += CHUNK) {
                 long own = rows - first < CHUNK ? rows - first : CHUNK;
                 memset(sums.data(), 0, sizeof(float) * own * PANEL);
-                add(gradients + first * outputs, outputs, laid.data(), own, sums.data());
+                if (is_brief)
+                    add(terms + first * deep, deep, (const brief *)pairs.data(), own, sums.data());
+                else
+                    add(gradients + first * outputs, outputs, (const float *)laid.data(), own,
+                        sums.data());
                 if (rank)
-                    add(low + first * rank, rank, laid.data() + outputs * PANEL, own, sums.data());
+                    add(low + first * rank, rank,
+                        (const float *)laid.data() + (is_brief ? 0 : outputs * PANEL), own,
+                        sums.data());
                 for (long i = 0; i < own; i++) {
                     float *at = into + (first + i) * inputs + p * PANEL;
                     const float *of = sums.data() + i * PANEL;
@@ -451,15 +642,15 @@ void langppl_multiply_back(const float *weight, long outputs, long inputs, const
 }
 
 // Rows over their root mean squares, times a weight.
-void langppl_norm(const float *x, long rows, long width, const float *weight, float epsilon,
-                  float *y, int threads) {
+void langppl_norm(const float *x, long rows, long width, const void *weight, long is_brief,
+                  float epsilon, float *y, int threads) {
 #pragma omp parallel num_threads(threads)
-    normed(x, rows, width, weight, epsilon, y);
+    normed(x, rows, width, weight, is_brief, epsilon, y);
 }
 
 // Adds to `into` the gradients of x, of those of `langppl_norm`'s result.
-void langppl_norm_back(const float *x, long rows, long width, const float *weight, float epsilon,
-                       const float *gradients, float *into, int threads) {
+void langppl_norm_back(const float *x, long rows, long width, const void *weight, long is_brief,
+                       float epsilon, const float *gradients, float *into, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < rows; i++) {
         const float *from = x + i * width, *of = gradients + i * width;
@@ -467,11 +658,12 @@ void langppl_norm_back(const float *x, long rows, long width, const float *weigh
         double squares = 0, products = 0;
         for (long k = 0; k < width; k++) {
             squares += (double)from[k] * from[k];
-            products += (double)from[k] * weight[k] * of[k];
+            products += (double)from[k] * number(weight, k, is_brief) * of[k];
         }
         float scale = (float)(1.0 / sqrt(squares / width + epsilon));
         float along = (float)(products / width) * scale * scale;
-        for (long k = 0; k < width; k++) to[k] += scale * (weight[k] * of[k] - from[k] * along);
+        for (long k = 0; k < width; k++)
+            to[k] += scale * (number(weight, k, is_brief) * of[k] - from[k] * along);
     }
 }
 

@@ -2,7 +2,7 @@
 
 `torch.nn.functional.linear` lays the weight out anew in every call; oneDNN takes one that was laid
 out once, and so do the products that are compiled for the machine (`langppl.lm.native`), which
-serve float32 where there are any. The copy costs as much memory as the weight, and frozen weights
+serve where there are any. The copy costs as much memory as the weight, and frozen weights
 are worth it: every strings' forward pass reads them.
 """
 
@@ -54,7 +54,7 @@ def stretch() -> object:
 
 
 def _lay_out(weight: Tensor) -> Laid:
-    if weight.dtype == torch.float32 and native.library() is not None:
+    if native.library() is not None:
         return native.lay_out(weight)
     laid: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
     return laid
@@ -79,9 +79,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        own = gradients[0]
         if ctx.is_compiled and not torch.is_grad_enabled():
-            return native.multiply_back(gradients[0], weight), None, None, None
-        return gradients[0] @ weight, None, None, None
+            found = native.multiply_back(own.float(), weight)
+            return found.to(own.dtype), None, None, None
+        return own @ weight.to(own.dtype), None, None, None
 
 
 class FrozenLinear(nn.Linear):
@@ -89,7 +91,8 @@ class FrozenLinear(nn.Linear):
 
     It shares the parameters of the layer it replaces. The copy is made at the first call, and anew
     when the weight has changed; off the CPU, in a float type that is not multiplied so here, or
-    where the weight itself takes gradients, it is a plain linear layer.
+    where the weight itself takes gradients, it is a plain linear layer. Where products are
+    compiled, a bfloat16 weight takes float32 too, and gives it.
 
     A change is seen by the weight's identity, memory and version, and, since what is written
     through `.data` (as peft's merging does) leaves no trace in these, by some of its numbers.
@@ -109,13 +112,10 @@ class FrozenLinear(nn.Linear):
         """As `torch.nn.Linear`."""
         stretch, laid = _unchanged.get(), self._laid
         is_known = stretch is not None and stretch is self._looked and not torch.is_grad_enabled()
-        if is_known and laid is not None and input.dtype == laid.dtype:
+        if is_known and laid is not None and _takes(laid, input):
             return _multiply(input, laid, self.bias)
         weight, bias = self.weight, self.bias
-        takes_gradients = torch.is_grad_enabled() and (
-            weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        if takes_gradients or not _suits(weight, bias) or input.dtype != weight.dtype:
+        if self._takes_gradients() or not _suits(weight, bias) or not _takes(weight, input):
             return super().forward(input)
         laid = self._current()
         if not torch.is_grad_enabled():
@@ -126,11 +126,25 @@ class FrozenLinear(nn.Linear):
             return product
         return _multiply(input, laid, bias)
 
+    def takes(self, input: Tensor) -> bool:
+        """Whether it multiplies numbers of such a float type."""
+        is_own = input.dtype == self.weight.dtype
+        return is_own or (
+            not self._takes_gradients()
+            and _suits(self.weight, self.bias)
+            and _takes(self.weight, input)
+        )
+
+    def _takes_gradients(self) -> bool:
+        return torch.is_grad_enabled() and (
+            self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+
     def in_panels(self) -> native.Weight | None:
         """The weight as compiled layers take it; None if it is not laid out so."""
         stretch, laid = _unchanged.get(), self._laid
         if stretch is None or stretch is not self._looked or laid is None:
-            if self.weight.dtype != torch.float32 or not _suits(self.weight, self.bias):
+            if native.library() is None or not _suits(self.weight, self.bias):
                 return None
             laid = self._current()
             self._looked = stretch
@@ -160,6 +174,16 @@ class FrozenLinear(nn.Linear):
         )
 
 
+def _takes(weight: Laid, x: Tensor) -> bool:
+    """Whether a weight is multiplied with numbers of such a float type."""
+    return x.dtype == weight.dtype or (
+        x.dtype == torch.float32
+        and weight.dtype in native.DTYPES
+        and native.library() is not None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _suits(weight: Tensor, bias: Tensor | None) -> bool:
     return (
         (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
@@ -168,6 +192,22 @@ def _suits(weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dtype in _TOLERANCE
         and _works(weight.dtype)
     )
+
+
+def mixed(chances: Tensor, weight: Tensor) -> Tensor:
+    """The product of chances [n, rows] with a weight [rows, width], without gradients; float32.
+
+    In the weight's float type, which torch multiplies slowly on processors that have none of it.
+    """
+    compiled = native.library() if weight.device.type == "cpu" else None
+    if (
+        compiled is not None
+        and weight.dtype == torch.bfloat16
+        and chances.dtype == torch.float32
+        and not compiled.langppl_has_brief()
+    ):
+        return native.multiply_back(chances, weight)
+    return (chances.to(weight.dtype) @ weight).float()
 
 
 def freeze(model: nn.Module) -> None:
@@ -185,7 +225,7 @@ def freeze(model: nn.Module) -> None:
 @cache
 def _works(dtype: torch.dtype) -> bool:
     """Whether such products work here; not all machines' oneDNN multiplies in bfloat16."""
-    if dtype == torch.float32 and native.library() is not None:
+    if dtype in native.DTYPES and native.library() is not None:
         return True
     if not torch.backends.mkldnn.is_available():
         return False

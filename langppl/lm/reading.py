@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from langppl.lm.products import mixed
+
 if TYPE_CHECKING:
     from langppl.lm.model import LM
 
@@ -158,8 +160,7 @@ def _read(
             members = logits[at[:, None], ids]
             sets[k][place] = members.logsumexp(-1)
             if expected is not None and weight is not None:
-                chances = members.softmax(-1).to(weight.dtype)
-                expected.sets[k][place] = (chances @ weight[ids]).float()
+                expected.sets[k][place] = mixed(members.softmax(-1), weight[ids])
         logits.masked_fill_(illegal if len(illegal) == 1 else illegal[part.kinds], -torch.inf)
         top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         chances = logits.sub_(top).exp_()
@@ -169,7 +170,7 @@ def _read(
         for k, ((_, at), place) in enumerate(zip(part.sets, set_places, strict=True)):
             sets[k][place] -= normaliser[at]
         if expected is not None and weight is not None:
-            expected.slots[slots] = (chances.to(weight.dtype) @ weight).float() / total[:, None]
+            expected.slots[slots] = mixed(chances, weight) / total[:, None]
     return found, sets
 
 

@@ -43,13 +43,31 @@ def compiled(family, **changes):
         return other(family, **changes)
 
 
+LESS = {"AVX2": "-mno-avx512f", "no products of bfloat16": "-mno-avx512bf16"}
+
+
+def without(instructions):
+    """The library without some of the machine's instructions."""
+    return native._declared(ctypes.CDLL(str(native._built((*native.OPTIONS, LESS[instructions])))))
+
+
 @pytest.fixture(params=["own", "AVX2"])
 def instructions(request, monkeypatch):
     """The machine's own instructions, and AVX2 alone."""
     if request.param == "AVX2":
-        found = native._declared(ctypes.CDLL(str(native._built((*native.OPTIONS, "-mno-avx512f")))))
+        found = without("AVX2")
         assert found.langppl_lanes() == 8
         monkeypatch.setattr(native, "library", lambda: found)
+
+
+@pytest.fixture(params=["own", *LESS])
+def of_bfloat16(request, monkeypatch):
+    """Each way in which bfloat16 is multiplied."""
+    if request.param in LESS:
+        found = without(request.param)
+        assert not found.langppl_has_brief()
+        monkeypatch.setattr(native, "library", lambda: found)
+    return request.param
 
 
 def layer(inputs, outputs, bias, seed=0):
@@ -78,10 +96,62 @@ def test_products_are_those_of_torch(instructions, rows, inputs, outputs):
 
 
 @has_compiled
+@pytest.mark.parametrize("rows", [1, 7, 12, 25, 256, 257])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(1, 1), (3, 31), (64, 33), (257, 70), (1024, 16), (600, 65)]
+)
+def test_products_of_bfloat16(of_bfloat16, rows, inputs, outputs):
+    plain = layer(inputs, outputs, bias=True).bfloat16()
+    laid = native.lay_out(plain.weight)
+    x, ends = torch.randn(rows, inputs), torch.randn(rows, outputs)
+    found = native.multiply(x, laid, plain.bias)
+    # What is multiplied is rounded; sums are float32's.
+    rounded, weight = x.bfloat16().double(), plain.weight.double()
+    expected = rounded @ weight.T + plain.bias.double()
+    terms = min(inputs, 256) + inputs // 256 + 2
+    sizes = rounded.abs() @ weight.abs().T + plain.bias.double().abs()
+    assert found.dtype == torch.float32
+    assert bool(((found - expected).abs() <= terms * 2**-24 * sizes).all())
+    torch.testing.assert_close(native.multiply(x.bfloat16(), laid, plain.bias), found.bfloat16())
+
+    start, of_low = torch.randn(rows, inputs), torch.randn(rows, 5)
+    down = torch.randn(5, inputs)
+    into = native.multiply_back(ends, plain.weight, of_low, down, start.clone())
+    rounded = ends.bfloat16().double()
+    expected = start.double() + rounded @ weight + of_low.double() @ down.double()
+    sizes = start.abs() + rounded.abs() @ weight.abs() + of_low.abs().double() @ down.abs().double()
+    terms = min(outputs, 256) + outputs // 256 + 8
+    assert bool(((into - expected).abs() <= terms * 2**-24 * sizes).all())
+    found = native.multiply_back(ends, plain.weight)
+    assert bool(((found - rounded @ weight).abs() <= terms * 2**-24 * sizes).all())
+
+
+@has_compiled
+def test_numbers_that_bfloat16_rounds(of_bfloat16):
+    one = torch.nn.Linear(2, 1, bias=False).bfloat16().requires_grad_(False)
+    one.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    ulp = 2.0**-7
+    x = [1.0, 1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - 0.49 * ulp, 1e-20, 3e38, torch.inf]
+    given = torch.tensor([[v, 1.0] for v in [*x, torch.nan]])
+    found = native.multiply(given, native.lay_out(one.weight), None)[:, 0]
+    expected = [1.0, 1.0, 1 + 2 * ulp, 1 + ulp, -1.0, float(torch.tensor(1e-20).bfloat16())]
+    assert found[:6].tolist() == expected
+    assert found[6:8].tolist() == [float(torch.tensor(3e38).bfloat16()), torch.inf]
+    assert found[8].isnan()
+
+
+@has_compiled
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 90), st.integers(1, 4), st.booleans())
-def test_a_row_does_not_depend_on_the_others(rows, inputs, outputs, threads, has_bias):
-    plain = layer(inputs, outputs, has_bias)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(native.DTYPES),
+)
+def test_a_row_does_not_depend_on_the_others(rows, inputs, outputs, threads, has_bias, dtype):
+    plain = layer(inputs, outputs, has_bias).to(dtype)
     laid = native.lay_out(plain.weight)
     x = torch.randn(rows, inputs)
     together = native.multiply(x, laid, plain.bias)
@@ -124,12 +194,13 @@ def test_shapes():
     st.sampled_from([(1, 1), (4, 2), (9, 3), (16, 1)]),
     st.sampled_from([16, 32, 64]),
     st.integers(0, 99),
+    st.sampled_from(native.DTYPES),
 )
-def test_attention_is_that_of_torch(rows, keys, heads, width, seed):
+def test_attention_is_that_of_torch(rows, keys, heads, width, seed, dtype):
     heads, shared = heads
     generator = torch.Generator().manual_seed(seed)
     queries = 3.0 * torch.randn(heads, rows, width, generator=generator)
-    room = torch.randn(2, shared, keys + 3, width, generator=generator)[:, :, :keys]
+    room = torch.randn(2, shared, keys + 3, width, generator=generator).to(dtype)[:, :, :keys]
     seen = torch.rand(rows, keys, generator=generator) < 0.5
     seen[torch.arange(rows), torch.randint(keys, (rows,), generator=generator)] = True
     starts = torch.zeros(rows + 1, dtype=torch.int64)
@@ -145,7 +216,7 @@ def test_attention_is_that_of_torch(rows, keys, heads, width, seed):
     )
     expected = expected[0].transpose(0, 1).reshape(rows, -1)
     # What rounding may make of the scores, and of sums of weighted values.
-    own = room[0].repeat_interleave(heads // shared, 0).abs()
+    own = room[0].float().repeat_interleave(heads // shared, 0).abs()
     of_scores = 2 * 0.3 * (width + 8) * float((queries.abs() @ own.mT).max())
     most = 2**-24 * (of_scores + keys + 16) * float(room[1].abs().max())
     assert float((found - expected).abs().max()) <= most
@@ -337,10 +408,13 @@ def test_other_activations_and_float_types_are_left_to_torch():
     lm = compiled("Llama")
     lm.lean.layers[1].post_attention_layernorm.double()
     assert lm.lean._layer(0) is not None and lm.lean._layer(1) is None
+    lm = compiled("Llama")
+    lm.lean.layers[0].input_layernorm.bfloat16()
+    assert lm.lean._layer(0) is None and lm.lean._layer(1) is not None
     with every_product_frozen():
         base = other("Llama")
-        halved = lp.LM.from_parts(base.model.bfloat16(), base.tokenizer, "half")
-    assert halved.lean is not None and halved.lean._layer(0) is None
+        halved = lp.LM.from_parts(base.model.half(), base.tokenizer, "half")
+    assert halved.lean is None or halved.lean._layer(0) is None
     assert np.isfinite(score(requests(halved, [("ab", "aba")]))[0].tokens).all()
 
 
@@ -377,6 +451,10 @@ def test_other_float_types_are_refused():
         native.multiply(x.bfloat16(), laid, None)
     with pytest.raises(TypeError, match="float32"):
         native.multiply(x, laid, plain.bias.double())
+    with pytest.raises(TypeError, match="bfloat16"):
+        native.multiply(x, native.lay_out(plain.weight.bfloat16()), plain.bias)
+    with pytest.raises(TypeError, match="float32 or bfloat16"):
+        native.lay_out(plain.weight.half())
     with pytest.raises(TypeError, match="float32"):
         native.multiply_back(torch.ones(2, 5).half(), plain.weight)
 
