@@ -7,19 +7,27 @@ whenever a process dies, the newest whole folder is the state after some step, n
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from langppl.distributions import LMChoice, LMString
+from langppl.program import Program
 
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
-_VERSION = 3
+_VERSION = 4
+_NAME = re.compile(r"step-\d{8,}")
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -60,7 +68,7 @@ def write(
     except Exception as error:  # safetensors has errors of its own for a full disk
         raise OSError(f"cannot write a checkpoint to {folder}: {error}") from error
     for other in folder.glob("step-*"):
-        if other != whole:
+        if other != whole and _NAME.fullmatch(other.name.removesuffix(".partial")):
             shutil.rmtree(other, ignore_errors=True)
 
 
@@ -81,7 +89,7 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+    found = sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
     if not found:
         return None
     path = found[-1]
@@ -92,6 +100,15 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
         return int(record["step"]), record, load_file(str(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within the block, what a checkpoint lacks is an error that names it."""
+    try:
+        yield
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"the checkpoint in {folder} is damaged: it lacks {error}") from error
 
 
 def check_same(
@@ -134,3 +151,48 @@ def restore(
                 optimiser.state[p] = {
                     k: v if k == "step" else v.to(p.device) for k, v in kept.items()
                 }
+
+
+def digest(content: Any) -> str:
+    """A short name of what looks the same in every process."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """A value as something whose repr is the same in every process; of others the type alone."""
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        return (value.shape, value.tolist())
+    if isinstance(value, Mapping):
+        return [(plain(k), plain(v)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return name_of(value)
+
+
+def name_of(value: Any) -> str:
+    """The name of a function or a class, or of an object's class."""
+    own = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(own, '__module__', '')}.{own.__qualname__}"
+
+
+def form_of(program: Program) -> list[Any]:
+    """What a program is made of, as far as no latent has a hand in it."""
+    found: list[Any] = []
+    for name, site in program.sites.items():
+        fn: Any = site.fn
+        own: list[Any] = [name, site.kind, type(fn).__name__]
+        if name in program.graph and not program.graph.latents_above(name):
+            if isinstance(fn, LMString):
+                rules = {k: getattr(fn.rules, k) for k in fn.rules.__dataclass_fields__}
+                shown = [(k, plain(v) if k != "grammar" else str(v)) for k, v in rules.items()]
+                own += [plain(fn.prompt), shown]
+            elif isinstance(fn, LMChoice):
+                own += [plain(fn.prompt), list(map(str, fn.options))]
+        found.append(own)
+    return found

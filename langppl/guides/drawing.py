@@ -19,6 +19,9 @@ from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.scheduler import run
 
+LEAST_GIVEN = 256
+"""Draws of a posterior that maximum likelihood learns from, or as many as it has."""
+
 
 class Drawing:
     """Makes the draws of a training.
@@ -159,6 +162,9 @@ class Drawing:
             return
         given, program = observation.latents, observation.program
         rows = given.samples if isinstance(given, Posterior) else list(given)
+        if isinstance(given, Posterior) and self.settings.objective == "mle":
+            # Every draw counts alike there, and a posterior's do not.
+            rows = given.resample(max(given.num_samples, LEAST_GIVEN), seed=self.seed)
         observation.given = []
         if not rows:
             return
@@ -200,7 +206,7 @@ class Drawing:
         )
         if (
             isinstance(given, Posterior)
-            and settings.schedule.start == 1.0
+            and settings.schedule.is_plain
             and alone
             and whole
             and len(program.graph.independent()) == 1

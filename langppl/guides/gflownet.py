@@ -162,6 +162,7 @@ class GFlowNetGuide(Guide):
         self.history = History()
         self.learned: set[str] = set()
         self.flows: set[str] = set()
+        self.was_interrupted = False
         weakref.finalize(self, _remove, lm, self.adapter)
 
     def __repr__(self) -> str:

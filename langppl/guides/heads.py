@@ -9,7 +9,7 @@ which trajectory balance learns (Malkin et al. 2022, arXiv 2201.13259).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class Heads(nn.Module):
         nn.init.zeros_(outer.bias)
         self.made[name] = nn.Sequential(inner, nn.GELU(), outer)
         return True
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Drops all heads but some."""
+        for name in set(self.made) - set(names):
+            del self.made[name]
 
     def centre_on(self, states: Tensor) -> None:
         """Fixes what heads see of a state: how it differs from the others of a first batch.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from langppl.guides.trajectories import from_records, to_record
 from langppl.lm import adapters
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.program.program import lms_of
 
 if TYPE_CHECKING:
     from langppl.guides.observations import Observation
@@ -81,8 +81,7 @@ class Keeper:
         """
         if self.folder is None:
             return
-        # A resumed run remembers no scores, and a batch's others move a score's last bits.
-        trainer.lm.memo.clear()
+        _forget_scores(trainer)
         own = [(k, _state_of(o)) for k, o in enumerate(trainer.observations) if o.is_visited]
         visited = trainer.workers.gather(own)
         if trainer.workers.is_first:
@@ -116,14 +115,25 @@ class Keeper:
         if self.folder is None:
             return 0
         found = checkpoints.read(self.folder)
-        trainer.lm.memo.clear()
+        _forget_scores(trainer)
         if found is None:
             return 0
-        step, record, tensors = found
+        with checkpoints.reading(self.folder):
+            return self._restored(trainer, *found)
+
+    def _restored(
+        self,
+        trainer: Trainer,
+        step: int,
+        record: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> int:
+        assert self.folder is not None
         checkpoints.check_same(
             self.folder, record["settings"], self._described(trainer), "training"
         )
         guide = trainer.guide
+        guide.heads.keep_only(record["heads"])
         for name, count in record["heads"].items():
             guide.heads.ensure(name, count)
         guide.heads.to(trainer.lm.device)
@@ -144,6 +154,7 @@ class Keeper:
             observation = trainer.observations[int(k)]
             trainer.note(observation.program)
             _restore(observation, state, trainer.lm.device)
+        _forget_scores(trainer)
         return step
 
     def _described(self, trainer: Trainer) -> dict[str, Any]:
@@ -155,28 +166,37 @@ class Keeper:
             **dataclasses.asdict(settings),
             "seed": trainer.guide.seed,
             "base": trainer.lm.weights_fingerprint,
-            "data": _digest([_plain(row) for row in self.rows]),
-            "given": _digest([_latents(o.latents) for o in trainer.observations]),
+            "data": checkpoints.digest([checkpoints.plain(row) for row in self.rows]),
+            "given": checkpoints.digest([_latents(o.latents) for o in trainer.observations]),
+            "validation": checkpoints.digest(
+                [checkpoints.plain(_arguments(o)) for o in trainer.held_out]
+            ),
+            "model": checkpoints.digest(checkpoints.form_of(first)),
+            "alpha": trainer.lm.model.peft_config[trainer.guide.adapter].lora_alpha,
+            "context": checkpoints.name_of(trainer.guide.context),
+            "numeric": checkpoints.plain(trainer.guide.numeric),
             "observations": [settings.observations, len(trainer.observations), observed],
             "sites": list(first.sites),
             "tensors": {n: list(p.shape) for n, p in trainer.named.items()},
         }
         if own := _adapters(first):
-            described["adapters"] = _digest(own)
+            described["adapters"] = checkpoints.digest(own)
         if trainer.weights is not None:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))
         return found
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+def _forget_scores(trainer: Trainer) -> None:
+    """A resumed run remembers no scores, and a batch's others move a score's last bits."""
+    every = [*trainer.observations, *trainer.held_out]
+    for lm in (trainer.lm, *lms_of([o.program for o in every if o.is_visited])):
+        lm.memo.clear()
 
 
-def _plain(row: Any) -> list[Any]:
-    """Of the arguments, those that look the same in every process."""
-    arguments = row if isinstance(row, tuple | list) else [row]
-    return [a for a in arguments if isinstance(a, str | int | float | bool | None)]
+def _arguments(observation: Observation) -> Any:
+    own = observation.model
+    return own.shown_args if isinstance(own, Program) else observation.args
 
 
 def _adapters(program: Program) -> list[bytes]:
@@ -187,7 +207,7 @@ def _adapters(program: Program) -> list[bytes]:
 
 def _latents(given: Any) -> list[Any]:
     rows = given.samples if isinstance(given, Posterior) else given
-    return [sorted((k, str(v)) for k, v in row.items()) for row in rows]
+    return [sorted((k, repr(checkpoints.plain(v))) for k, v in row.items()) for row in rows]
 
 
 def _state_of(observation: Observation) -> dict[str, Any]:

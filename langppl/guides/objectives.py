@@ -62,11 +62,13 @@ class Actions:
         divergence: KL of the policy from the prior at the state before each, shape [A], nats, with
             gradients; 0 where it is not known.
         sampled: there, log q − log p of the action itself, shape [A], nats; else 0.
+        cost: log q − log p of each action, whether or not its divergence is known, shape [A], nats.
     """
 
     log_q: Tensor
     divergence: Tensor
     sampled: Tensor
+    cost: Tensor
 
 
 def vargrad(log_reward: Tensor, log_q: Tensor) -> Tensor:
@@ -246,21 +248,25 @@ def rao_blackwell(actions: Sequence[Actions], log_rest: Tensor) -> Tensor:
     gradient: later states' KLs and the rest of the reward, with a leave-one-out baseline for each
     position. The mean is that of `reverse_kl`; the noise is a part of its.
 
+    The exchange of log q − log p for a KL holds over all draws, impossible ones too. `reverse_kl`
+    takes the cost of the possible alone, so what the impossible ones cost, action by action, is
+    taken off again, and that part keeps its noise.
+
     Args:
         actions: of n draws from the policy itself.
         log_rest: log R without the latents' prior, shape [n], nats; −inf marks an impossible
             draw, which counts by the balance losses' floor; see `penalties`.
 
     Returns:
-        A scalar: an estimate of −ELBO over the possible draws, in whose gradient the policy
-        gradient is.
+        A scalar: the mean of log q − log R over the possible draws, as of `reverse_kl`; the
+        policy gradient is in its gradient.
 
     References:
         Amini et al. 2025, *Better estimation of the KL divergence between language models*
         (arXiv 2504.10637).
     """
     possible = torch.isfinite(log_rest)
-    count = max(int(possible.sum()), 1)
+    n, count = len(actions), int(possible.sum())
     longest = max(len(a.log_q) for a in actions)
 
     def padded(rows: Sequence[Tensor]) -> Tensor:
@@ -269,19 +275,30 @@ def rao_blackwell(actions: Sequence[Actions], log_rest: Tensor) -> Tensor:
     log_q = padded([a.log_q for a in actions])
     exact = padded([a.divergence for a in actions])
     known = exact.detach()
-    sampled = padded([a.sampled for a in actions]).detach()
-    rest = torch.where(possible, log_rest, 0.0)[:, None]
-    # What an action has led to: later divergences, its own sampled cost, and the rest.
-    later = known.flip(1).cumsum(1).flip(1) - known + sampled.flip(1).cumsum(1).flip(1) - rest
-    later = torch.where(possible[:, None], later, 0.0)
-    baseline = (later.sum(0) - later) / max(count - 1, 1)
-    is_compared = possible[:, None] & (count > 1)
-    advantage = torch.where(is_compared, later - baseline, 0.0) + penalties(possible)[:, None]
-    surrogate = (advantage * log_q).sum() / len(actions)
-    direct = torch.where(possible[:, None], exact, 0.0).sum() / len(actions)
-    value = torch.where(possible[:, None], known + sampled, 0.0).sum() - rest.sum()
+    # An action that the prior forbids makes its draw impossible, whose cost does not count.
+    sampled, cost = (
+        torch.nan_to_num(padded(rows).detach(), posinf=0.0)
+        for rows in ([a.sampled for a in actions], [a.cost for a in actions])
+    )
+    whole = cost.sum(1)
+    rest = torch.where(possible, log_rest, 0.0)
+    # What an action has led to: later divergences and its own sampled cost.
+    later = known.flip(1).cumsum(1).flip(1) - known + sampled.flip(1).cumsum(1).flip(1)
+    # For each draw, what the others' possible ones cost, and whether there are any.
+    others = count - possible.long()
+    costs = torch.where(possible, whole - rest, 0.0)
+    level = ((costs.sum() - costs) / others.clamp(min=1))[:, None]
+    # Of draw j beside draw i: what the possible cost by themselves, or is taken off again.
+    beside = -torch.where(possible, rest + level, whole)
+    own = later + beside.diagonal()[:, None]
+    mean = (later.sum(0) - later + (beside.sum(1) - beside.diagonal())[:, None]) / max(n - 1, 1)
+    is_compared = (others > 0)[:, None]
+    advantage = torch.where(is_compared, own - mean, 0.0) + penalties(possible)[:, None]
+    surrogate = (advantage * log_q).sum() / n
+    takes_part = is_compared if n > 1 else possible[:, None]
+    direct = torch.where(takes_part, exact, 0.0).sum() / n
     gradient = surrogate + direct
-    return gradient - gradient.detach() + value / count
+    return gradient - gradient.detach() + costs.sum() / max(count, 1)
 
 
 def reward(log_reward: Tensor, log_q: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ class RewardSchedule:
         way = "rising" if self.start < self.end else "falling"
         return f"{first}, {way} to {self.end:g} after {100.0 * self.until:g} % of the steps"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the reward is never tempered."""
+        return self.start == self.end == 1.0
+
     def power(self, step: int, steps: int) -> float:
         """The power at a step, counted from 0."""
         done = step / max(self.until * steps, 1.0)

@@ -154,6 +154,7 @@ class Trainer:
     def run(self, keeper: Keeper, progress: bool) -> None:
         """Trains until the steps are done, or validation has stopped improving."""
         guide, settings = self.guide, self.settings
+        guide.was_interrupted = False
         first = keeper.resume(self)
         self.done = guide.history.rows - first
         if not first:
@@ -174,6 +175,7 @@ class Trainer:
                     if (step + 1) % settings.checkpoint_every == 0 or last:
                         keeper.write(self, step + 1)
         except KeyboardInterrupt:
+            guide.was_interrupted = True
             warnings.warn(
                 f"training was interrupted after {guide.history.rows - self.done} of "
                 f"{settings.steps} steps; the guide keeps what it has learned",

@@ -20,8 +20,9 @@ from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.posterior import decode, encode
 from langppl.program import Program
-from langppl.program.execution import Execution, Site, given, score_all
+from langppl.program.execution import Execution, Site, given, is_plain, score_all
 from langppl.program.scheduler import run
+from langppl.program.statements import hashable
 
 
 @dataclass
@@ -137,7 +138,7 @@ def _tokens(part: Part) -> tuple[int, ...]:
 def key_of(parts: Sequence[Part], execution: Execution) -> object:
     """What tells one draw from another: tokens of strings, numbers of the rest."""
     strings = {p.site.name: _tokens(p) for p in parts if isinstance(p.site.value, str)}
-    rest = tuple((k, str(v)) for k, v in execution.latents.items() if k not in strings)
+    rest = tuple((k, hashable(v)) for k, v in execution.latents.items() if k not in strings)
     return (tuple(strings.items()), rest)
 
 
@@ -367,6 +368,7 @@ class _Prefixes:
                 before = np.concatenate([[0.0], reply.tokens.cumsum()])
                 log_priors = [float(before[t] + reply.canonical[t]) for t, _ in plan]
                 log_priors[-1] = -math.inf if request.path.rejected else reply.log_prob
+                log_priors = [part.site.counted(p) for p in log_priors]
                 ends = [
                     (t, log_prior, log_rest.get(key, -math.inf))
                     for (t, key), log_prior in zip(plan, log_priors, strict=True)
@@ -411,7 +413,8 @@ def actions_of(
 ) -> list[Actions]:
     """Draws action by action, with the policy's divergence from the prior at every state.
 
-    It is known of strings whose prior is the guide's own LM; any other part is one action.
+    It is known of strings whose prior is the guide's own LM and counts once; any other part is one
+    action.
 
     Args:
         draws: the draws.
@@ -424,7 +427,8 @@ def actions_of(
     for k, (draw, found) in enumerate(zip(draws, scores, strict=True)):
         for n, part in enumerate(draw.parts):
             fn = part.site.fn
-            if isinstance(fn, LMString) and fn.lm is lm:
+            counts_once = is_plain(part.site.scale, part.site.mask)
+            if isinstance(fn, LMString) and fn.lm is lm and counts_once:
                 request = fn.request(part.site.value)
                 assert request is not None  # the policy drew it under the same rules
                 at[k, n] = len(known)
@@ -451,12 +455,18 @@ def actions_of(
         log_q: list[torch.Tensor] = []
         divergence: list[torch.Tensor] = []
         sampled: list[torch.Tensor] = []
+        cost: list[torch.Tensor] = []
         for n, part in enumerate(draw.parts):
             if (k, n) in at:
                 i = at[k, n]
                 path = known[i][0]
                 ends = len(divergences[i]) > len(path.tokens)
-                log_q += [path.tokens, *([path.ending[None]] if ends else [])]
+                of_q, of_p = (
+                    torch.cat([p.tokens, *([p.ending[None]] if ends else [])])
+                    for p in (path, priors[i])
+                )
+                log_q.append(of_q)
+                cost.append(of_q.detach() - of_p)
                 divergence.append(divergences[i])
                 sampled.append(torch.zeros_like(divergences[i]))
             else:
@@ -464,7 +474,9 @@ def actions_of(
                 divergence.append(torch.zeros_like(own_log_q[n : n + 1]))
                 log_p = part.site.log_prob or 0.0
                 sampled.append(own_log_q[n : n + 1].detach() - log_p)
-        actions.append(Actions(torch.cat(log_q), torch.cat(divergence), torch.cat(sampled)))
+                cost.append(sampled[-1])
+        pieces_of = (log_q, divergence, sampled, cost)
+        actions.append(Actions(*(torch.cat(rows) for rows in pieces_of)))
     return actions
 
 

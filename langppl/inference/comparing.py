@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from langppl.distributions import StringDistribution
 from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
 from langppl.inference.methods import as_program, infer, make_guide
@@ -18,6 +17,7 @@ from langppl.lm.seeds import as_seed
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.program.program import lms_of
 from langppl.progress import say
 
 DEFAULT_GUIDES = ("prior", "prompted", "gflownet")
@@ -149,7 +149,7 @@ def _timed(work: Callable[[], Any], lms: Sequence[LM]) -> tuple[Any, Cost]:
 
 def _lms(program: Program, guide: Guide | str | None) -> list[LM]:
     """The LMs of a program's sites, and of a guide that has one."""
-    found = [s.fn.lm for s in program.sites.values() if isinstance(s.fn, StringDistribution)]
+    found = lms_of([program])
     own = getattr(guide, "lm", None)
     if isinstance(own, LM):
         found.append(own)

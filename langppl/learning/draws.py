@@ -17,6 +17,7 @@ from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import score
+from langppl.program.statements import hashable
 
 Key = tuple[int | str, ...]
 
@@ -127,7 +128,7 @@ def weighted(posterior: Posterior, weights: str, count: int | None, key: Key) ->
     merged: dict[object, tuple[Mapping[str, Any], float]] = {}
     for row, share in zip(posterior.samples, shares, strict=True):
         if share > 0.0:
-            same = tuple((n, str(v), getattr(v, "ids", None)) for n, v in row.items())
+            same = tuple((n, hashable(v), getattr(v, "ids", None)) for n, v in row.items())
             first, sofar = merged.get(same, (row, 0.0))
             merged[same] = first, sofar + float(share)
     return Weighted([r for r, _ in merged.values()], [w for _, w in merged.values()])

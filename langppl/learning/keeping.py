@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 
 from langppl.guides import GFlowNetGuide, Guide, History, checkpoints
+from langppl.guides.checkpoints import plain
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
+from langppl.program import Program
 
 
 class Keeper:
@@ -44,16 +45,34 @@ class Keeper:
         self.guide = guide if isinstance(guide, GFlowNetGuide) else None
         self.guide_name = None if guide is None else guide.name
         self.lms = lms
+        self.has_begun = False
+        """Whether `resume` found what an earlier run has written."""
 
     def of_guide(self, number: int) -> Path | None:
         """Where the guide's training of a round is written."""
         return None if self.folder is None else self.folder / f"guide-{number}"
 
     def described(
-        self, settings: Settings, seed: int, options: Mapping[str, Any] | None, rows: Sequence[Any]
+        self,
+        settings: Settings,
+        seed: int,
+        options: Mapping[str, Any] | None,
+        programs: Sequence[Program],
+        held_out: Sequence[Program],
     ) -> dict[str, Any]:
         """All that two runs must have in common for one to go on with the other."""
-        plain = [[str(a) for a in row if isinstance(a, str | int | float)] for row in rows]
+        rows, validation = (
+            [checkpoints.plain(p.shown_args) for p in own] for own in (programs, held_out)
+        )
+        observed = [[n, plain(programs[0].sites[n].value)] for n in programs[0].observed]
+        more: dict[str, Any] = {}
+        guide = self.guide
+        if guide is not None:
+            config = guide.lm.model.peft_config[guide.adapter]
+            more["guide's settings"] = [guide.objective, guide.seed, guide.defensive]
+            more["guide's adapter"] = [config.r, config.lora_alpha]
+            more["context"] = checkpoints.name_of(guide.context)
+            more["numeric"] = plain(guide.numeric)
         shown = {k: v for k, v in (options or {}).items() if k != "validation"}
         content = {
             **dataclasses.asdict(settings),
@@ -61,7 +80,11 @@ class Keeper:
             "guide": self.guide_name,
             "fit": repr(sorted(shown.items())),
             "base": [lm.weights_fingerprint for lm in self.lms],
-            "data": hashlib.sha256(repr(plain).encode()).hexdigest()[:16],
+            "data": checkpoints.digest([rows, observed]),
+            "validation": checkpoints.digest(validation),
+            "model": checkpoints.digest(checkpoints.form_of(programs[0])),
+            "views": {v.label: v.options for v in self.maximiser.views.values()},
+            **more,
             "tensors": {n: list(p.shape) for n, p in self.maximiser.named.items()},
         }
         found: dict[str, Any] = json.loads(json.dumps(content))
@@ -108,17 +131,20 @@ class Keeper:
         self._forget_scores()
         if found is None:
             return History()
+        self.has_begun = True
         _, record, tensors = found
-        checkpoints.check_same(self.folder, record["settings"], described, "run")
-        checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
-        self.maximiser.done = record["steps"]
-        if self.guide is not None:
-            self._restore_guide(self.guide, record["guide"], tensors)
-        return History(record["history"])
+        with checkpoints.reading(self.folder):
+            checkpoints.check_same(self.folder, record["settings"], described, "run")
+            checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
+            self.maximiser.done = record["steps"]
+            if self.guide is not None:
+                self._restore_guide(self.guide, record["guide"], tensors)
+            return History(record["history"])
 
     def _restore_guide(
         self, guide: GFlowNetGuide, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     ) -> None:
+        guide.heads.keep_only(record["heads"])
         for name, count in record["heads"].items():
             guide.heads.ensure(name, count)
         guide.heads.load_state_dict(

@@ -39,10 +39,11 @@ from langppl.learning.keeping import Keeper
 from langppl.learning.likelihood import Factor, factors, views_of
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
-from langppl.lm import LM, TrainableLM
+from langppl.lm import TrainableLM
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
+from langppl.program.program import lms_of
 from langppl.progress import bar
 from langppl.tables import as_text
 
@@ -219,8 +220,8 @@ def em(
         is_given=trainable is not None,
         progress=progress,
     )
-    keeper = Keeper(checkpoint, run.maximiser, made, _lms(programs))
-    described = keeper.described(settings, seed, options, [r for _, own in pairs for r in own])
+    keeper = Keeper(checkpoint, run.maximiser, made, lms_of(programs))
+    described = keeper.described(settings, seed, options, programs, held_out)
     run.go(keeper, described)
     return EMResult(run.history, made, tuple(views.values()))
 
@@ -249,7 +250,7 @@ class _Run:
     def go(self, keeper: Keeper, described: Mapping[str, Any]) -> None:
         """Does the rounds that are not done yet."""
         self.history = keeper.resume(described)
-        if not self.history.rows:
+        if not keeper.has_begun:
             keeper.write(0, self.history, described)  # what cannot be written is found out now
         try:
             for number in range(self.history.rows, self.settings.rounds + 1):
@@ -283,7 +284,6 @@ class _Run:
             return
         guide = self.guide
         assert isinstance(guide, GFlowNetGuide)
-        before = guide.history.rows
         covered = [(p, None) for p in self.programs if guide.sites_of(p)]
         guide.fit(
             covered,
@@ -292,8 +292,7 @@ class _Run:
             **self.options,
         )
         # `fit` ends its own interruption with a warning; the rounds must end with it.
-        trained = guide.history.rows - before
-        if trained < self.options["steps"] and self.options.get("patience") is None:
+        if guide.was_interrupted:
             raise KeyboardInterrupt
 
     def _draw(self, programs: Sequence[Program], number: int, what: str) -> list[Posterior]:
@@ -445,8 +444,3 @@ def _views(
             )
     ordered = sorted(chosen, key=lambda v: (v.lm.name, v.label))
     return {(id(v.lm), v.adapter): v for v in ordered}
-
-
-def _lms(programs: Sequence[Program]) -> list[LM]:
-    fns = [s.fn for p in programs for s in p.sites.values()]
-    return list({id(f.lm): f.lm for f in fns if isinstance(f, StringDistribution)}.values())

@@ -76,10 +76,11 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         raise ValueError(f"an adapter's name must be one without dots, got {name!r}")
     if not isinstance(config, LoraConfig):
         raise ValueError(f"an adapter must be a LoRA, got a {type(config).__name__}")
-    for option in ("modules_to_save", "trainable_token_indices"):
+    for option in ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
         if getattr(config, option, None):
             raise ValueError(
-                f"an adapter with {option} is not plain LoRA: it could not be switched off"
+                f"an adapter with {option} is not plain LoRA, which is switched on and off as a "
+                "whole and changes products alone"
             )
     if config.bias != "none":
         raise ValueError(f'an adapter with bias={config.bias!r} changes the LM itself; use "none"')

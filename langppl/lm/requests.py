@@ -225,8 +225,12 @@ def served_by(server: Server | None) -> Iterator[None]:
         _server.reset(token)
 
 
+Watch = Callable[[Sequence[Request]], None]
+_watches: ContextVar[tuple[Watch, ...]] = ContextVar("langppl_watches", default=())
+
+
 @contextlib.contextmanager
-def watched_by(watch: Callable[[Sequence[Request]], None]) -> Iterator[None]:
+def watched_by(watch: Watch) -> Iterator[None]:
     """Within the block, `watch` sees what is asked for before it is answered; it may raise."""
     outer = _server.get()
 
@@ -234,5 +238,15 @@ def watched_by(watch: Callable[[Sequence[Request]], None]) -> Iterator[None]:
         watch(requests)
         return serve(requests) if outer is None else outer(requests)
 
-    with served_by(server):
-        yield
+    token = _watches.set((*_watches.get(), watch))
+    try:
+        with served_by(server):
+            yield
+    finally:
+        _watches.reset(token)
+
+
+def asked_before(requests: Sequence[Request]) -> None:
+    """Shows whoever watches what led to a result that is remembered."""
+    for watch in _watches.get():
+        watch(requests)

@@ -68,6 +68,11 @@ class Site:
         """Whether the site's distribution is over strings."""
         return isinstance(self.fn, StringDistribution)
 
+    def counted(self, log_prob: float) -> float:
+        """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
+        plain = torch.tensor(log_prob, dtype=torch.float64)
+        return float(scale_and_mask(plain, self.scale, self.mask).sum())
+
 
 class Pause(BaseException):
     """Raised by a chooser to stop an execution before a site; no error, so no model catches it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
+from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
@@ -323,17 +324,20 @@ class Program:
         for name, site in self.sites.items():
             if site.kind == "observed" and isinstance(site.fn, LMString) and site.fn.is_open:
                 known.setdefault(name, max(len(site.fn.tokens_of(site.value)), 1))
+        reasons: set[str] = set()
         for attempt in range(_MOST_ATTEMPTS):
             try:
                 execution = self._attempt((*key, attempt), known, redraw=True)
-            except _EndedEarly:
+            except _EndedEarly as early:
+                reasons.add(str(early))
                 continue
             sites = execution.sites.values()
             observed = {s.name: s.value for s in sites if s.kind == "observed"}
             return execution.latents, self.observing(observed)
+        often = " or ".join(sorted(reasons))
         raise ValueError(
-            f"{_MOST_ATTEMPTS} draws from the model all ended an open string before its length "
-            f"{known}, or were rejected; ask for shorter ones"
+            f"{_MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
+            "strings (lengths=...), and give strings that are rejected more max_tokens"
         )
 
     def _attempt(
@@ -360,11 +364,13 @@ class Program:
                         )
                     drawn = fn.draw_open((*key, name), length)
                     if drawn is None:
-                        raise _EndedEarly
+                        raise _EndedEarly(
+                            f"the open string {name!r} ended before its {length} tokens"
+                        )
                     return drawn[0]
             choice = draw_prior(fn, (*key, name))
             if choice.log_prob == -torch.inf:
-                raise _EndedEarly
+                raise _EndedEarly(f"the string {name!r} was rejected by its own rules")
             return choice.value
 
         def choose(name: str, fn: Any, execution: Execution) -> Any:
@@ -394,6 +400,12 @@ class Program:
                 if reason is not None:
                     found[site.name] = reason
         return found
+
+
+def lms_of(programs: Iterable[Program]) -> list[LM]:
+    """The LMs that the sites of some programs stand on."""
+    fns = [s.fn for p in programs for s in p.sites.values()]
+    return list({id(f.lm): f.lm for f in fns if isinstance(f, StringDistribution)}.values())
 
 
 class _EndedEarly(BaseException):

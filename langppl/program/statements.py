@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
@@ -27,6 +27,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
+from langppl.lm.memo import state_of
+from langppl.lm.requests import Request, asked_before, watched_by
 
 R = TypeVar("R")
 Model = Callable[..., Any]
@@ -225,7 +227,8 @@ class Known(dist.Distribution):
 def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwargs: Any) -> R:
     """A tool call: a site whose value is a fixed function of its arguments.
 
-    Within one inference, the tool is evaluated once for each name, tool and arguments. What a
+    Within one inference, the tool is evaluated once for each name, tool and arguments, and again
+    when the weights of an LM that it has asked have changed. What a
     lambda or another function closes over, and what a `functools.partial` or a method is bound to,
     are arguments too. Of lists, dicts, arrays and other objects among these it is their identity
     that counts, and the graph does not see what is in them: what depends on latents is better
@@ -253,7 +256,10 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         memo = memo_of_calls.get()
         key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
         if memo is not None and key in memo:
-            return cast(R, memo[key])
+            known = memo[key]
+            if known.holds():
+                asked_before(list(known.asked.values()))
+                return cast(R, known.result)
         if not pure:
             if key in _impure:
                 raise RuntimeError(
@@ -261,13 +267,40 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
                     "pure=False forbids a second time"
                 )
             _impure.add(key)
-        result = fn(*args, **kwargs)
+        asked: dict[tuple[int, str | None], Request] = {}
+
+        def note(requests: Sequence[Request]) -> None:
+            for request in requests:
+                asked.setdefault((id(request.lm), request.adapter), request)
+
+        with watched_by(note):
+            result = fn(*args, **kwargs)
         if memo is not None:
-            memo[key] = result
+            memo[key] = _Remembered(result, asked, [_weights(r) for r in asked.values()])
         return result
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
     return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """A tool's result, a request to each LM that it asked, and what their weights were."""
+
+    result: Any
+    asked: Mapping[tuple[int, str | None], Request]
+    weights: Sequence[object]
+
+    def holds(self) -> bool:
+        """Whether those LMs would still say the same."""
+        return all(
+            _weights(request) == before
+            for request, before in zip(self.asked.values(), self.weights, strict=True)
+        )
+
+
+def _weights(request: Request) -> object:
+    return state_of(request.lm, request.adapter)
 
 
 def deterministic(name: str, value: R) -> R:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -163,3 +164,127 @@ def test_numbers_and_their_heads_survive_a_checkpoint(
         assert torch.equal(p, q)
     last = dict(whole.heads.named_parameters())["made.beta-1.2.weight"]
     assert float(last.detach().abs().max()) > 0
+
+
+def test_other_arguments_are_refused(tmp_path: Path) -> None:
+    data = [("aab.", ["a"]), ("ab.", ["b"])]
+
+    def story(end: str, more: list[str]) -> None:
+        z = lp.sample("z", lp.LMString(guide.lm, "ab", stop=".", max_tokens=4))
+        lp.sample("y", lp.LMString(guide.lm, f"ab{z}"), obs=end)
+
+    def guide_of(**options: Any) -> lp.GFlowNetGuide:
+        lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+        return lp.GFlowNetGuide(lm, rank=4, seed=3, **options)
+
+    def fit(**options: Any) -> None:
+        guide.fit(story, **{"data": data, "steps": 2, "checkpoint": tmp_path, **QUICK, **options})
+
+    guide = guide_of()
+    fit()
+    (tmp_path / "step-notes.txt").write_text("mine")
+    guide = guide_of()
+    fit()
+    assert (tmp_path / "step-notes.txt").exists()
+    guide = guide_of(alpha=16)
+    with pytest.raises(ValueError, match="other alpha; give"):
+        fit()
+    guide = guide_of(context=lambda info: info.prompt)
+    with pytest.raises(ValueError, match="other context; give"):
+        fit()
+    guide = guide_of(numeric="prior")
+    with pytest.raises(ValueError, match="other numeric; give"):
+        fit()
+    guide = guide_of()
+    with pytest.raises(ValueError, match="other validation; give"):
+        fit(validation=[("ab.", ["a"])])
+    with pytest.raises(ValueError, match="other data; give"):
+        fit(data=[("aab.", ["b"]), ("ab.", ["b"])])
+
+    def longer(end: str, more: list[str]) -> None:
+        z = lp.sample("z", lp.LMString(guide.lm, "ab", stop=".", max_tokens=5))
+        lp.sample("y", lp.LMString(guide.lm, f"ab{z}"), obs=end)
+
+    with pytest.raises(ValueError, match="other model; give"):
+        guide.fit(longer, data, steps=2, checkpoint=tmp_path, **QUICK)
+    record = tmp_path / "step-00000002" / "record.json"
+    content = json.loads(record.read_text())
+    del content["waited"]
+    record.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged: it lacks 'waited'"):
+        fit()
+
+
+def two_lms(folder: Path, fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    lm, other = (tiny_lm("ab.", seed, merged=["ab"], sharpness=0.3) for seed in (0, 5))
+
+    def model(text: str, label: str) -> None:
+        z = lp.sample("z", lp.LMString(lm, text, stop=".", max_tokens=3))
+        lp.sample("label", lp.LMString(other, f"{text}{z}b"), obs=label)
+
+    guide = lp.GFlowNetGuide(lm, rank=2, seed=3, objective="vargrad")
+    plain = Trainer.step
+
+    def step(self: Trainer, at: int) -> dict[str, float]:
+        if at == fails_at:
+            raise RuntimeError("power cut")
+        return plain(self, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        guide.fit(
+            model,
+            [("a", "a"), ("b", "b"), ("ab", "a")],
+            steps=9,
+            batch=5,
+            observations=2,
+            checkpoint=folder,
+            checkpoint_every=3,
+            progress=False,
+        )
+    return [p for n, p in lm.model.named_parameters() if f".{guide.adapter}." in n]
+
+
+@pytest.mark.filterwarnings("ignore::langppl.JoinWarning")
+def test_a_program_on_two_lms_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = two_lms(tmp_path / "whole", None, monkeypatch)
+    for at in (4, 7):
+        with pytest.raises(RuntimeError, match="power cut"):
+            two_lms(tmp_path / str(at), at, monkeypatch)
+        resumed = two_lms(tmp_path / str(at), None, monkeypatch)
+        assert all(map(torch.equal, whole, resumed))
+
+
+def test_an_interrupted_training_goes_on_in_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(folder: Path, stops_at: int | None) -> lp.GFlowNetGuide:
+        lm = tiny_lm(["a", "b", "."], seed=2)
+
+        def rated() -> None:
+            p = lp.sample("p", dist.Beta(2.0, 3.0))
+            z = lp.sample("z", lp.LMString(lm, "ab", max_tokens=2))
+            lp.sample("n", dist.Normal(p + len(z), 1.0), obs=torch.tensor(3.0))
+
+        plain = Trainer.step
+
+        def step(self: Trainer, at: int) -> dict[str, float]:
+            if at == stops_at:
+                raise KeyboardInterrupt
+            return plain(self, at)
+
+        guide = lp.GFlowNetGuide(lm, rank=2, seed=3)
+        options = {**QUICK, "checkpoint_every": 5}
+        if stops_at is not None:
+            with monkeypatch.context() as patched, pytest.warns(UserWarning, match="interrupted"):
+                patched.setattr(Trainer, "step", step)
+                guide.fit(rated, steps=8, checkpoint=folder, **options)
+        guide.fit(rated, steps=8, checkpoint=folder, **options)
+        return guide
+
+    whole, again = trained(tmp_path / "whole", None), trained(tmp_path / "cut", 3)
+    assert again.history == whole.history
+    for p, q in zip(whole.heads.parameters(), again.heads.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -510,3 +510,44 @@ def test_training_and_raw_draws_are_without_the_defence(tmp_path: Path) -> None:
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="defensive must be at least 0 and below 1"):
             guides[0].defensive = share
+
+
+def test_maximum_likelihood_heeds_a_posteriors_weights() -> None:
+    lm = tiny_lm(["a", "b", "."], seed=2)
+
+    def one_way(end: str) -> None:
+        z = sample("z", LMString(lm, "ab", max_tokens=1))
+        sample("y", LMString(lm, f"ab{z}"), obs=end)
+
+    program = compile(one_way, "aab")
+    exact = infer(program, method="exact")
+    prior = infer(program, num_samples=400, seed=1, progress=False)
+    rows = [dict(s) for s in exact.samples]
+    gaps = []
+    for given in (exact, prior, prior.samples):
+        guide = GFlowNetGuide(lm, rank=8, objective="mle", seed=1, context=lambda i: i.prompt)
+        guide.fit(program, given=given, steps=80, batch=32, learning_rate=5e-3, progress=False)
+        log_q = guide.log_q(program, rows)
+        log_posterior = np.array(exact.log_joint) - exact.log_evidence
+        gaps.append(float((np.exp(log_posterior) * (log_posterior - log_q)).sum()))
+    assert gaps[0] < 0.03 and gaps[1] < 0.06
+    assert gaps[2] > 0.15  # the prior's own draws, all alike
+
+
+def test_given_draws_under_a_schedule_that_ends_elsewhere() -> None:
+    lm = tiny_lm(["a", "b", "."], seed=2)
+
+    def two(end: str) -> None:
+        z = sample("z", LMString(lm, "ab", max_tokens=1))
+        w = sample("w", LMString(lm, f"ab{z}", max_tokens=1))
+        sample("y", LMString(lm, f"ab{z}{w}"), obs=end)
+
+    program = compile(two, "aab")
+    prior = infer(program, num_samples=64, seed=1, progress=False)
+    ends = []
+    for given in (prior, prior.samples):
+        guide = GFlowNetGuide(lm, rank=4, objective="vargrad", seed=1)
+        schedule = RewardSchedule(start=1.0, end=2.0, until=0.1)
+        guide.fit(program, given=given, steps=3, batch=16, schedule=schedule, progress=False)
+        ends.append(guide.history["loss"])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)

@@ -292,7 +292,7 @@ def actions_of(table: dict[State, Tensor], whole: Whole, is_sampled: int | None)
     prior = policy(PRIOR)
     tokens, end = whole
     taken = [*tokens, *([] if end is None else [end])]
-    log_q, divergence, sampled = [], [], []
+    log_q, divergence, sampled, cost = [], [], [], []
     for t, action in enumerate(taken):
         q, p = table[tokens[:t]], prior[tokens[:t]]
         possible = torch.isfinite(p)
@@ -301,16 +301,19 @@ def actions_of(table: dict[State, Tensor], whole: Whole, is_sampled: int | None)
         kl = (q[possible].exp() * (q[possible] - p[possible])).sum()
         divergence.append(torch.zeros_like(kl) if t == is_sampled else kl)
         sampled.append(gap if t == is_sampled else torch.zeros_like(gap))
-    return Actions(torch.stack(log_q), torch.stack(divergence), torch.stack(sampled))
+        cost.append(gap)
+    return Actions(*map(torch.stack, (log_q, divergence, sampled, cost)))
 
 
-def moments(loss: Callable[[Sequence[int]], Tensor], leaf: Tensor) -> tuple[Tensor, float]:
-    """Mean of the gradient over all pairs of draws, and the sum of its variances."""
+def moments(
+    loss: Callable[[Sequence[int]], Tensor], leaf: Tensor, count: int = 2
+) -> tuple[Tensor, float]:
+    """Mean of the gradient over all batches of draws, and the sum of its variances."""
     chances = all_log_q(leaf).detach().exp()
     mean, square = torch.zeros_like(leaf), 0.0
-    for pair in itertools.product(range(len(WHOLES)), repeat=2):
-        (gradient,) = torch.autograd.grad(loss(pair), leaf, retain_graph=True)
-        chance = float(chances[list(pair)].prod())
+    for batch in itertools.product(range(len(WHOLES)), repeat=count):
+        (gradient,) = torch.autograd.grad(loss(batch), leaf, retain_graph=True)
+        chance = float(chances[list(batch)].prod())
         mean, square = mean + chance * gradient, square + chance * float((gradient**2).sum())
     return mean, square - float((mean**2).sum())
 
@@ -342,23 +345,44 @@ def test_an_exact_divergence_leaves_the_gradient_unbiased_and_less_noisy(
 
 
 def test_an_exact_divergence_by_hand() -> None:
-    one = Actions(tensor(-1.0, -2.0), tensor(0.5, 0.25), tensor(0.0, 0.0))
-    other = Actions(tensor(-0.5), tensor(0.5), tensor(0.0))
+    one = Actions(tensor(-1.0, -2.0), tensor(0.5, 0.25), tensor(0.0, 0.0), tensor(0.4, 0.1))
+    other = Actions(tensor(-0.5), tensor(0.5), tensor(0.0), tensor(0.1))
     for a in (one, other):
         a.log_q.requires_grad_()
         a.divergence.requires_grad_()
     loss = rao_blackwell([one, other, one], tensor(-3.0, -1.0, -math.inf))
-    # −ELBO of the possible ones: (0.75 + 3 + 0.5 + 1) / 2.
-    assert float(loss.detach()) == pytest.approx(2.625)
+    # Of the possible ones, (0.5 + 3 + 0.1 + 1) / 2.
+    assert float(loss.detach()) == pytest.approx(2.3)
     loss.backward()
-    # After their actions come 3.25 and 3 in the first, 1 in the other, each the other's baseline;
-    # the impossible draw, here the first again, has the floor at each, and half of it is the
-    # baseline of the possible ones.
+    # The possible ones cost 3.5 and 1.1, each the other's level, and their mean, 2.3, is the
+    # impossible one's. Beside the first, draws count 0.25 + 3 − 1.1, 1 − 1.1 and 0.25 − 0.5 before
+    # its first action, and so on; each has the mean of the other two taken off: 2.325 and 2.2 in
+    # the first, −2.25 in the other, −0.075 and −0.2 in the impossible one, which is the first
+    # again, has the floor at each, and half of it is the baseline of the possible ones.
     assert one.log_q.grad is not None and other.log_q.grad is not None
     assert one.log_q.grad.tolist() == pytest.approx([(2.25 + FLOOR / 2) / 3, (2.0 + FLOOR / 2) / 3])
     assert other.log_q.grad.tolist() == pytest.approx([(-2.25 - FLOOR / 2) / 3])
     assert one.divergence.grad is not None
-    assert one.divergence.grad.tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert one.divergence.grad.tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("is_sampled", [None, 0, 1])
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_exact_divergence_beside_impossible_draws(count: int, is_sampled: int | None) -> None:
+    is_possible = torch.tensor([len(tokens) != 1 for tokens, _ in WHOLES])
+    rests = torch.stack(list(REWARD.values())).masked_fill(~is_possible, -math.inf)
+    leaf = (0.7 * torch.randn(len(STATES), 4, generator=torch.manual_seed(3)).double()).detach()
+    leaf.requires_grad_()
+    own = all_log_q(leaf)
+    assert 0.1 < float(own.exp()[~is_possible].sum().detach()) < 0.6
+    rewards = rests + all_log_q(PRIOR)
+    table = policy(leaf)
+    actions = [actions_of(table, w, is_sampled) for w in WHOLES]
+    found, _ = moments(
+        lambda b: rao_blackwell([actions[k] for k in b], rests[list(b)]), leaf, count
+    )
+    usual, _ = moments(lambda b: reverse_kl(rewards[list(b)], own[list(b)]), leaf, count)
+    torch.testing.assert_close(found, usual, rtol=1e-6, atol=1e-8)
 
 
 def test_at_the_posterior_reverse_kl_rests_and_reward_does_not() -> None:

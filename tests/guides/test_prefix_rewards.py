@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyro import poutine
 
 import langppl as lp
 from langppl.guides.trajectories import Batch, make_draws, prefix_value
@@ -77,3 +78,42 @@ def test_the_rewards_of_fewer_prefixes_train_all_the_same() -> None:
         program, guide=lp.GFlowNetGuide(LM, rank=4, seed=1), num_samples=512, progress=False
     )
     assert found.log_weights.std() < 0.5 * untrained.log_weights.std()
+
+
+@pytest.mark.parametrize("handler", [poutine.scale(scale=3.0), poutine.mask(mask=False)])
+def test_rewards_under_pyros_scale_and_mask(handler: Any) -> None:
+    def changed() -> None:
+        with handler:
+            z = lp.sample("z", lp.LMString(LM, "b", stop=".", max_tokens=6))
+        lp.sample("y", lp.LMString(LM, f"b{z}", min_tokens=0), obs="ab")
+
+    program = lp.compile(changed)
+    rows = [{"z": t} for t in TEXTS if t]
+    executions = program.run([given(row) for row in rows])
+    contexts = [{"z": LM.encode_prompt("b")}] * len(rows)
+    (draws,) = make_draws([Batch(program, executions, contexts, prefixes=True)])
+    scored = program.executions(rows)
+    plain = lp.compile(static).executions(rows)
+    for d, e, p in zip(draws, scored, plain, strict=True):
+        assert d.log_reward == pytest.approx(e.log_joint, abs=1e-6)
+        assert abs(e.log_joint - p.log_joint) > 0.1
+        fn = d.parts[0].site.fn
+        path = fn.request(e.latents["z"]).path
+        cuts = [prefix_value(fn, path, t) for t, _, _ in d.ends[:-1]]
+        expected = program.log_joint([{"z": c} for c in cuts]) if cuts else []
+        np.testing.assert_allclose([p + r for _, p, r in d.ends[:-1]], expected, atol=2e-5)
+
+
+def test_exact_divergences_are_not_those_of_scaled_strings() -> None:
+    def scaled() -> None:
+        with poutine.scale(scale=2.0):
+            z = lp.sample("z", lp.LMString(LM, "b", stop=".", max_tokens=2))
+        lp.sample("y", lp.LMString(LM, f"b{z}", min_tokens=0), obs="ab")
+
+    exact = lp.infer(scaled, method="exact")
+    rows = [dict(s) for s in exact.samples]
+    guide = lp.GFlowNetGuide(LM, rank=8, context=lambda i: i.prompt, objective="rao_blackwell")
+    guide.fit(scaled, steps=120, batch=24, learning_rate=5e-3, progress=False)
+    log_q = guide.log_q(lp.compile(scaled), rows)
+    log_posterior = np.array(exact.log_joint) - exact.log_evidence
+    assert float((np.exp(log_q) * (log_q - log_posterior)).sum()) < 0.06

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import langppl as lp
+from langppl.guides.training import Trainer
 from langppl.learning import rounds
 from langppl.testing import tiny_lm
 
@@ -154,3 +155,83 @@ def test_a_guide_s_training_does_not_go_on_under_another_state_of_the_view(tmp_p
     lp.em(model, DATA, "prior", rounds=1, steps=1, num_samples=2)
     with pytest.raises(ValueError, match="a training with other adapters"):
         fit()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_round_goes_on_from_its_guides_checkpoint(tmp_path, monkeypatch, number):
+    whole, expected = run(tmp_path / "whole")
+    plain = Trainer.step
+    taken = []
+
+    def step(self, at):
+        taken.append(at)
+        if len(taken) == 4 * number + 4:
+            raise Killed
+        return plain(self, at)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut")
+    taken.clear()
+    monkeypatch.setattr(Trainer, "step", lambda self, at: taken.append(at) or plain(self, at))
+    resumed, weights = run(tmp_path / "cut")
+    assert taken[:2] == [2, 3]  # of that round, from its checkpoint on
+    assert resumed.history == whole.history and same(weights, expected)
+
+
+def test_an_interruption_of_the_guides_training_ends_the_rounds(tmp_path, monkeypatch):
+    plain = Trainer.step
+    taken = []
+
+    def step(self, at):
+        taken.append(at)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return plain(self, at)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    fit = {"steps": 4, "batch": 4, "patience": 3, "validation": [("b", "a")], "validate_every": 2}
+    with (
+        pytest.warns(UserWarning, match="interrupted after 0 of 2 rounds"),
+        pytest.warns(UserWarning, match="interrupted after 1 of 4 steps"),
+    ):
+        result, _ = run(tmp_path, fit=fit)
+    assert result.history.rows == 0 and len(taken) == 2
+
+
+def test_other_guides_views_and_data_are_refused(tmp_path, monkeypatch):
+    run(tmp_path)
+    made = lp.GFlowNetGuide
+    for change, named in (
+        ({"seed": 4}, "guide's settings"),
+        ({"objective": "vargrad"}, "guide's settings"),
+        ({"alpha": 8}, "guide's adapter"),
+        ({"rank": 3}, "guide's adapter"),
+        ({"context": lambda info: info.prompt}, "context"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                lp, "GFlowNetGuide", lambda lm, c=change, **own: made(lm, **{**own, **c})
+            )
+            with pytest.raises(ValueError, match=f"other {named}"):
+                run(tmp_path)
+    with pytest.raises(ValueError, match="other validation"):
+        run(tmp_path, validation=[("b", "a")])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_data_in_lists_count(tmp_path, changed):
+    lm = tiny_lm("ab.", merged=["ab"], sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+
+    def model(labels):
+        for k, label in enumerate(labels):
+            lp.sample(f"label{k}", lp.LMChoice(view, f"b{k}a", ["a", "b"]), obs=label)
+
+    options = {"rounds": 1, "steps": 1, "progress": False, "checkpoint": tmp_path}
+    lp.em(model, [(["a", "a"],)], **options)
+    if not changed:
+        assert lp.em(model, [(["a", "a"],)], **options).history.rows == 2
+        return
+    with pytest.raises(ValueError, match="other data"):
+        lp.em(model, [(["b", "b"],)], **options)

@@ -5,6 +5,7 @@ import math
 import warnings
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -536,3 +537,45 @@ def test_a_gradient_that_is_no_number_changes_nothing(monkeypatch):
     with pytest.raises(FloatingPointError, match="gradient of the M step is nan after 0 steps"):
         lp.em(rationales(lm, view), DATA, "prior", rounds=1, num_samples=4)
     assert all(torch.equal(before[n], p) for n, p in state(view).items())
+
+
+def test_draws_that_print_alike_are_not_the_same():
+    lm = tiny_lm("ab.", sharpness=0.3)
+
+    def model(y):
+        n = lp.sample("n", dist.Normal(0.5, 1e-5))
+        lp.sample("y", lp.LMChoice(lm, "a" if n > 0.5 else "bb", ["a", "b"]), obs=y)
+
+    posterior = lp.infer(model, "a", guide="prior", num_samples=200, seed=0, progress=False)
+    found = weighted(posterior, "importance", None, ())
+
+    def share(rows, weights):
+        return sum(w for r, w in zip(rows, weights, strict=True) if r["n"] > 0.5)
+
+    expected = share(posterior.samples, posterior.weights)
+    assert 0.1 < expected < 0.9
+    assert share(found.rows, found.weights) == pytest.approx(expected)
+
+
+def test_a_tool_that_asks_a_view_is_refused_wherever_it_is_remembered():
+    lm = tiny_lm("ab.", merged=["ab", "b."], sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+
+    def judge(z):
+        return float(lp.LMChoice(view, f"{z}", ["a", "b"]).log_prob("a"))
+
+    def model(y):
+        z = lp.sample("z", lp.LMString(lm, "a", stop=".", max_tokens=2))
+        lp.factor("f", lp.call("judge", judge, z))
+        lp.sample("y", lp.LMChoice(view, f"{z}", ["a", "b"]), obs=y)
+
+    with pytest.raises(ValueError, match="outside"):
+        lp.em(model, [("b",)], method="exact", rounds=2, steps=2, progress=False)
+    program = lp.compile(model, "b")
+    before = lp.infer(program, method="exact").log_evidence
+    with torch.no_grad():
+        for p in view.named_parameters.values():
+            p.copy_(0.5 * torch.randn(p.shape, generator=torch.manual_seed(1)))
+    after = lp.infer(program, method="exact").log_evidence
+    assert after == pytest.approx(lp.infer(model, "b", method="exact").log_evidence)
+    assert abs(after - before) > 0.01

@@ -143,6 +143,9 @@ def spoil(folder: Path, how: str) -> None:
         settings.write_text(json.dumps({**options, "target_modules": ["nowhere"]}))
     elif how == "whole modules":
         settings.write_text(json.dumps({**options, "modules_to_save": ["lm_head"]}))
+    elif how == "invoked":
+        invoked = {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}
+        settings.write_text(json.dumps({**options, **invoked}))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,7 @@ def spoil(folder: Path, how: str) -> None:
         ("config is no JSON", "is corrupt"),
         ("modules nowhere", "nowhere"),
         ("whole modules", "modules_to_save"),
+        ("invoked", "alora_invocation_tokens is not plain LoRA"),
     ],
 )
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, how: str, message: str) -> None:

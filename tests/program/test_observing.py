@@ -218,8 +218,16 @@ def test_open_strings_are_as_long_as_what_is_observed(monkeypatch: pytest.Monkey
     lengths = {len(o.sites["y"].value.ids) for _, o in simulated(program, 8, lengths={"y": 2})}
     assert lengths == {2}
     monkeypatch.setattr("langppl.program.program._MOST_ATTEMPTS", 4)
-    with pytest.raises(ValueError, match=r"4 draws .* before its length \{'y': 200\}, or were"):
+    with pytest.raises(ValueError, match=r"4 draws .* open string 'y' ended before its 200 tokens"):
         simulated(program, 1, lengths={"y": 200})
+
+    def rejecting() -> None:
+        rules = {"stop": ".", "max_tokens": 2, "truncate": "reject", "temperature": 0.05}
+        z = lp.sample("z", lp.LMString(OTHER, "a", **rules))
+        lp.sample("y", lp.LMString(OTHER, f"a{z}", max_tokens=1), obs="a")
+
+    with pytest.raises(ValueError, match=r"nothing: the string 'z' was rejected .*more max_tokens"):
+        simulated(lp.compile(rejecting), 1)
 
 
 def test_equal_keys_give_equal_pairs() -> None:
