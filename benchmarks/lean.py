@@ -81,15 +81,18 @@ def main() -> None:
     options.set_defaults(runs=21)
     options.add_argument("--prompts", type=int, nargs="+", default=[7, 200])
     options.add_argument("--strings", type=int, nargs="+", default=[1, 8, 16, 32, 128])
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = options.parse_args()
     if native.library() is None:
         options.error(f"nothing is compiled here: {native.reason()}")
-    lm = lp.LM(args.lm, device="cpu")
+    dtype = getattr(torch, args.dtype)
+    lm = lp.LM(args.lm, device="cpu", dtype=dtype)
     with mock.patch.object(native, "library", lambda: None):
-        plain = lp.LM(args.lm, device="cpu")
+        plain = lp.LM(args.lm, device="cpu", dtype=dtype)
     with torch.no_grad(), products.unchanged():
         rows = [measure(lm, plain, p, n, args.runs) for p in args.prompts for n in args.strings]
-    common.report("lean", [c for c in rows[0] if c != "seconds"], rows, args)
+    name = "lean" if args.dtype == "float32" else f"lean_{args.dtype}"
+    common.report(name, [c for c in rows[0] if c != "seconds"], rows, args)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ A pass of as many tokens as there are strings, each after a prompt and eight tok
 transformers' layers, `langppl.lm.lean` and its compiled form (`langppl.lm.native`), in turns; the
 first two multiply with weights in oneDNN's layout. Difference: of the states, relative to the
 largest.""",
+    "lean_bfloat16": """The same in bfloat16. Compiled passes keep states and sums in float32.""",
     "grammars": """## Grammars
 
 Strings under a JSON schema and under a regex, in batches of 32; those that end are checked with
@@ -169,7 +170,7 @@ so the seconds say little.""",
     "precision": """## bfloat16
 
 What `LM(dtype=torch.bfloat16)` does to log-probabilities: the same draws scored twice,
-differences in nats (bfloat16 less float32). Whether it is faster depends on the processor.""",
+differences in nats (bfloat16 less float32). This processor multiplies bfloat16.""",
     "gpu_step": """## On a GPU
 
 One GFlowNet step as above. The shapes of GPT-2 XL (1.5 B) and GPT-J (6 B) have random weights,
