@@ -64,6 +64,7 @@ here.""",
     "particles_lookahead": """The same with langppl's SMC, which looks ahead at the ending every
 other token (`every=2`).""",
     "particles_none": """The same with langppl's SMC that waits for the ending (`twist=None`).""",
+    "particles_none_bfloat16": """The same, with all three systems in bfloat16.""",
     "particles_128": """More particles.""",
     "particles_json": """A record under a JSON schema, with a remark on it observed. langppl draws
 through llguidance's mask and weights with what it took; genlm-control draws with AWRS and its
