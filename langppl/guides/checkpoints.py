@@ -7,13 +7,12 @@ whenever a process dies, the newest whole folder is the state after some step, n
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,11 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
 
 
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Within the block, what a checkpoint lacks is an error that names it."""
-    try:
-        yield
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged: it lacks {error}") from error
+def check_whole(folder: Path, record: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises ValueError if a record lacks something."""
+    missing = [k for k in keys if k not in record]
+    if missing:
+        raise ValueError(f"the checkpoint in {folder} is damaged: it lacks {', '.join(missing)}")
 
 
 def check_same(
@@ -165,9 +162,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+        return [tuple(value.shape), value.detach().cpu().flatten().tolist()]
     if isinstance(value, np.ndarray | np.generic):
-        return (value.shape, value.tolist())
+        return [value.shape, plain(value.flatten().tolist())]
     if isinstance(value, Mapping):
         return [(plain(k), plain(v)) for k, v in value.items()]
     if isinstance(value, list | tuple):
@@ -184,7 +181,7 @@ def name_of(value: Any) -> str:
 def form_of(program: Program) -> list[Any]:
     """What a program is made of, as far as no latent has a hand in it."""
     found: list[Any] = []
-    for name, site in program.sites.items():
+    for name, site in sorted(program.sites.items()):
         fn: Any = site.fn
         own: list[Any] = [name, site.kind, type(fn).__name__]
         if name in program.graph and not program.graph.latents_above(name):

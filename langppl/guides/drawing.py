@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from langppl.distributions import LMString
 from langppl.guides.base import Key
 from langppl.guides.observations import GivenLatents, Observation, Turn
@@ -162,8 +164,12 @@ class Drawing:
             return
         given, program = observation.latents, observation.program
         rows = given.samples if isinstance(given, Posterior) else list(given)
-        if isinstance(given, Posterior) and self.settings.objective == "mle":
-            # Every draw counts alike there, and a posterior's do not.
+        if (
+            isinstance(given, Posterior)
+            and self.settings.objective == "mle"
+            and np.ptp(given.weights) > 0.0
+        ):
+            # Every draw counts alike there, and this posterior's do not.
             rows = given.resample(max(given.num_samples, LEAST_GIVEN), seed=self.seed)
         observation.given = []
         if not rows:

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from langppl.guides.training import Trainer
 
 
+_RECORDED = (
+    *("settings", "history", "heads", "observations", "best", "averaged", "waited", "is_over"),
+)
+"""What a record holds."""
+
+
 class Keeper:
     """Writes what a training asks it to.
 
@@ -50,6 +56,7 @@ class Keeper:
     ) -> None:
         self.folder = None if checkpoint is None else Path(checkpoint)
         self.rows = rows
+        self._digests: dict[str, str] = {}
         self._writer: Any = None
         if tensorboard is not None:
             try:
@@ -118,8 +125,7 @@ class Keeper:
         _forget_scores(trainer)
         if found is None:
             return 0
-        with checkpoints.reading(self.folder):
-            return self._restored(trainer, *found)
+        return self._restored(trainer, *found)
 
     def _restored(
         self,
@@ -129,6 +135,7 @@ class Keeper:
         tensors: Mapping[str, torch.Tensor],
     ) -> int:
         assert self.folder is not None
+        checkpoints.check_whole(self.folder, record, _RECORDED)
         checkpoints.check_same(
             self.folder, record["settings"], self._described(trainer), "training"
         )
@@ -161,22 +168,26 @@ class Keeper:
         """All that two runs must have in common for one to go on with the other."""
         settings: Settings = trainer.settings
         first = trainer.observations[0].program
+        if not self._digests:
+            self._digests = {
+                "data": checkpoints.digest([checkpoints.plain(row) for row in self.rows]),
+                "given": checkpoints.digest([_latents(o.latents) for o in trainer.observations]),
+                "validation": checkpoints.digest(
+                    [checkpoints.plain(_arguments(o)) for o in trainer.held_out]
+                ),
+                "model": checkpoints.digest(checkpoints.form_of(first)),
+            }
         observed = [[n, str(s.value)] for n, s in first.sites.items() if s.kind == "observed"]
         described = {
             **dataclasses.asdict(settings),
             "seed": trainer.guide.seed,
             "base": trainer.lm.weights_fingerprint,
-            "data": checkpoints.digest([checkpoints.plain(row) for row in self.rows]),
-            "given": checkpoints.digest([_latents(o.latents) for o in trainer.observations]),
-            "validation": checkpoints.digest(
-                [checkpoints.plain(_arguments(o)) for o in trainer.held_out]
-            ),
-            "model": checkpoints.digest(checkpoints.form_of(first)),
+            **self._digests,
             "alpha": trainer.lm.model.peft_config[trainer.guide.adapter].lora_alpha,
             "context": checkpoints.name_of(trainer.guide.context),
             "numeric": checkpoints.plain(trainer.guide.numeric),
             "observations": [settings.observations, len(trainer.observations), observed],
-            "sites": list(first.sites),
+            "sites": sorted(first.sites),
             "tensors": {n: list(p.shape) for n, p in trainer.named.items()},
         }
         if own := _adapters(first):

@@ -277,7 +277,7 @@ def rao_blackwell(actions: Sequence[Actions], log_rest: Tensor) -> Tensor:
     known = exact.detach()
     # An action that the prior forbids makes its draw impossible, whose cost does not count.
     sampled, cost = (
-        torch.nan_to_num(padded(rows).detach(), posinf=0.0)
+        torch.nan_to_num(padded(rows).detach(), posinf=0.0, neginf=0.0)
         for rows in ([a.sampled for a in actions], [a.cost for a in actions])
     )
     whole = cost.sum(1)

@@ -32,7 +32,7 @@ from langppl.guides.settings import Settings, learning_rate
 from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
-from langppl.lm.requests import alone
+from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.progress import bar
@@ -219,6 +219,7 @@ class Trainer:
                 "lower the learning rate"
             )
         self.optimiser.step()
+        weights_changed()
         if settings.is_averaged(step):
             self.mean.add(self.all_named())
         figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}

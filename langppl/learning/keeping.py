@@ -133,13 +133,13 @@ class Keeper:
             return History()
         self.has_begun = True
         _, record, tensors = found
-        with checkpoints.reading(self.folder):
-            checkpoints.check_same(self.folder, record["settings"], described, "run")
-            checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
-            self.maximiser.done = record["steps"]
-            if self.guide is not None:
-                self._restore_guide(self.guide, record["guide"], tensors)
-            return History(record["history"])
+        checkpoints.check_whole(self.folder, record, ("settings", "history", "steps"))
+        checkpoints.check_same(self.folder, record["settings"], described, "run")
+        checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
+        self.maximiser.done = record["steps"]
+        if self.guide is not None:
+            self._restore_guide(self.guide, record["guide"], tensors)
+        return History(record["history"])
 
     def _restore_guide(
         self, guide: GFlowNetGuide, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]

@@ -10,7 +10,7 @@ by running the program with the latents given, and scored in one packed pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from pyro.distributions.util import scale_and_mask
 from langppl.distributions import LMChoice, LMString, StringDistribution
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
-from langppl.lm.requests import Request, ScoreReply, ScoreRequest, perform, watched_by
+from langppl.lm.requests import Asked, ScoreReply, ScoreRequest, noted_by, perform
 from langppl.lm.scoring import score_with_gradients
 from langppl.lm.trainable import TrainableLM
 from langppl.program import Program
@@ -90,9 +90,9 @@ def factors(
 
 
 def _watched(program: Program, row: Mapping[str, Any], views: Views) -> Execution:
-    def watch(requests: Sequence[Request]) -> None:
-        for request in requests:
-            view = views.get((id(request.lm), request.adapter or ""))
+    def note(asked: Iterable[Asked]) -> None:
+        for lm, adapter in asked:
+            view = views.get((id(lm), adapter or ""))
             if view is not None:
                 raise ValueError(
                     f"the model asks for probabilities under the trainable {view.label!r} outside "
@@ -101,7 +101,7 @@ def _watched(program: Program, row: Mapping[str, Any], views: Views) -> Executio
                     "this view out: em(trainable=[...])"
                 )
 
-    with watched_by(watch):
+    with noted_by(note):
         return program.run_once(given(row))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from langppl.learning.likelihood import Factor, Views, ascend, expected
 from langppl.learning.settings import Settings
-from langppl.lm.requests import alone
+from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 
 HALVINGS = 5
@@ -93,6 +93,7 @@ class Maximiser:
                 "nothing; lower the learning rate"
             )
         self.optimiser.step()
+        weights_changed()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
         return norm

@@ -221,7 +221,9 @@ def em(
         progress=progress,
     )
     keeper = Keeper(checkpoint, run.maximiser, made, lms_of(programs))
-    described = keeper.described(settings, seed, options, programs, held_out)
+    described: dict[str, Any] = {}
+    if checkpoint is not None:
+        described = keeper.described(settings, seed, options, programs, held_out)
     run.go(keeper, described)
     return EMResult(run.history, made, tuple(views.values()))
 

@@ -311,8 +311,10 @@ class LM:
             return states
         head = self.model.get_output_embeddings()
         # Compiled layers of a bfloat16 LM give float32, which not every head takes.
-        takes = type(head) is products.FrozenLinear and head.takes(states)
-        logits: torch.Tensor = head(states if takes else states.to(head.weight.dtype))
+        if states.dtype == torch.float32 and head.weight.dtype == torch.bfloat16:
+            takes = type(head) is products.FrozenLinear and head.takes(states)
+            states = states if takes else states.bfloat16()
+        logits: torch.Tensor = head(states)
         return logits
 
     def _splits_head(self) -> bool:

@@ -131,14 +131,20 @@ def _loaded() -> tuple[Any, str]:
         return None, "LANGPPL_NATIVE=0"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return None, f"not made for {platform.system()} on {platform.machine()}"
-    try:
-        found = _declared(ctypes.CDLL(str(_built(OPTIONS))))
-        return (found, "") if _agrees(found) else (None, "its products are not torch's")
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr or b"").decode(errors="replace").strip()
-        return None, f"the compiler failed: {said[:500]}"
-    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
-        return None, f"{type(error).__name__}: {error}"
+    why = ""
+    # An assembler may not know the newest instructions.
+    for options in (OPTIONS, (*OPTIONS, "-mno-avx512bf16")):
+        try:
+            found = _declared(ctypes.CDLL(str(_built(options))))
+            if _agrees(found):
+                return found, ""
+            why = why or "its products are not torch's"
+        except subprocess.CalledProcessError as error:
+            said = (error.stderr or b"").decode(errors="replace").strip()
+            why = why or f"the compiler failed: {said[:500]}"
+        except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+            return None, f"{type(error).__name__}: {error}"
+    return None, why
 
 
 def _built(options: tuple[str, ...]) -> Path:
@@ -269,6 +275,21 @@ def _agrees(found: Any) -> bool:
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Float types of weights."""
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether weights of a float type are multiplied by compiled functions here.
+
+    Processors with tiles (AMX) have bfloat16 multiplied by oneDNN, which uses them.
+    """
+    if library() is None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_tiles())
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return "amx_bf16" in _processor()
 
 
 def _is_brief(dtype: torch.dtype) -> bool:

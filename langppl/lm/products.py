@@ -54,7 +54,7 @@ def stretch() -> object:
 
 
 def _lay_out(weight: Tensor) -> Laid:
-    if native.library() is not None:
+    if native.takes(weight.dtype):
         return native.lay_out(weight)
     laid: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
     return laid
@@ -144,7 +144,7 @@ class FrozenLinear(nn.Linear):
         """The weight as compiled layers take it; None if it is not laid out so."""
         stretch, laid = _unchanged.get(), self._laid
         if stretch is None or stretch is not self._looked or laid is None:
-            if native.library() is None or not _suits(self.weight, self.bias):
+            if not (native.takes(self.weight.dtype) and _suits(self.weight, self.bias)):
                 return None
             laid = self._current()
             self._looked = stretch
@@ -178,8 +178,7 @@ def _takes(weight: Laid, x: Tensor) -> bool:
     """Whether a weight is multiplied with numbers of such a float type."""
     return x.dtype == weight.dtype or (
         x.dtype == torch.float32
-        and weight.dtype in native.DTYPES
-        and native.library() is not None
+        and native.takes(weight.dtype)
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -225,7 +224,7 @@ def freeze(model: nn.Module) -> None:
 @cache
 def _works(dtype: torch.dtype) -> bool:
     """Whether such products work here; not all machines' oneDNN multiplies in bfloat16."""
-    if dtype in native.DTYPES and native.library() is not None:
+    if native.takes(dtype):
         return True
     if not torch.backends.mkldnn.is_available():
         return False

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -225,28 +226,84 @@ def served_by(server: Server | None) -> Iterator[None]:
         _server.reset(token)
 
 
-Watch = Callable[[Sequence[Request]], None]
-_watches: ContextVar[tuple[Watch, ...]] = ContextVar("langppl_watches", default=())
-
-
 @contextlib.contextmanager
-def watched_by(watch: Watch) -> Iterator[None]:
-    """Within the block, `watch` sees what is asked for before it is answered; it may raise."""
+def watched_by(watch: Callable[[Sequence[Request]], None]) -> Iterator[None]:
+    """Within the block, `watch` sees what is asked for before it is answered; it may raise.
+
+    It does not see what inferences within the block ask for.
+    """
     outer = _server.get()
 
     def server(requests: Sequence[Request]) -> list[Reply]:
         watch(requests)
         return serve(requests) if outer is None else outer(requests)
 
-    token = _watches.set((*_watches.get(), watch))
+    with served_by(server):
+        yield
+
+
+Asked = tuple["LM", str | None]
+"""An LM, and the adapter under which it was asked."""
+
+Note = Callable[[Iterable[Asked]], None]
+_notes: ContextVar[tuple[Note, ...]] = ContextVar("langppl_notes", default=())
+
+
+@contextlib.contextmanager
+def noted_by(note: Note) -> Iterator[None]:
+    """Within the block, `note` sees which LMs are asked, before they answer; it may raise.
+
+    What inferences within the block ask counts, and what led to results that are remembered.
+    """
+    token = _notes.set((*_notes.get(), note))
     try:
-        with served_by(server):
+        with watched_by(lambda requests: note((r.lm, r.adapter) for r in requests)):
             yield
     finally:
-        _watches.reset(token)
+        _notes.reset(token)
 
 
-def asked_before(requests: Sequence[Request]) -> None:
-    """Shows whoever watches what led to a result that is remembered."""
-    for watch in _watches.get():
-        watch(requests)
+def tell(asked: Iterable[Asked]) -> None:
+    """Shows the LMs that are asked to whoever takes note."""
+    every = list(asked)
+    for note in _notes.get():
+        note(every)
+
+
+_states: ContextVar[dict[tuple[int, str | None], tuple[Any, object]] | None] = ContextVar(
+    "langppl_states", default=None
+)
+
+
+@contextlib.contextmanager
+def same_weights() -> Iterator[None]:
+    """Within the block the state of an LM's weights is looked at once, until they are trained."""
+    if _states.get() is not None:
+        yield
+        return
+    token = _states.set({})
+    try:
+        yield
+    finally:
+        _states.reset(token)
+
+
+def weights_changed() -> None:
+    """Forgets what the states of weights were."""
+    known = _states.get()
+    if known is not None:
+        known.clear()
+
+
+def weights_of(lm: LM, adapter: str | None) -> object:
+    """What tells an LM's weights under an adapter from others."""
+    from langppl.lm.memo import state_of  # which imports this module
+
+    known = _states.get()
+    if known is None:
+        return state_of(lm, adapter)
+    found = known.get((id(lm), adapter))
+    if found is None or found[0]() is not lm:
+        found = (weakref.ref(lm), state_of(lm, adapter))
+        known[id(lm), adapter] = found
+    return found[1]

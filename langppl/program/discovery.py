@@ -286,7 +286,10 @@ class _Search:
                         continue
                     self._seen.append(after)
                     now = signatures(after)
-                    for other in {*before, *now} - {name}:
+                    # In the order of a run: that of a set differs from process to process.
+                    for other in dict.fromkeys([*before, *now]):
+                        if other == name:
+                            continue
                         nodes.setdefault(other, (after if other in now else start).sites[other])
                         if before.get(other) != now.get(other):
                             edges.add((name, other))

@@ -24,7 +24,16 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from pyro.poutine import runtime
 
 from langppl.lm.kept import keeping
-from langppl.lm.requests import Reply, Request, alone, serve, served_by
+from langppl.lm.requests import (
+    Reply,
+    Request,
+    Server,
+    alone,
+    same_weights,
+    serve,
+    served_by,
+    tell,
+)
 
 T = TypeVar("T")
 
@@ -131,6 +140,11 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
     # Served directly, also where this call itself runs inside another scheduler: not by that one's
     # server, which may be watched for what a task asks for itself.
     answer = _ask if _is_inside_whole.get() else serve
+    with same_weights():
+        return _run(tasks, answer)
+
+
+def _run(tasks: Sequence[Callable[[], T]], answer: Server) -> list[T]:
     outside = _Ambient.capture()
     inside = _Ambient([], [], outside.grad, outside.autocast, outside.rng)
     executions = [_Execution(task, inside) for task in tasks]
@@ -140,6 +154,7 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
                 execution.go_on(None)
             while waiting := [e for e in executions if e.wanted is not None]:
                 requests = [r for e in waiting for r in e.wanted or ()]
+                tell((r.lm, r.adapter) for r in requests)
                 replies = iter(answer(requests))
                 for execution in waiting:
                     mine = [next(replies) for _ in execution.wanted or ()]

@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
-from langppl.lm.memo import state_of
-from langppl.lm.requests import Request, asked_before, watched_by
+from langppl.lm.model import LM
+from langppl.lm.requests import Asked, noted_by, tell, weights_of
 
 R = TypeVar("R")
 Model = Callable[..., Any]
@@ -257,8 +258,8 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
         if memo is not None and key in memo:
             known = memo[key]
-            if known.holds():
-                asked_before(list(known.asked.values()))
+            if known.holds() or not pure:
+                tell(known.asked())
                 return cast(R, known.result)
         if not pure:
             if key in _impure:
@@ -267,16 +268,12 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
                     "pure=False forbids a second time"
                 )
             _impure.add(key)
-        asked: dict[tuple[int, str | None], Request] = {}
-
-        def note(requests: Sequence[Request]) -> None:
-            for request in requests:
-                asked.setdefault((id(request.lm), request.adapter), request)
-
-        with watched_by(note):
+        asked: set[Asked] = set()
+        with noted_by(asked.update):
             result = fn(*args, **kwargs)
         if memo is not None:
-            memo[key] = _Remembered(result, asked, [_weights(r) for r in asked.values()])
+            states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
+            memo[key] = _Remembered(result, states)
         return result
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
@@ -285,22 +282,21 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
 @dataclass(frozen=True)
 class _Remembered:
-    """A tool's result, a request to each LM that it asked, and what their weights were."""
+    """A tool's result, the LMs that it asked, under which adapters, and what their weights were."""
 
     result: Any
-    asked: Mapping[tuple[int, str | None], Request]
-    weights: Sequence[object]
+    states: Sequence[tuple[weakref.ref[LM], str | None, object]]
+
+    def asked(self) -> list[Asked]:
+        """The LMs that are still there, and the adapters."""
+        return [(lm, adapter) for ref, adapter, _ in self.states if (lm := ref()) is not None]
 
     def holds(self) -> bool:
         """Whether those LMs would still say the same."""
-        return all(
-            _weights(request) == before
-            for request, before in zip(self.asked.values(), self.weights, strict=True)
+        return len(self.asked()) == len(self.states) and all(
+            weights_of(lm, adapter) == before
+            for (lm, adapter), (_, _, before) in zip(self.asked(), self.states, strict=True)
         )
-
-
-def _weights(request: Request) -> object:
-    return state_of(request.lm, request.adapter)
 
 
 def deterministic(name: str, value: R) -> R:

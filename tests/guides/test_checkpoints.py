@@ -211,7 +211,7 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     content = json.loads(record.read_text())
     del content["waited"]
     record.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is damaged: it lacks 'waited'"):
+    with pytest.raises(ValueError, match="is damaged: it lacks waited"):
         fit()
 
 

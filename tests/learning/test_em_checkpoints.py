@@ -1,11 +1,16 @@
 """Rounds that are killed go on from the last one, and end as if they had not been."""
 
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 import langppl as lp
+from langppl.guides import checkpoints
 from langppl.guides.training import Trainer
 from langppl.learning import rounds
 from langppl.testing import tiny_lm
@@ -69,8 +74,6 @@ def test_it_ends_as_if_it_had_not_been_killed(tmp_path, monkeypatch, guide, plac
         elif place == "write":
             patch.setattr(rounds.Keeper, "write", killing(rounds.Keeper.write, 3))
         else:
-            from langppl.guides.training import Trainer
-
             patch.setattr(Trainer, "step", killing(Trainer.step, 8))  # the second round's last
         with pytest.raises(Killed):
             run(tmp_path / "killed", guide)
@@ -126,8 +129,6 @@ def test_an_interruption_keeps_what_was_learned(tmp_path, monkeypatch, place):
     if place == "draw":
         monkeypatch.setattr(rounds, "posteriors", interrupting(rounds.posteriors, 2))
     else:
-        from langppl.guides.training import Trainer
-
         monkeypatch.setattr(Trainer, "step", interrupting(Trainer.step, 6))
     with pytest.warns(UserWarning) as caught:
         result, _ = run(None)
@@ -235,3 +236,60 @@ def test_data_in_lists_count(tmp_path, changed):
         return
     with pytest.raises(ValueError, match="other data"):
         lp.em(model, [(["b", "b"],)], **options)
+
+
+def test_tensors_among_the_arguments(tmp_path):
+    lm = tiny_lm("ab.", sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+
+    def model(features, label):
+        text = "a" if float(features.sum()) > 0 else "b"
+        lp.sample("label", lp.LMChoice(view, text, ["a", "b"]), obs=label)
+
+    options = {"rounds": 1, "steps": 1, "progress": False}
+    one = torch.ones(2, dtype=torch.bfloat16)
+    for folder in (None, tmp_path):
+        lp.em(model, [(one, "a")], checkpoint=folder, **options)
+    with pytest.raises(ValueError, match="other data"):
+        lp.em(model, [(2 * one, "a")], checkpoint=tmp_path, **options)
+
+
+BRANCHING = """
+import langppl as lp
+from langppl.guides import checkpoints
+from langppl.testing import tiny_lm
+
+lm = tiny_lm("ab.", seed=1)
+
+def model():
+    k = lp.sample("k", lp.LMChoice(lm, "a", ["a", "b", "."]))
+    names = {"a": ["x"], "b": ["one", "two", "three"], ".": ["four", "five"]}[str(k)]
+    for name in names:
+        lp.sample(name, lp.LMChoice(lm, name[0] + "b", ["a", "b"]))
+
+program = lp.compile(model)
+print(list(program.sites), checkpoints.digest(checkpoints.form_of(program)))
+"""
+
+
+def test_a_program_looks_the_same_in_every_process():
+    said = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", BRANCHING],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(said) == 1 and "three" in said.pop()
+
+
+def test_objects_among_the_arguments_do_not_tell_where_they_are():
+    class Record:
+        pass
+
+    first, second = (np.array([Record(), "a", 1], dtype=object) for _ in range(2))
+    assert checkpoints.plain(first) == checkpoints.plain(second)
+    assert checkpoints.plain(first) != checkpoints.plain(first[1:])

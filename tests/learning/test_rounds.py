@@ -557,11 +557,17 @@ def test_draws_that_print_alike_are_not_the_same():
     assert share(found.rows, found.weights) == pytest.approx(expected)
 
 
-def test_a_tool_that_asks_a_view_is_refused_wherever_it_is_remembered():
+@pytest.mark.parametrize("way", ["asks", "infers"])
+def test_a_tool_that_asks_a_view_is_refused_wherever_it_is_remembered(way):
     lm = tiny_lm("ab.", merged=["ab", "b."], sharpness=0.3)
     view = lm.trainable("v", rank=2)
 
+    def inner(z):
+        lp.sample("x", lp.LMChoice(view, f"{z}", ["a", "b"]), obs="a")
+
     def judge(z):
+        if way == "infers":
+            return float(lp.infer(inner, z, method="exact").log_evidence)
         return float(lp.LMChoice(view, f"{z}", ["a", "b"]).log_prob("a"))
 
     def model(y):
