@@ -226,6 +226,15 @@ def served_by(server: Server | None) -> Iterator[None]:
         _server.reset(token)
 
 
+def wait() -> bool:
+    """Lets the scheduler's other executions go on; False if there is no scheduler."""
+    server = _server.get()
+    if server is None:
+        return False
+    server([])
+    return True
+
+
 @contextlib.contextmanager
 def watched_by(watch: Callable[[Sequence[Request]], None]) -> Iterator[None]:
     """Within the block, `watch` sees what is asked for before it is answered; it may raise.

@@ -21,6 +21,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from greenlet import getcurrent, greenlet
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -29,13 +30,15 @@ from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.model import LM
-from langppl.lm.requests import Asked, noted_by, tell, weights_of
+from langppl.lm.requests import Asked, noted_by, tell, wait, weights_of
 
 R = TypeVar("R")
 Model = Callable[..., Any]
 
 Memo = dict[Any, Any]
 memo_of_calls: ContextVar[Memo | None] = ContextVar("langppl_memo_of_calls", default=None)
+_is_within: ContextVar[bool] = ContextVar("langppl_is_within", default=False)
+"""Whether a tool is being evaluated."""
 _impure: set[Any] = set()
 
 
@@ -256,7 +259,13 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
     def evaluate() -> R:
         memo = memo_of_calls.get()
         key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
-        if memo is not None and key in memo:
+        # While it asks an LM in one execution, others wait for what it returns.
+        # Not for one that another scheduler runs, which would not go on, nor within a tool, whose
+        # own result may be waited for.
+        while memo is not None and _is_elsewhere(memo.get(key)) and not _is_within.get():
+            if not wait():
+                break
+        if memo is not None and isinstance(memo.get(key), _Remembered):
             known = memo[key]
             if known.holds() or not pure:
                 tell(known.asked())
@@ -269,15 +278,39 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
                 )
             _impure.add(key)
         asked: set[Asked] = set()
-        with noted_by(asked.update):
-            result = fn(*args, **kwargs)
+        token = _is_within.set(True)
+        own = _Started(getcurrent())
         if memo is not None:
-            states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
-            memo[key] = _Remembered(result, states)
+            memo[key] = own
+        try:
+            with noted_by(asked.update):
+                result = fn(*args, **kwargs)
+            if memo is not None:
+                states = [
+                    (weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked
+                ]
+                memo[key] = _Remembered(result, states)
+        finally:
+            _is_within.reset(token)
+            if memo is not None and memo.get(key) is own:
+                del memo[key]
         return result
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
     return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
+
+
+@dataclass(frozen=True)
+class _Started:
+    """In the place of a tool's result while it is evaluated; by which execution."""
+
+    by: greenlet
+
+
+def _is_elsewhere(found: Any) -> bool:
+    """Whether another execution of the same scheduler is evaluating a tool."""
+    own = getcurrent()
+    return isinstance(found, _Started) and found.by is not own and found.by.parent is own.parent
 
 
 @dataclass(frozen=True)

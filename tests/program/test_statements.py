@@ -17,6 +17,7 @@ import torch
 import langppl as lp
 from langppl.lm import requests
 from langppl.program import scheduler
+from langppl.program.execution import run_many
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -642,3 +643,77 @@ def test_infer_neither_reads_nor_moves_torchs_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert lp.infer(mixed, num_samples=4).samples == one.samples
+
+
+def judged(pure: bool) -> tuple[Callable[[], None], list[str], Any]:
+    lm = tiny_lm("ab.", sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+    ran: list[str] = []
+
+    def judge(z: str) -> float:
+        ran.append(z)
+        return float(lp.LMChoice(view, z, ["a", "b"]).log_prob("a"))
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMChoice(lm, "a", ["a", "b"]))
+        lp.factor("f", lp.call("judge", judge, f"{z}.{pure}.", pure=pure))
+
+    return model, ran, view
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_a_tool_that_asks_an_lm_is_evaluated_once_for_all_executions(pure: bool) -> None:
+    model, ran, view = judged(pure)
+    program = lp.compile(model)
+    before = lp.infer(program, num_samples=40, seed=1, progress=False).log_evidence
+    assert sorted(ran) == [f"a.{pure}.", f"b.{pure}."]
+    with torch.no_grad():
+        for p in view.named_parameters.values():
+            p.copy_(0.5 * torch.randn(p.shape, generator=torch.manual_seed(1)))
+    after = lp.infer(program, num_samples=40, seed=1, progress=False).log_evidence
+    assert len(ran) == (4 if pure else 2)  # one that is not pure keeps its result
+    assert (after == before) is not pure
+
+
+def test_others_take_over_from_a_tool_that_fails() -> None:
+    lm = tiny_lm("ab.", sharpness=0.3)
+    ran: list[int] = []
+
+    def judge(z: str) -> float:
+        ran.append(len(ran))
+        found = float(lp.LMChoice(lm, z, ["a", "b"]).log_prob("a"))
+        if len(ran) == 1:
+            raise RuntimeError("unlucky")
+        return found
+
+    memo: dict[Any, Any] = {}
+
+    def task() -> float | None:
+        try:
+            return lp.call("judge", judge, "b.a")
+        except RuntimeError:
+            return None
+
+    found = run_many([task] * 4, memo)
+    assert found[0] is None and len(ran) == 2 and len(set(found[1:])) == 1
+
+
+def test_a_tool_that_infers_with_itself_inside_does_not_wait_for_itself() -> None:
+    lm = tiny_lm("ab.", sharpness=0.3)
+
+    def judge(depth: int) -> float:
+        if depth == 0:
+            return float(lp.LMChoice(lm, "b", ["a", "b"]).log_prob("a"))
+
+        def inner() -> None:
+            lp.sample("x", lp.LMChoice(lm, "a", ["a", "b"]))
+            lp.factor("g", lp.call("judge", judge, depth - 1))
+
+        return float(lp.infer(inner, method="exact", progress=False).log_evidence or 0.0)
+
+    def model() -> None:
+        lp.sample("z", lp.LMChoice(lm, "a", ["a", "b"]))
+        lp.factor("f", lp.call("judge", judge, 2))
+
+    expected = float(lp.LMChoice(lm, "b", ["a", "b"]).log_prob("a"))
+    assert lp.infer(model, method="exact").log_evidence == pytest.approx(expected)
