@@ -347,8 +347,8 @@ class GFlowNetGuide(Guide):
             given: latents (site → value) to learn from, in the place of the guide's own draws: a
                 list or a posterior of a single observation; of several, a list of such, one for
                 each. A posterior's log joints are not computed anew where they suffice. With
-                `mle` they are all that is learned from, as often as there are steps, a posterior's in
-                the shares of its weights.
+                `mle` they are all that is learned from, as often as there are steps; those of a
+                posterior count by their weights.
             given_share: share of a batch's new draws that are given ones, while these last. With
                 1 the guide learns from them first; a small share spreads them over the training.
             simulated_share: share of the batch that are latents and data drawn from the model,
