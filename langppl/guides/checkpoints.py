@@ -169,6 +169,8 @@ def plain(value: Any) -> Any:
         return [(plain(k), plain(v)) for k, v in value.items()]
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(plain(v)) for v in value)
     return name_of(value)
 
 

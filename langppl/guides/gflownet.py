@@ -96,6 +96,7 @@ class GFlowNetGuide(Guide):
         heads: the small networks (see `langppl.guides.heads`).
         learned: the latents that it was trained on, by name, with "#" for numbers.
         flows: those before which a flow was learned, by `subtb` or `db` over sites.
+        was_interrupted: whether the last training was ended by Ctrl-C.
 
     Example:
         >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 
 _RECORDED = (
-    *("settings", "history", "heads", "observations", "best", "averaged", "waited", "is_over"),
+    "settings",
+    "history",
+    "heads",
+    "observations",
+    "best",
+    "averaged",
+    "waited",
+    "is_over",
 )
 """What a record holds."""
 

@@ -392,6 +392,23 @@ void attend(const float *queries, const Number *keys, const Number *values, long
         }
 }
 
+// A weight [outputs, inputs], laid out for `multiply` by so many inputs together. The last panel, and
+// what is missing of the last inputs, is filled up with zeros.
+template <int TOGETHER, class Number>
+void lay_out(const Number *weight, long outputs, long inputs, Number *laid, int threads) {
+    long deep = (inputs + TOGETHER - 1) / TOGETHER * TOGETHER;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long p = 0; p < panels(outputs); p++) {
+        Number *to = laid + p * PANEL * deep;
+        for (long k = 0; k < deep; k++)
+            for (long j = 0; j < PANEL; j++) {
+                long row = p * PANEL + j, at = k / TOGETHER * PANEL + j;
+                bool is_there = row < outputs && k < inputs;
+                to[at * TOGETHER + k % TOGETHER] = is_there ? weight[row * inputs + k] : 0;
+            }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -402,33 +419,12 @@ long langppl_most_groups() { return MOST_GROUPS; }
 long langppl_lanes() { return WIDTH; }
 long langppl_has_brief() { return sizeof(term) == sizeof(brief); }
 
-// A weight [outputs, inputs], laid out for `multiply`; the last panel is filled up with zeros.
 void langppl_lay_out(const float *weight, long outputs, long inputs, float *laid, int threads) {
-    long count = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long p = 0; p < count; p++) {
-        float *to = laid + p * PANEL * inputs;
-        for (long k = 0; k < inputs; k++)
-            for (long j = 0; j < PANEL; j++) {
-                long row = p * PANEL + j;
-                to[k * PANEL + j] = row < outputs ? weight[row * inputs + k] : 0;
-            }
-    }
+    lay_out<1>(weight, outputs, inputs, laid, threads);
 }
 
-// A brief weight likewise, in pairs; of an odd number of inputs the last one's other half is zero.
 void langppl_lay_out_brief(const brief *weight, long outputs, long inputs, brief *laid, int threads) {
-    long count = (outputs + PANEL - 1) / PANEL, deep = even(inputs);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long p = 0; p < count; p++) {
-        brief *to = laid + p * PANEL * deep;
-        for (long k = 0; k < deep; k++)
-            for (long j = 0; j < PANEL; j++) {
-                long row = p * PANEL + j;
-                bool is_there = row < outputs && k < inputs;
-                to[(k & ~1L) * PANEL + 2 * j + (k & 1)] = is_there ? weight[row * inputs + k] : 0;
-            }
-    }
+    lay_out<2>(weight, outputs, inputs, laid, threads);
 }
 
 // `room` has space for rows · even(inputs) numbers where the weight is brief.

@@ -226,13 +226,11 @@ def served_by(server: Server | None) -> Iterator[None]:
         _server.reset(token)
 
 
-def wait() -> bool:
-    """Lets the scheduler's other executions go on; False if there is no scheduler."""
+def wait() -> None:
+    """Within a scheduler, lets its other executions go on."""
     server = _server.get()
-    if server is None:
-        return False
+    assert server is not None
     server([])
-    return True
 
 
 @contextlib.contextmanager
@@ -274,9 +272,10 @@ def noted_by(note: Note) -> Iterator[None]:
 
 def tell(asked: Iterable[Asked]) -> None:
     """Shows the LMs that are asked to whoever takes note."""
-    every = list(asked)
-    for note in _notes.get():
-        note(every)
+    if notes := _notes.get():
+        every = list(asked)
+        for note in notes:
+            note(every)
 
 
 _states: ContextVar[dict[tuple[int, str | None], tuple[Any, object]] | None] = ContextVar(

@@ -258,18 +258,17 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     def evaluate() -> R:
         memo = memo_of_calls.get()
+        if memo is None:
+            memo = {}
         key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
-        # While it asks an LM in one execution, others wait for what it returns.
-        # Not for one that another scheduler runs, which would not go on, nor within a tool, whose
-        # own result may be waited for.
-        while memo is not None and _is_elsewhere(memo.get(key)) and not _is_within.get():
-            if not wait():
-                break
-        if memo is not None and isinstance(memo.get(key), _Remembered):
-            known = memo[key]
-            if known.holds() or not pure:
-                tell(known.asked())
-                return cast(R, known.result)
+        # While it asks an LM in one execution, others wait for what it returns: not within a tool,
+        # whose own result may be waited for.
+        while _is_elsewhere(memo.get(key)) and not _is_within.get():
+            wait()
+        known = memo.get(key)
+        if isinstance(known, _Remembered) and (known.holds() or not pure):
+            tell(known.asked())
+            return cast(R, known.result)
         if not pure:
             if key in _impure:
                 raise RuntimeError(
@@ -279,20 +278,15 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
             _impure.add(key)
         asked: set[Asked] = set()
         token = _is_within.set(True)
-        own = _Started(getcurrent())
-        if memo is not None:
-            memo[key] = own
+        own = memo[key] = _Started(getcurrent())
         try:
             with noted_by(asked.update):
                 result = fn(*args, **kwargs)
-            if memo is not None:
-                states = [
-                    (weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked
-                ]
-                memo[key] = _Remembered(result, states)
+            states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
+            memo[key] = _Remembered(result, states)
         finally:
             _is_within.reset(token)
-            if memo is not None and memo.get(key) is own:
+            if memo[key] is own:
                 del memo[key]
         return result
 
@@ -308,9 +302,14 @@ class _Started:
 
 
 def _is_elsewhere(found: Any) -> bool:
-    """Whether another execution of the same scheduler is evaluating a tool."""
+    """Whether another execution of the same scheduler is evaluating a tool.
+
+    One of another scheduler's would not go on while this one waits.
+    """
     own = getcurrent()
-    return isinstance(found, _Started) and found.by is not own and found.by.parent is own.parent
+    if own.parent is None or not isinstance(found, _Started):
+        return False
+    return found.by is not own and found.by.parent is own.parent
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,24 @@ import langppl as lp
 from langppl.guides import checkpoints
 from langppl.guides.training import Trainer
 from langppl.testing import tiny_lm
+
+
+@contextlib.contextmanager
+def cut_off(
+    monkeypatch: pytest.MonkeyPatch, step: int | None, error: BaseException | None = None
+) -> Iterator[None]:
+    """Within the block, trainings fail before a step; not if it is None."""
+    plain = Trainer.step
+
+    def failing(self: Trainer, at: int) -> dict[str, float]:
+        if at == step:
+            raise error or RuntimeError("power cut")
+        return plain(self, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", failing)
+        yield
+
 
 QUICK: dict[str, Any] = {"batch": 8, "checkpoint_every": 2, "progress": False}
 
@@ -141,16 +161,8 @@ def test_numbers_and_their_heads_survive_a_checkpoint(
             r = lp.sample("r", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             lp.sample("n", dist.Normal(p + r.sum() + len(z), 1.0), obs=torch.tensor(3.0))
 
-        plain = Trainer.step
-
-        def step(self: Trainer, at: int) -> dict[str, float]:
-            if at == fails_at:
-                raise RuntimeError("power cut")
-            return plain(self, at)
-
         guide = lp.GFlowNetGuide(lm, rank=2, seed=3)
-        with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "step", step)
+        with cut_off(monkeypatch, fails_at):
             guide.fit(rated, steps=9, draw_ahead=2, checkpoint=folder, **QUICK)
         return guide
 
@@ -223,15 +235,7 @@ def two_lms(folder: Path, fails_at: int | None, monkeypatch: pytest.MonkeyPatch)
         lp.sample("label", lp.LMString(other, f"{text}{z}b"), obs=label)
 
     guide = lp.GFlowNetGuide(lm, rank=2, seed=3, objective="vargrad")
-    plain = Trainer.step
-
-    def step(self: Trainer, at: int) -> dict[str, float]:
-        if at == fails_at:
-            raise RuntimeError("power cut")
-        return plain(self, at)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+    with cut_off(monkeypatch, fails_at):
         guide.fit(
             model,
             [("a", "a"), ("b", "b"), ("ab", "a")],
@@ -268,18 +272,11 @@ def test_an_interrupted_training_goes_on_in_the_same_process(
             z = lp.sample("z", lp.LMString(lm, "ab", max_tokens=2))
             lp.sample("n", dist.Normal(p + len(z), 1.0), obs=torch.tensor(3.0))
 
-        plain = Trainer.step
-
-        def step(self: Trainer, at: int) -> dict[str, float]:
-            if at == stops_at:
-                raise KeyboardInterrupt
-            return plain(self, at)
-
         guide = lp.GFlowNetGuide(lm, rank=2, seed=3)
         options = {**QUICK, "checkpoint_every": 5}
         if stops_at is not None:
-            with monkeypatch.context() as patched, pytest.warns(UserWarning, match="interrupted"):
-                patched.setattr(Trainer, "step", step)
+            stopped = cut_off(monkeypatch, stops_at, KeyboardInterrupt())
+            with stopped, pytest.warns(UserWarning, match="interrupted"):
                 guide.fit(rated, steps=8, checkpoint=folder, **options)
         guide.fit(rated, steps=8, checkpoint=folder, **options)
         return guide

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_checkpoints import cut_off
 from torch.utils.data import Dataset
 
 import langppl as lp
@@ -446,15 +447,7 @@ def test_a_resumed_training_knows_its_best_and_its_patience(
 ) -> None:
     def fit(folder: Path, fails_at: int | None) -> lp.GFlowNetGuide:
         guide = lp.GFlowNetGuide(make_lm(), rank=2, objective="tb", seed=2)
-        plain = Trainer.step
-
-        def step(self: Trainer, at: int) -> dict[str, float]:
-            if at == fails_at:
-                raise RuntimeError("power cut")
-            return plain(self, at)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "step", step)
+        with cut_off(monkeypatch, fails_at):
             rows = rows_of(guide.lm, ("aab.", "...", "b."))
             guide.fit(
                 story,

@@ -293,3 +293,5 @@ def test_objects_among_the_arguments_do_not_tell_where_they_are():
     first, second = (np.array([Record(), "a", 1], dtype=object) for _ in range(2))
     assert checkpoints.plain(first) == checkpoints.plain(second)
     assert checkpoints.plain(first) != checkpoints.plain(first[1:])
+    assert checkpoints.plain({"b", "a"}) == checkpoints.plain({"a", "b"})
+    assert checkpoints.plain({"b", "a"}) != checkpoints.plain({"b", "c"})
