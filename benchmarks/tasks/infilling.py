@@ -142,11 +142,12 @@ def author(args: argparse.Namespace) -> lp.LM:
     Maximum likelihood of the true fourth and fifth sentences, each after what stands before it;
     then it is an LM of its own, which every way begins with.
     """
+    dtype = getattr(torch, args.dtype)
     if not args.author_steps:
-        return lp.LM(args.model, device=args.device)
+        return lp.LM(args.model, device=args.device, dtype=dtype)
     folder = args.work / "author"
     if not (folder / "guide" / GUIDE_FILE).is_file():
-        lm = lp.LM(args.model, device=args.device)
+        lm = lp.LM(args.model, device=args.device, dtype=dtype)
         rows = read_stories(args.data, "train", args.train)
         rules = {"stop": (".", "!", "?"), "truncate": "reject"}
 
@@ -169,7 +170,7 @@ def author(args: argparse.Namespace) -> lp.LM:
         learner.save(folder / "guide")
     if not (folder / "lm" / "config.json").is_file():
         merge(args.model, folder / "guide", folder / "lm")
-    return lp.LM(folder / "lm", device=args.device)
+    return lp.LM(folder / "lm", device=args.device, dtype=dtype)
 
 
 def merge(model: str, adapter: Path, folder: Path) -> None:
@@ -211,7 +212,8 @@ def train(lm: lp.LM, way: str, seed: int, args: argparse.Namespace) -> lp.GFlowN
             "batch": args.batch,
             "learning_rate": args.learning_rate,
             "betas": (0.8, 0.95),
-            "schedule": lp.RewardSchedule(start=args.power, until=1.0),
+            "schedule": lp.RewardSchedule(start=args.power, until=1.0, end=args.end_power),
+            "average": args.average,
             "sampling_temperature": (1.0, 1.3),
             "every": args.every,
         }
@@ -355,8 +357,16 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=8, help="draws for each story in a step")
     options.add_argument("--every", type=int, default=2, help="prefixes whose reward is taken")
     options.add_argument(
-        "--power", type=float, default=1.0, help="of the reward at the first step; 1 at the last"
+        "--power", type=float, default=1.0, help="of the reward at the first step of a guide"
     )
+    options.add_argument("--end-power", type=float, default=1.0, help="the same at its last step")
+    options.add_argument(
+        "--average",
+        type=float,
+        default=0.0,
+        help="share of the steps, the last ones, whose weights' mean a guide ends with",
+    )
+    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument(

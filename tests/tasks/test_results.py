@@ -88,7 +88,7 @@ def test_subjectivity_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
     ]
     (tmp_path / "subj.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     sizes = "--labels 4 --test 2 --draws 2 --steps 2 --batch 2 --observations 2 --shots 2 --seeds 1"
-    learning = "--supervised-rounds 1 --rounds 1 --fit-steps 1 --m-steps 1"
+    learning = "--supervised-rounds 1 --rounds 1 --fit-steps 1 --m-steps 1 --sharper-steps 1"
     options = f"--data {tmp_path} --model {tiny} --out {tmp_path} {sizes} {learning}".split()
     benchmark("subjectivity", *options, "--ways", "zero-shot", "gflownet")
     kept = tmp_path / "subjectivity-work" / "result-gflownet-4-1-2.json"
@@ -102,8 +102,18 @@ def test_subjectivity_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
         "few-shot",
         "supervised",
         "gflownet",
+        "gflownet, sharper",
         "gflownet, EM",
     ]
+    # It goes on from the guide, whose seconds are its own too.
+    seconds = [found["runs"][w]["4"]["1"]["seconds"] for w in ("gflownet", "gflownet, sharper")]
+    assert seconds[1] > seconds[0]
+    work = tmp_path / "subjectivity-work"
+    adapters = {
+        (work / f"gflownet{name}-4-1" / "guide" / "adapter_model.safetensors").read_bytes()
+        for name in ("", "-sharper", "-EM")
+    }
+    assert len(adapters) == 3
     assert "| gflownet, EM |" in shown
     run = found["runs"]["gflownet, EM"]["4"]["1"]
     assert 0.0 <= run["accuracy"] <= 1.0 and len(run["shown"][0]["rationales"]) in (1, 2)

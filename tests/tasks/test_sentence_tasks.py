@@ -50,7 +50,8 @@ def test_infilling_runs_and_takes_a_trained_guide(tiny: Path, tmp_path: Path) ->
     ]
     (tmp_path / "stories.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     sizes = "--train 4 --held-out 1 --unseen 2 --samples 8 --particles 4 --steps 2 --batch 2"
-    options = f"--data {tmp_path} --model {tiny} --out {tmp_path} {sizes}".split()
+    guides = "--power 1.5 --end-power 1.2 --average 0.5 --dtype bfloat16"
+    options = f"--data {tmp_path} --model {tiny} --out {tmp_path} {sizes} {guides}".split()
     benchmark("infilling", *options)
     found = json.loads((tmp_path / "infilling.json").read_text())
     ways = ["prior", "prompted", "importance", "smc", "supervised", "gflownet"]
