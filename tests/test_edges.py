@@ -208,13 +208,34 @@ def test_weights_of_programs_are_how_often_they_are_taken(
     trainer = object.__new__(Trainer)
     each = [[w / n] * n for w, n in zip(weights, rows, strict=True)]
     trainer.weights = np.array([*each[0], *each[1]])
-    trainer.pools = [[], []]
+    trainer.observations, trainer.slots = [None] * sum(rows), 2  # type: ignore[list-item]
     trainer.guide = type("Seeded", (), {"seed": 0})()  # type: ignore[assignment]
     steps = 2000
     taken = Counter(trainer.pick(slot, step) < rows[0] for step in range(steps) for slot in (0, 1))
     # Systematic, so its error is below that of as many independent draws.
     error = math.sqrt(share * (1 - share) / (2 * steps))
     assert abs(taken[True] / (2 * steps) - share) <= 3.5 * error
+
+
+@pytest.mark.parametrize(("count", "slots"), [(5, 4), (7, 4), (6, 4), (8, 4), (10, 3), (4, 4)])
+def test_rows_are_taken_equally_often(count: int, slots: int) -> None:
+    from langppl.guides.training import Trainer
+
+    trainer = object.__new__(Trainer)
+    trainer.weights, trainer.slots = None, slots
+    trainer.observations = [None] * count  # type: ignore[list-item]
+    trainer.guide = type("Seeded", (), {"seed": 0})()  # type: ignore[assignment]
+    period = math.lcm(count, slots) // slots
+    taken: Counter[int] = Counter()
+    for step in range(3 * period):
+        own = [trainer.pick(slot, step) for slot in range(slots)]
+        assert len(set(own)) == slots
+        taken.update(own)
+    assert taken == dict.fromkeys(range(count), 3 * period * slots // count)
+    orders = {
+        tuple(trainer.pick(0, turn * period + k) for k in range(period)) for turn in range(20)
+    }
+    assert (len(orders) > 1) == (count > slots)
 
 
 def test_an_impossible_part_leaves_the_others_their_rewards() -> None:
