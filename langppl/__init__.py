@@ -19,7 +19,14 @@ if TYPE_CHECKING:
         PromptedGuide,
         RewardSchedule,
     )
-    from langppl.inference import calibrate, compare, evidence_bounds, infer, pool_bounds
+    from langppl.inference import (
+        calibrate,
+        compare,
+        evidence_bounds,
+        infer,
+        infer_many,
+        pool_bounds,
+    )
     from langppl.learning import EMResult, em
     from langppl.lm import LM, Grammar, TrainableLM, json_schema, lark, log_matches, one_of, regex
     from langppl.posterior import ABSENT, Posterior
@@ -46,7 +53,14 @@ _HOMES = {
         "PromptedGuide",
         "RewardSchedule",
     ),
-    "langppl.inference": ("calibrate", "compare", "evidence_bounds", "infer", "pool_bounds"),
+    "langppl.inference": (
+        "calibrate",
+        "compare",
+        "evidence_bounds",
+        "infer",
+        "infer_many",
+        "pool_bounds",
+    ),
     "langppl.learning": ("EMResult", "em"),
     "langppl.lm": (
         "LM",
@@ -104,6 +118,7 @@ __all__ = [
     "evidence_bounds",
     "factor",
     "infer",
+    "infer_many",
     "json_schema",
     "lark",
     "log_matches",

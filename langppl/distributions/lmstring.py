@@ -28,6 +28,16 @@ class JoinWarning(UserWarning):
 _warned: set[str | None] = set()
 
 
+def check_ended(request: DrawRequest, reply: DrawReply) -> None:
+    """Raises ValueError for a string that its context left no room to end in."""
+    if request.length is not None and not (reply.is_ended or reply.is_dead):
+        raise ValueError(
+            f"{sites.where()}the string did not end within the {request.length} tokens that "
+            f"{request.lm!r} can read after a context of {len(request.prompt)}; give its LMString "
+            "max_tokens"
+        )
+
+
 class LMString(StringDistribution):
     """Strings that an LM writes after a prompt.
 
@@ -228,11 +238,7 @@ class LMString(StringDistribution):
         )
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
-        if room is not None and not (reply.is_ended or reply.is_dead):
-            raise ValueError(
-                f"{sites.where()}the string did not end within the {room} tokens that {self.lm!r} "
-                f"can read after a context of {len(prompt)}; give its LMString max_tokens"
-            )
+        check_ended(request, reply)
         return reply
 
     def text_of(self, reply: DrawReply) -> Text:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString
+from langppl.lm.formats import check_format
 from langppl.program import Program
 
 RECORD = "record.json"
@@ -94,8 +95,10 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
     path = found[-1]
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != _FORMAT or record["version"] != _VERSION:
-            raise ValueError(f"format {record['format']}, version {record['version']}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+    check_format(path / RECORD, record, _FORMAT, _VERSION, reads_older=False)
+    try:
         return int(record["step"]), record, load_file(str(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error

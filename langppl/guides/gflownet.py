@@ -12,8 +12,10 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 from langppl.guides.base import Guide, Key, Scorer
-from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.guides.context import ContextFunction, context_ids, default_context, observations_first
 from langppl.guides.heads import Heads
 from langppl.guides.history import History
 from langppl.guides.keeping import Keeper
@@ -32,11 +34,12 @@ from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, check_objective
-from langppl.guides.training import Trainer
+from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
+from langppl.lm.formats import check_format
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, alone, perform
-from langppl.lm.seeds import as_seed
+from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
@@ -145,8 +148,7 @@ class GFlowNetGuide(Guide):
         )
         self._setup(lm, context, objective, numeric, seed)
         self.defensive = defensive
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             lm.add_adapter(self.adapter, config)
 
     def _setup(
@@ -307,15 +309,17 @@ class GFlowNetGuide(Guide):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 10,
         tensorboard: str | os.PathLike[str] | None = None,
+        callback: Callback | None = None,
         progress: bool = True,
     ) -> GFlowNetGuide:
         """Trains the adapter; called again, it goes on from where it was.
 
         Args:
             model: a model function, a compiled `Program` (then without data), or, for a guide that
-                several programs share, a list of (model, data) pairs.
-            data: the observations, each a tuple of the model's arguments: a sequence or a torch
-                `Dataset`. A program is compiled when its observation is first taken.
+                several programs share, a list of programs and of (model, data) pairs.
+            data: the observations, each a tuple of the model's arguments or a mapping from their
+                names: a sequence, or a `Dataset` of torch or Hugging Face. A program is compiled
+                when its observation is first taken.
             steps: gradient steps.
             observations: how many observations a step takes, all in one packed pass; 4, or all if
                 there are fewer, if None. Each is taken as often as the others, in an order that is
@@ -332,8 +336,8 @@ class GFlowNetGuide(Guide):
             lam: SubTB's λ.
             schedule: how much of the reward counts when.
             tempered_share: share of the batch drawn at `sampling_temperature`. For `reverse_kl`,
-                `reward` and `rws`, which hold for the policy's own draws alone, this and
-                `replay_share` are 0 and `draw_ahead` is 1, whatever is given here.
+                `rao_blackwell`, `reward` and `rws`, which hold for the policy's own draws alone,
+                this and `replay_share` are 0 and `draw_ahead` is 1, whatever is given here.
             sampling_temperature: divides the policy's logits for those draws; a range (low, high)
                 to draw one for each (log-uniformly).
             replay_share: share of the batch taken from the draws so far, in proportion to their
@@ -377,14 +381,19 @@ class GFlowNetGuide(Guide):
                 never killed.
             checkpoint_every: how many steps.
             tensorboard: a folder for TensorBoard's scalars.
-            progress: whether to show a bar on a terminal.
+            callback: called after each step with its row of the history, as for another logger; if
+                it returns True, the training ends there. Under `accelerate` each process calls its
+                own, and they must agree.
+            progress: whether to show a bar, on a terminal or in a notebook; elsewhere the logger
+                `langppl` gets a line every ten seconds.
 
         Returns:
             The guide itself. Interrupted (Ctrl-C), it keeps what it has learned.
 
         Raises:
             ValueError: for empty data, a program without a latent of this guide's, given latents
-                that do not belong to the observations, or a given posterior of another program.
+                that do not belong to the observations, a given posterior of another program, or
+                a setting out of range.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
             OSError: if a checkpoint cannot be written, before the first step.
         """
@@ -394,10 +403,6 @@ class GFlowNetGuide(Guide):
             raise TypeError(f"schedule must be a RewardSchedule, got {schedule!r}")
         pairs = pairs_of(model, data)
         rows = [row for _, own in pairs for row in own]
-        if objective in ON_POLICY:
-            tempered_share, replay_share, draw_ahead = 0.0, 0.0, 1
-        elif objective in ("mle", "forward_kl"):
-            replay_share, given_share = 0.0, 1.0
         workers = Workers(accelerator)
         settings = Settings(
             steps=steps,
@@ -430,7 +435,7 @@ class GFlowNetGuide(Guide):
             average=average,
             accumulate=accumulate,
             checkpoint_every=checkpoint_every,
-        )
+        ).as_used()
         if min(settings.observations, len(rows)) < workers.count:
             raise ValueError(
                 f"each of the {workers.count} processes needs an observation in every step, got "
@@ -442,7 +447,7 @@ class GFlowNetGuide(Guide):
                 f"got {len(rows)} rows; take fewer observations in a step"
             )
         latents = _given(given, objective, len(rows))
-        capacity = max(batch, min(replay_size, REPLAYED // len(rows)))
+        capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
         prepared = [
             Observation(m, row, ReplayBuffer(capacity, replay_distance), own)
             for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
@@ -451,7 +456,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"patience={patience} counts validations, and validation is None")
         held_out = _held_out(pairs, validation)
         trainer = Trainer(self, prepared, _shares(pairs, weights), settings, workers, held_out)
-        trainer.run(Keeper(checkpoint, tensorboard, rows), progress)
+        trainer.run(Keeper(checkpoint, tensorboard), progress, callback)
         return self
 
     # -- using --------------------------------------------------------------------------------
@@ -500,7 +505,12 @@ class GFlowNetGuide(Guide):
             "heads": self.heads.specification,
             "defensive": self.defensive,
             "seed": self.seed,
-            "steps": len(self.history.get("step", [])),
+            "steps": self.history.rows,
+            # JSON has no NaN.
+            "history": {
+                figure: [None if math.isnan(v) else v for v in values]
+                for figure, values in self.history.items()
+            },
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
         path = Path(folder) / GUIDE_FILE
@@ -522,8 +532,12 @@ class GFlowNetGuide(Guide):
         Args:
             folder: where it was saved.
             lm: the LM that it was trained on.
-            context: the context function, if the guide was made with one.
+            context: the context function, if the guide was made with one; langppl's own are found
+                by themselves. One of another name than it was trained with is a warning.
             numeric: the Pyro guide of numeric latents, if it was made with one.
+
+        Returns:
+            The guide, which goes on with its history where it is trained further.
 
         Raises:
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
@@ -535,8 +549,10 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] != "langppl-guide" or record["version"] > _VERSION:
-                raise ValueError(f"format {record['format']}, version {record['version']}")
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt: {error}") from error
+        check_format(path, record, "langppl-guide", _VERSION)
+        try:
             base, fingerprint = record["base_model"], record["base_fingerprint"]
             objective, seed = record["objective"], record["seed"]
             plain = record["default_context"]
@@ -546,18 +562,23 @@ class GFlowNetGuide(Guide):
             heads = {str(k): int(v) for k, v in record.get("heads", {}).items()}
             # The first version drew numbers from the prior.
             how = record.get("numeric", "prior")
+            named = str(record.get("context", ""))
+            # Older ones have none.
+            history = History(
+                {
+                    str(figure): [math.nan if v is None else v for v in values]
+                    for figure, values in record.get("history", {}).items()
+                }
+            )
             check_objective(objective)
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
         if fingerprint != lm.weights_fingerprint:
             raise ValueError(
                 f"the guide in {folder} was trained on {base!r} (fingerprint {fingerprint}), and "
                 f"{lm!r} has other weights (fingerprint {lm.weights_fingerprint})"
             )
-        if not plain and context is None:
-            raise ValueError(
-                f"the guide in {folder} was trained with its own context function; give it to load"
-            )
+        context = _context_of(folder, named, plain, context)
         if how == "pyro" and numeric is None:
             raise ValueError(
                 f"the guide in {folder} was made with a Pyro guide for numbers; give it to load"
@@ -565,6 +586,7 @@ class GFlowNetGuide(Guide):
         self = cls.__new__(cls)
         self._setup(lm, context, objective, how if numeric is None else numeric, seed)
         self.defensive = defensive
+        self.history = history
         self.learned, self.flows = learned, flows
         self.heads.load(folder, heads)
         self.heads.to(lm.device)
@@ -585,6 +607,34 @@ def _pattern(name: str) -> str:
 def _name_of(function: Any) -> str:
     module = getattr(function, "__module__", "?")
     return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _context_of(
+    folder: str | os.PathLike[str],
+    named: str,
+    is_default: bool,
+    context: ContextFunction | None,
+) -> ContextFunction | None:
+    """The context that a saved guide is to read: what is given, or langppl's own of its name."""
+    if context is None:
+        if is_default:
+            return None
+        own = {_name_of(f): f for f in (default_context, observations_first)}
+        if named in own:
+            return own[named]
+        raise ValueError(
+            f"the guide in {folder} was trained with a context function of its own, {named}; give "
+            "it to load"
+        )
+    # What was a script's own function then may be a module's now; the first version has no name.
+    if named and _name_of(context).partition(":")[2] != named.partition(":")[2]:
+        warnings.warn(
+            f"the guide in {folder} was trained with the context {named}, and reads "
+            f"{_name_of(context)} now",
+            UserWarning,
+            stacklevel=3,
+        )
+    return context
 
 
 def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:

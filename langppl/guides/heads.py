@@ -17,6 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from langppl.lm.seeds import seeded
+
 FLOW = "flow"
 HEADS_FILE = "heads.safetensors"
 HIDDEN = 64
@@ -79,8 +81,7 @@ class Heads(nn.Module):
         """Makes a head if there is none of this name; whether it did."""
         if name in self.made:
             return False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             inner = nn.Linear(self.width, HIDDEN)
             outer = nn.Linear(HIDDEN, count)
         nn.init.zeros_(outer.weight)

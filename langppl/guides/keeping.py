@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,6 @@ class Keeper:
     Args:
         checkpoint: folder of checkpoints, None for none.
         tensorboard: folder of TensorBoard's files, None for none.
-        rows: the arguments of all observations, by which a training is told from another.
 
     Raises:
         ImportError: if TensorBoard is asked for and not installed.
@@ -59,10 +58,8 @@ class Keeper:
         self,
         checkpoint: str | os.PathLike[str] | None,
         tensorboard: str | os.PathLike[str] | None,
-        rows: Sequence[Any],
     ) -> None:
         self.folder = None if checkpoint is None else Path(checkpoint)
-        self.rows = rows
         self._digests: dict[str, str] = {}
         self._writer: Any = None
         if tensorboard is not None:
@@ -177,7 +174,9 @@ class Keeper:
         first = trainer.observations[0].program
         if not self._digests:
             self._digests = {
-                "data": checkpoints.digest([checkpoints.plain(row) for row in self.rows]),
+                "data": checkpoints.digest(
+                    [checkpoints.plain(_arguments(o)) for o in trainer.observations]
+                ),
                 "given": checkpoints.digest([_latents(o.latents) for o in trainer.observations]),
                 "validation": checkpoints.digest(
                     [checkpoints.plain(_arguments(o)) for o in trainer.held_out]
@@ -213,8 +212,11 @@ def _forget_scores(trainer: Trainer) -> None:
 
 
 def _arguments(observation: Observation) -> Any:
+    """What tells a row of the data from others: of a compiled program, what it observes too."""
     own = observation.model
-    return own.shown_args if isinstance(own, Program) else observation.args
+    if not isinstance(own, Program):
+        return observation.args
+    return own.shown_args, {n: own.sites[n].value for n in own.observed}
 
 
 def _adapters(program: Program) -> list[bytes]:

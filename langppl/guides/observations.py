@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,14 @@ def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]
     """Each model with the rows of its data.
 
     Args:
-        model: a model function, a compiled `Program`, or a list of (model, data) pairs.
-        data: a sequence, or a torch `Dataset`, of tuples of the model's arguments.
+        model: a model function, a compiled `Program`, or a list of such programs and of
+            (model, data) pairs.
+        data: a sequence, or a `Dataset` of torch or Hugging Face, of the model's arguments: tuples
+            of them, or mappings from their names.
 
     Raises:
-        TypeError: for data that are no such sequence, or given besides what has its own.
+        TypeError: for data that are no such sequence or do not fit the model, or are given besides
+            what has its own.
         ValueError: for no data.
     """
     if isinstance(model, list | tuple):
@@ -34,19 +38,31 @@ def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]
             raise TypeError("a list of (model, data) pairs has its data already; give none")
         if not model:
             raise ValueError("give at least one (model, data) pair")
-        for pair in model:
+        pairs = [(own, None) if isinstance(own, Program) else own for own in model]
+        for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise TypeError(f"each program must be a (model, data) pair, got {pair!r}")
-        return [found for m, d in model for found in pairs_of(m, d)]
+                raise TypeError(
+                    f"each program must be a (model, data) pair or a Program, got {pair!r}"
+                )
+        return [found for m, d in pairs for found in pairs_of(m, d)]
     if isinstance(model, Program):
         if data is not None:
             raise TypeError("a compiled Program has its arguments already; give no data")
         return [(model, [()])]
-    return [(model, [()] if data is None else _rows(data))]
+    return [(model, [()] if data is None else rows_of(model, data))]
 
 
-def _rows(data: Any) -> list[tuple[Any, ...]]:
-    """The observations of a sequence, or of a torch `Dataset`, which need not be iterable."""
+def rows_of(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
+    """The model's arguments in each row of its data, in its order.
+
+    Args:
+        model: a model function.
+        data: a sequence, or a `Dataset`, which need not be iterable; see `pairs_of`.
+
+    Raises:
+        TypeError: for data that are no such sequence, or a row that does not fit the model.
+        ValueError: for no data.
+    """
     if isinstance(data, Mapping):
         raise TypeError(
             "data must be a sequence of tuples of the model's arguments, got a mapping; of columns "
@@ -56,17 +72,39 @@ def _rows(data: Any) -> list[tuple[Any, ...]]:
         rows = [data[i] for i in range(len(data))]
     except TypeError as error:
         raise TypeError(
-            f"data must be a sequence (or torch Dataset) of tuples of the model's arguments, got "
+            f"data must be a sequence (or a Dataset) of tuples of the model's arguments, got "
             f"a {type(data).__name__}"
         ) from error
     if not rows:
         raise ValueError("data is empty: give at least one tuple of the model's arguments")
-    for row in rows:
-        if not isinstance(row, tuple | list):
-            raise TypeError(
-                f"each observation must be a tuple of the model's arguments, got {row!r}"
-            )
-    return [tuple(row) for row in rows]
+    return [_arguments(model, row) for row in rows]
+
+
+def _arguments(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
+    if isinstance(row, tuple | list):
+        return tuple(row)
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"each observation must be a tuple of the model's arguments, or a mapping from their "
+            f"names, got {row!r}"
+        )
+    signature = inspect.signature(model)
+    try:
+        bound = signature.bind(**row)
+    except TypeError as error:
+        raise TypeError(
+            f"an observation with {', '.join(map(repr, row))} does not fit the model's arguments "
+            f"{signature}: {error}; leave out what is none of them"
+        ) from error
+    if bound.kwargs:
+        # Defaults stand before an argument that is given.
+        bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(
+            f"the model takes {', '.join(map(repr, bound.kwargs))} by keyword alone, and a "
+            "program's arguments are given by place; make it an ordinary argument"
+        )
+    return bound.args
 
 
 class Observation:

@@ -16,9 +16,9 @@ from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, perform
-from langppl.lm.seeds import generator
+from langppl.lm.seeds import generator, seeded
 from langppl.program import Program
-from langppl.program.execution import Choice, Execution, draw_prior, mixed, seed_torch
+from langppl.program.execution import Choice, Execution, draw_prior, mixed
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
 
@@ -241,10 +241,14 @@ def run_pyro_guide(
     outer = list(runtime._PYRO_STACK)
     runtime._PYRO_STACK[:] = []
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            seed_torch(int(generator(key).integers(2**62)))
-            with poutine.trace() as traced, poutine.condition(data=known):
-                guide(*args)
+        seed = int(generator(key).integers(2**62))
+        with (
+            seeded(seed),
+            torch.no_grad(),
+            poutine.trace() as traced,
+            poutine.condition(data=known),
+        ):
+            guide(*args)
         nodes = traced.trace.nodes
     finally:
         runtime._PYRO_STACK[:] = outer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from langppl.guides import objectives
 from langppl.guides.schedules import RewardSchedule
@@ -127,6 +127,14 @@ class Settings:
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
+
+    def as_used(self) -> Settings:
+        """With what the objective leaves no choice of."""
+        if self.objective in ON_POLICY:
+            return replace(self, tempered_share=0.0, replay_share=0.0, draw_ahead=1)
+        if self.objective in ("mle", "forward_kl"):
+            return replace(self, replay_share=0.0, given_share=1.0)
+        return self
 
     def is_averaged(self, step: int) -> bool:
         """Whether the weights after a step, counted from 0, are among the last ones."""

@@ -14,7 +14,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,9 @@ from langppl.progress import bar
 
 if TYPE_CHECKING:
     from langppl.guides.gflownet import GFlowNetGuide
+
+Callback = Callable[[Mapping[str, float]], Any]
+"""Told of each step's figures; True ends the training."""
 
 LEAST_NODES = 16
 """Rows of fewer nodes are no remedy for a lack of memory."""
@@ -67,6 +70,7 @@ class Trainer:
     ) -> None:
         self.guide, self.settings, self.workers = guide, settings, workers
         self.observations, self.held_out = observations, held_out
+        self._trained_on = {id(o) for o in observations}
         self.lm = guide.lm
         self.drawing = Drawing(guide.proposer, settings, guide.seed)
         self.slots = min(settings.observations, len(observations))
@@ -121,7 +125,8 @@ class Trainer:
             self._prepared.add(id(observation))
             program = observation.program
             self.guide.check_lm(program)
-            self.note(program)
+            if id(observation) in self._trained_on:
+                self.note(program)
             proposer = self.drawing.proposer
             if proposer.heads is not None and proposer.numeric is None:
                 found = [head_of(program.sites[n].fn) for n in program.latents]
@@ -150,8 +155,8 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def run(self, keeper: Keeper, progress: bool) -> None:
-        """Trains until the steps are done, or validation has stopped improving."""
+    def run(self, keeper: Keeper, progress: bool, callback: Callback | None = None) -> None:
+        """Trains until the steps are done, or validation or the callback ends it."""
         guide, settings = self.guide, self.settings
         guide.was_interrupted = False
         first = keeper.resume(self)
@@ -168,6 +173,8 @@ class Trainer:
                     figures = self.step(step)
                     guide.history.add(figures)
                     keeper.report(figures)
+                    if callback is not None and callback(dict(figures)) is True:
+                        self.is_over = True
                     rate = self._tokens / (time.monotonic() - started)
                     advance(1, text=f"training {_shown(figures, guide.history)} {rate:.0f} tok/s")
                     last = step + 1 == settings.steps or self.is_over
@@ -194,7 +201,7 @@ class Trainer:
         settings, number = self.settings, self.done + step
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(self.slots) if j % self.workers.count == self.workers.rank]
-        chosen = [(j, self.observations[self.pick(j, step)]) for j in mine]
+        chosen = [(j, self.observations[self.pick(j, number)]) for j in mine]
         self.optimiser.zero_grad(set_to_none=True)
         self.prepare([o for _, o in chosen])
         turns = self.drawing.turns(chosen, number)
@@ -228,7 +235,7 @@ class Trainer:
         return figures
 
     def pick(self, slot: int, step: int) -> int:
-        """Which observation a slot takes in a step."""
+        """Which observation a slot takes in a step, counted over all calls of `fit`."""
         count, slots, seed = len(self.observations), self.slots, self.guide.seed
         if self.weights is not None:
             # Systematic: each as often as its weight says, and once in a step if that is enough.

@@ -44,7 +44,8 @@ class Part:
             request = fn.request(value, prompt=self.context, adapter=adapter)
             return [] if request is None else [request]
         if isinstance(fn, LMChoice):
-            return list(fn.requests(prompt=self.context, adapter=adapter))
+            is_option = value in fn.options
+            return list(fn.requests(prompt=self.context, adapter=adapter)) if is_option else []
         return [StateRequest(lm, self.context, adapter)]
 
     def log_q(self, found: Sequence[PathLogProbs], heads: Heads | None) -> torch.Tensor:

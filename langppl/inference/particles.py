@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from langppl.distributions import LMString, Text
+from langppl.distributions.lmstring import check_ended
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
 from langppl.guides.base import Guide, Key
@@ -289,12 +290,16 @@ class Crowd:
                 g.request,
                 key=(self.seed, "smc", stage, turn, i),
                 begun=g.ids,
-                length=None if every is None else len(g.ids) + every,
+                length=_no_further(g.request.length, g.ids, every),
             )
             for i, _, g in growing
         ]
         for (_, particle, g), reply in zip(growing, perform(requests), strict=True):
             assert isinstance(reply, DrawReply)
+            # As a string drawn at once: its context may leave less room than it needs.
+            if g.request.length is not None and len(reply.ids) >= g.request.length:
+                with naming(g.name):
+                    check_ended(g.request, reply)
             particle.growing = replace(
                 g,
                 ids=reply.ids,
@@ -465,6 +470,9 @@ class Crowd:
         known = {**particle.known, g.name: Choice(value)}
 
         def know(name: str, fn: Known) -> Any:
+            # One before the string has its result, whatever the string will be.
+            if name in particle.execution.sites:
+                return particle.execution.sites[name].value
             if fn.family == "call":
                 raise Pause(name, fn)
             return fn.sample()
@@ -475,6 +483,13 @@ class Crowd:
             return self.program.run_once(_to_next(known), know, forgive=False)
         except Exception:  # whatever a model makes of an unfinished text
             return None
+
+
+def _no_further(room: int | None, ids: Sequence[int], every: int | None) -> int | None:
+    """How long a string may be after a turn; None for as long as it is."""
+    if every is None:
+        return room
+    return len(ids) + every if room is None else min(room, len(ids) + every)
 
 
 def _followed(g: Growing, held: Held, every: int | None) -> Growing:

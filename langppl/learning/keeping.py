@@ -64,7 +64,7 @@ class Keeper:
         rows, validation = (
             [checkpoints.plain(p.shown_args) for p in own] for own in (programs, held_out)
         )
-        observed = [[n, plain(programs[0].sites[n].value)] for n in programs[0].observed]
+        observed = [[[n, plain(p.sites[n].value)] for n in p.observed] for p in programs]
         more: dict[str, Any] = {}
         guide = self.guide
         if guide is not None:

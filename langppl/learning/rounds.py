@@ -122,8 +122,8 @@ def em(
     Args:
         model: a model function, a compiled `Program` (then without data), or a list of
             (model, data) pairs.
-        data: the observations, each a tuple of the model's arguments: a sequence or a torch
-            `Dataset`.
+        data: the observations, each a tuple of the model's arguments or a mapping from their
+            names: a sequence, or a `Dataset` of torch or Hugging Face.
         guide: what proposes the latents: `"prior"`, `"prompted"`, `"gflownet"` (made here) or a
             guide object. None for a model without latents, and for `method="exact"`.
         rounds: how many. A last E step after them measures the model as it ended, and leaves a

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters
+from langppl.lm.formats import check_format
 from langppl.lm.requests import alone
-from langppl.lm.seeds import as_seed
+from langppl.lm.seeds import as_seed, seeded
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -81,8 +82,7 @@ class TrainableLM:
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.lm.name,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options["seed"])
+        with seeded(self.options["seed"]):
             self.lm.add_adapter(self.adapter, config)
 
     @property
@@ -160,8 +160,10 @@ class TrainableLM:
     def _check_base(self, path: Path) -> None:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] != _FORMAT or record["version"] > _VERSION:
-                raise ValueError(f"format {record['format']}, version {record['version']}")
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt: {error}") from error
+        check_format(path, record, _FORMAT, _VERSION)
+        try:
             base, fingerprint = record["base_model"], record["base_fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error

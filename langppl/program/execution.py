@@ -18,7 +18,7 @@ from langppl.distributions.base import Key, Pending
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.requests import Reply, Request, perform
-from langppl.lm.seeds import generator
+from langppl.lm.seeds import generator, seeded
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     Known,
@@ -194,6 +194,14 @@ class _Handler(Messenger):
             for frame in msg["cond_indep_stack"]:
                 if frame.vectorized:
                     raise plate_error(name, frame.name)
+        if msg["infer"].get("_deterministic"):
+            # Pyro's own statement: to Pyro an observation, of a value that is computed.
+            value = msg["value"]
+            msg["fn"] = Known(lambda: value, (value,), "deterministic")
+            msg["is_observed"] = False
+            if self.know is not None:
+                msg["value"] = self.know(name, msg["fn"])
+            return
         if msg["is_observed"]:
             if self.observe is not None and kind_of(fn, is_observed=True) == "observed":
                 with naming(name):
@@ -386,22 +394,10 @@ def draw_prior(fn: Any, key: Key) -> Choice:
         impossible = fn.why_impossible(value) is not None
         return Choice(value, log_q, -np.inf if impossible else log_q)
     seed = int(generator(key).integers(2**62))
-    with torch.random.fork_rng(devices=[]):
-        seed_torch(seed)
+    with seeded(seed):
         value = fn()
     log_q = float(fn.log_prob(value).sum())
     return Choice(value, log_q, log_q)
-
-
-def seed_torch(seed: int) -> None:
-    """Seeds torch's generators, as `torch.manual_seed` does.
-
-    For a GPU that nothing has used yet that takes milliseconds, in which it notes who called.
-    """
-    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
-        torch.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
 
 
 def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Chooser:

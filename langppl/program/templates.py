@@ -43,7 +43,7 @@ def parameters(fn: Any) -> Any:
 def signature(site: Site) -> Any:
     """All that a site's log-probability depends on, but for a latent's own value."""
     value = hashable(site.value) if site.kind == "observed" else None
-    return (site.kind, parameters(site.fn), value)
+    return (site.kind, parameters(site.fn), value, hashable(site.scale), hashable(site.mask))
 
 
 def signatures(execution: Execution) -> dict[str, Any]:

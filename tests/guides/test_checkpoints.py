@@ -285,3 +285,25 @@ def test_an_interrupted_training_goes_on_in_the_same_process(
     assert again.history == whole.history
     for p, q in zip(whole.heads.parameters(), again.heads.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_another_observation_of_any_program_is_noticed(tmp_path: Path) -> None:
+    def programs(second: str) -> tuple[list[lp.Program], lp.GFlowNetGuide]:
+        lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+
+        def story() -> None:
+            z = lp.sample("z", lp.LMString(lm, "ab", stop=".", max_tokens=4))
+            lp.sample("y", lp.LMString(lm, f"ab{z}"), obs="aab.")
+
+        program = lp.compile(story)
+        own = [program, program.observing({"y": second})]
+        return own, lp.GFlowNetGuide(lm, rank=2)
+
+    own, guide = programs("bb.")
+    guide.fit(own, steps=2, checkpoint=tmp_path, **QUICK)
+    own, guide = programs("ab.")
+    with pytest.raises(ValueError, match="with other data; give the same"):
+        guide.fit(own, steps=2, checkpoint=tmp_path, **QUICK)
+    own, guide = programs("bb.")
+    guide.fit(own, steps=2, checkpoint=tmp_path, **QUICK)
+    assert guide.history.rows == 2

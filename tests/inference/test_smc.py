@@ -20,6 +20,7 @@ from langppl import (
     GFlowNetGuide,
     LMString,
     MaskedGuide,
+    call,
     compile,
     factor,
     infer,
@@ -37,6 +38,7 @@ from langppl.inference.twists import Lookahead
 from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program.execution import Execution
+from langppl.testing import tiny_lm
 
 RUNS = 80
 
@@ -405,3 +407,44 @@ def test_bad_options_are_told(truth: ModuleType, options: dict[str, Any], messag
         infer(truth.branch, method="smc", num_samples=4, progress=False, **{"every": 1, **options})
     with pytest.raises(TypeError, match="a twist is"):
         infer(truth.branch, method="smc", twist=3, num_samples=4, progress=False)  # type: ignore[arg-type]
+
+
+def after_a_tool(tool: bool, steered: bool) -> Callable[[], None]:
+    def model() -> None:
+        prompt = call("tool", str.lower, "AB") if tool else "ab"
+        z = sample("z", LMString(LM, prompt, stop=".", max_tokens=8))
+        if steered:
+            potential("few", lambda text: -2.0 * text.count("b"), z)
+        else:
+            sample("seen", LMString(LM, f"{prompt}{z}"), obs="bba")
+
+    return model
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_tool_before_a_string_does_not_blind_what_looks_ahead(steered: bool) -> None:
+    options: dict[str, Any] = {"every": 1, "ess_threshold": 1.0, "num_samples": 16}
+    if not steered:
+        options |= {"twist": "lookahead", "twist_power": 1.0}
+    found = [
+        infer(after_a_tool(tool, steered), method="smc", seed=1, progress=False, **options)
+        for tool in (False, True)
+    ]
+    assert found[0].resampled == found[1].resampled > 1
+    assert [str(s["z"]) for s in found[0].samples] == [str(s["z"]) for s in found[1].samples]
+    np.testing.assert_allclose(found[0].log_weights, found[1].log_weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_context_that_leaves_no_room_is_the_same_error(every: int) -> None:
+    lm = tiny_lm("ab.", seed=1)
+    lm.window = 12
+    guide = GFlowNetGuide(lm, rank=2, context=lambda info: "abababab")
+
+    def model() -> None:
+        z = sample("z", LMString(lm, "a", stop="..."))
+        sample("seen", LMString(lm, f"{z}", max_tokens=1), obs="a")
+
+    for options in ({}, {"method": "smc", "every": every, "ess_threshold": 0.0}):
+        with pytest.raises(ValueError, match=r"'z': the string did not end within the 4 tokens"):
+            infer(model, guide=guide, num_samples=200, progress=False, **options)  # type: ignore[arg-type]

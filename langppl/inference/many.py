@@ -1,0 +1,123 @@
+"""`infer_many`: one posterior for each row of data, in full batches."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from langppl.diagnostics import InferenceWarning
+from langppl.guides import Guide
+from langppl.guides.observations import pairs_of
+from langppl.inference.importance import BATCH
+from langppl.inference.methods import CHAINS, as_program, check_names, given_guide, infer
+from langppl.inference.settings import check_count, check_options
+from langppl.lm.seeds import as_seed, generator
+from langppl.posterior import Posterior
+from langppl.program import Program
+from langppl.program.scheduler import run_whole
+from langppl.progress import bar
+
+
+def infer_many(
+    model: Callable[..., Any] | Program | Sequence[Any],
+    data: Any = None,
+    *,
+    guide: str | Guide = "prior",
+    method: str = "importance",
+    num_samples: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> list[Posterior]:
+    """The posterior of each row of data.
+
+    As `infer` for one row after the other, but several rows are run at once, so that the LM sees
+    full batches where each row has few samples. How many are run together changes no result.
+
+    Args:
+        model: a model function, or a list of compiled programs and of (model, data) pairs.
+        data: the rows, as `GFlowNetGuide.fit` takes them: a sequence, or a `Dataset`, of tuples of
+            the model's arguments or of mappings from their names.
+        guide: as in `infer`, but for `"gflownet"`: train one guide for all rows, and give it.
+        method: as in `infer`.
+        num_samples: for each row.
+        seed: equal seeds give equal results. Each row has random numbers of its own: those of
+            `infer` with `row_seed(seed, k)`.
+        progress: whether to show a bar on a terminal.
+        **options: of the method, by the names that `infer` has for them.
+
+    Returns:
+        A posterior for each row, in order. Interrupted (Ctrl-C), those of the first rows, as far
+        as they are finished, with a warning.
+
+    Raises:
+        ValueError: as `infer`; or for no data.
+        TypeError: as `infer`; for an option that the method does not have; or for rows that do not
+            fit the model.
+
+    Example:
+        >>> found = infer_many(story, pairs, guide=guide, num_samples=16)  # doctest: +SKIP
+        >>> [p.log_evidence for p in found]  # doctest: +SKIP
+    """
+    check_names(method, guide)
+    check_count("num_samples", num_samples, 1)
+    check_options(method, options)
+    seed = as_seed(seed)
+    settings: dict[str, Any] = {"method": method, "num_samples": num_samples, **options}
+    if method != "exact":
+        settings["guide"] = given_guide(guide)
+    elif guide != "prior":
+        raise ValueError(f"method 'exact' takes no guide, got {guide!r}")
+    rows = [(own, row) for own, found in pairs_of(model, data) for row in found]
+    together = max(1, BATCH // _width(method, num_samples, options))
+    done: list[Posterior] = []
+    try:
+        with bar("inferring", len(rows), progress) as advance:
+            for first in range(0, len(rows), together):
+                part = [
+                    functools.partial(_infer, *rows[k], row_seed(seed, k), settings)
+                    for k in range(first, min(first + together, len(rows)))
+                ]
+                found = run_whole(part) if len(part) > 1 else [part[0]()]
+                if method != "exact" and any(len(p) < num_samples for p in found):
+                    raise KeyboardInterrupt  # heard by the method, which kept a part of a row
+                done += found
+                advance(len(found))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        warnings.warn(
+            f"interrupted: the posteriors are of the first {len(done)} rows of {len(rows)}",
+            InferenceWarning,
+            stacklevel=2,
+        )
+    return done
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed with which `infer` gives what `infer_many` gives for a row.
+
+    Args:
+        seed: that of `infer_many`.
+        row: its number, from 0.
+    """
+    return int(generator((seed, "infer_many", row)).integers(2**62))
+
+
+def _infer(
+    model: Callable[..., Any] | Program,
+    row: tuple[Any, ...],
+    seed: int,
+    settings: Mapping[str, Any],
+) -> Posterior:
+    return infer(as_program(model, row, seed), seed=seed, progress=False, **settings)
+
+
+def _width(method: str, num_samples: int, options: Mapping[str, Any]) -> int:
+    """How many executions of a row are run at once."""
+    if method == "mh":
+        return int(options.get("chains", CHAINS))
+    # Enumeration fills its batches by itself.
+    return BATCH if method == "exact" else num_samples
