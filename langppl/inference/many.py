@@ -71,7 +71,7 @@ def infer_many(
     elif guide != "prior":
         raise ValueError(f"method 'exact' takes no guide, got {guide!r}")
     rows = [(own, row) for own, found in pairs_of(model, data) for row in found]
-    together = max(1, BATCH // _width(method, num_samples, options))
+    together = rows_at_once(method, num_samples, options)
     done: list[Posterior] = []
     try:
         with bar("inferring", len(rows), progress) as advance:
@@ -115,9 +115,15 @@ def _infer(
     return infer(as_program(model, row, seed), seed=seed, progress=False, **settings)
 
 
-def _width(method: str, num_samples: int, options: Mapping[str, Any]) -> int:
-    """How many executions of a row are run at once."""
-    if method == "mh":
-        return int(options.get("chains", CHAINS))
-    # Enumeration fills its batches by itself.
-    return BATCH if method == "exact" else num_samples
+def rows_at_once(method: str, num_samples: int, options: Mapping[str, Any]) -> int:
+    """How many rows fill the LM's batches.
+
+    Args:
+        method: as `infer` has them.
+        num_samples: for each row.
+        options: of the method.
+    """
+    if method == "exact":
+        return 1  # fills its batches by itself
+    width = int(options.get("chains", CHAINS)) if method == "mh" else num_samples
+    return max(1, BATCH // width)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from langppl.guides.base import Guide, PriorGuide
-from langppl.inference.importance import BATCH, as_posterior
+from langppl.inference.importance import as_posterior
+from langppl.inference.many import rows_at_once
 from langppl.inference.methods import infer
 from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import score
+from langppl.program.scheduler import run_whole
 from langppl.program.statements import hashable
 
 Key = tuple[int | str, ...]
@@ -42,6 +45,7 @@ def posteriors(
     num_samples: int,
     key: Key,
     advance: Callable[[int], None],
+    options: Mapping[str, Any],
 ) -> list[Posterior]:
     """The posterior of each program, one sample for those without latents.
 
@@ -52,29 +56,35 @@ def posteriors(
         num_samples: for each program.
         key: what the random numbers depend on.
         advance: told of programs that are done.
+        options: of the method.
     """
     found: dict[int, Posterior] = {}
-    together: list[int] = []
-    for k, program in enumerate(programs):
-        if program.latents and method != "importance":
-            seed = int(generator((*key, k)).integers(2**62))
-            found[k] = infer(
-                program,
-                guide="prior" if guide is None else guide,
-                method=method,
-                num_samples=num_samples,
-                seed=seed,
-                progress=False,
-            )
-            advance(1)
-        else:
-            together.append(k)
-    size = max(1, BATCH // num_samples)
-    for first in range(0, len(together), size):
-        numbers = together[first : first + size]
+    is_apart = [bool(p.latents) and method != "importance" for p in programs]
+    settings: dict[str, Any] = {
+        "guide": "prior" if guide is None else guide,
+        "method": method,
+        "num_samples": num_samples,
+        **options,
+    }
+
+    def made(k: int) -> Posterior:
+        seed = int(generator((*key, k)).integers(2**62))
+        return infer(programs[k], seed=seed, progress=False, **settings)
+
+    for numbers in _parts(is_apart, True, rows_at_once(method, num_samples, options)):
+        drawn = run_whole([partial(made, k) for k in numbers])
+        found.update(zip(numbers, drawn, strict=True))
+        advance(len(numbers))
+    for numbers in _parts(is_apart, False, rows_at_once("importance", num_samples, {})):
         found.update(_importance(programs, numbers, guide, num_samples, key))
         advance(len(numbers))
     return [found[k] for k in range(len(programs))]
+
+
+def _parts(is_apart: Sequence[bool], wanted: bool, size: int) -> Iterator[list[int]]:
+    numbers = [k for k, apart in enumerate(is_apart) if apart == wanted]
+    for first in range(0, len(numbers), size):
+        yield numbers[first : first + size]
 
 
 def _importance(

@@ -56,9 +56,10 @@ class Keeper:
         self,
         settings: Settings,
         seed: int,
-        options: Mapping[str, Any] | None,
+        fitting: Mapping[str, Any] | None,
         programs: Sequence[Program],
         held_out: Sequence[Program],
+        options: Mapping[str, Any],
     ) -> dict[str, Any]:
         """All that two runs must have in common for one to go on with the other."""
         rows, validation = (
@@ -66,6 +67,8 @@ class Keeper:
         )
         observed = [[[n, plain(p.sites[n].value)] for n in p.observed] for p in programs]
         more: dict[str, Any] = {}
+        if options:
+            more["options of the method"] = sorted((k, repr(plain(v))) for k, v in options.items())
         guide = self.guide
         if guide is not None:
             config = guide.lm.model.peft_config[guide.adapter]
@@ -73,7 +76,7 @@ class Keeper:
             more["guide's adapter"] = [config.r, config.lora_alpha]
             more["context"] = checkpoints.name_of(guide.context)
             more["numeric"] = plain(guide.numeric)
-        shown = {k: v for k, v in (options or {}).items() if k != "validation"}
+        shown = {k: v for k, v in (fitting or {}).items() if k != "validation"}
         content = {
             **dataclasses.asdict(settings),
             "seed": seed,

@@ -34,6 +34,7 @@ from langppl.guides import GFlowNetGuide, Guide, History
 from langppl.guides.observations import pairs_of
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
+from langppl.inference.settings import check_options
 from langppl.learning.draws import figures, posteriors, weighted
 from langppl.learning.keeping import Keeper
 from langppl.learning.likelihood import Factor, factors, views_of
@@ -113,6 +114,7 @@ def em(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> EMResult:
     """Fits the trainable views that a model stands on, and its guide, in turns.
 
@@ -128,8 +130,9 @@ def em(
             guide object. None for a model without latents, and for `method="exact"`.
         rounds: how many. A last E step after them measures the model as it ended, and leaves a
             guide that is fitted to it.
-        method: how the E step draws, as for `langppl.infer`: `"importance"`, `"smc"`, `"mh"`, or
-            `"exact"`, which lists all latents.
+        method: how the E step draws, as for `langppl.infer`: `"importance"`, `"smc"`, `"mh"`
+            (which estimates no evidence, so that the history has none), or `"exact"`, which lists
+            all latents.
         num_samples: draws for each observation in a round.
         weights: what the M step takes the expectation over. `"importance"`: the draws, weighted;
             its gradient tends to that of the log evidence as draws are added, whatever the guide.
@@ -157,6 +160,7 @@ def em(
             is, bit for bit, that of a run that was never killed. A guide of your own that learns
             is not kept.
         progress: whether to show bars on a terminal.
+        **options: of the method, by the names that `langppl.infer` has for them, such as `twist`.
 
     Returns:
         The history of the rounds. The views and the guide have learned in place. Interrupted
@@ -166,7 +170,7 @@ def em(
         ValueError: for empty data, a model that stands on no trainable view or asks for its
             probabilities outside of a site, latents without a guide, a guide without latents, or
             if in a round no observation has a possible draw.
-        TypeError: for a guide that is none.
+        TypeError: for a guide that is none, or an option that the method does not have.
         FloatingPointError: if a gradient is not finite.
         OSError: if a checkpoint cannot be written, before the first round.
 
@@ -202,10 +206,11 @@ def em(
         weight_decay=weight_decay,
         clip=clip,
     )
+    check_options(method, options)
     seed = as_seed(seed)
     held_out = _held_out(pairs, validation)
     made = _guide(guide, programs, settings, seed)
-    options = _fit_options(fit, made, pairs)
+    fitting = _fit_options(fit, made, pairs)
     if isinstance(made, GFlowNetGuide):
         _check_covers(made, programs)
     views = _views(programs, trainable)
@@ -213,17 +218,18 @@ def em(
         programs,
         held_out,
         made,
-        options,
+        fitting,
         Maximiser(views, settings, seed),
         settings,
         seed,
         is_given=trainable is not None,
         progress=progress,
+        options=options,
     )
     keeper = Keeper(checkpoint, run.maximiser, made, lms_of(programs))
     described: dict[str, Any] = {}
     if checkpoint is not None:
-        described = keeper.described(settings, seed, options, programs, held_out)
+        described = keeper.described(settings, seed, fitting, programs, held_out, options)
     run.go(keeper, described)
     return EMResult(run.history, made, tuple(views.values()))
 
@@ -236,15 +242,16 @@ class _Run:
         programs: Sequence[Program],
         held_out: Sequence[Program],
         guide: Guide | None,
-        options: Mapping[str, Any] | None,
+        fitting: Mapping[str, Any] | None,
         maximiser: Maximiser,
         settings: Settings,
         seed: int,
         is_given: bool,
         progress: bool,
+        options: Mapping[str, Any],
     ) -> None:
         self.programs, self.held_out = programs, held_out
-        self.guide, self.options = guide, options
+        self.guide, self.fitting, self.options = guide, fitting, options
         self.maximiser, self.settings, self.seed = maximiser, settings, seed
         self.is_given, self.progress = is_given, progress
         self.history = History()
@@ -282,7 +289,7 @@ class _Run:
         return row
 
     def _fit_guide(self, number: int, keeper: Keeper) -> None:
-        if self.options is None:
+        if self.fitting is None:
             return
         guide = self.guide
         assert isinstance(guide, GFlowNetGuide)
@@ -291,7 +298,7 @@ class _Run:
             covered,
             checkpoint=keeper.of_guide(number),
             progress=self.progress,
-            **self.options,
+            **self.fitting,
         )
         # `fit` ends its own interruption with a warning; the rounds must end with it.
         if guide.was_interrupted:
@@ -309,6 +316,7 @@ class _Run:
                 settings.num_samples,
                 (self.seed, "em", what, number),
                 advance,
+                self.options,
             )
 
     def _factors(self, found: Sequence[Posterior], number: int) -> list[list[Factor]]:

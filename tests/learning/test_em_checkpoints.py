@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path):
     run(tmp_path, "prior")
     record = tmp_path / "step-00000003" / "record.json"
     record.write_text(json.dumps({"format": "other"}))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="corrupt, or no langppl-checkpoint"):
         run(tmp_path, "prior")
 
 

@@ -13,6 +13,7 @@ import langppl as lp
 from langppl.diagnostics import InferenceWarning
 from langppl.learning.draws import posteriors, weighted
 from langppl.learning.likelihood import ascend, expected, factors, views_of
+from langppl.lm.seeds import generator
 from langppl.testing import tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore::langppl.JoinWarning")
@@ -144,7 +145,9 @@ def test_weighted_draws_give_the_gradient_of_the_estimated_log_evidence():
     lm = make_lm()
     view = shaken(lm.trainable("v", rank=2))
     program = lp.compile(rationales(lm, view), "ab", "a")
-    (posterior,) = posteriors([program], lp.PriorGuide(), "importance", 40, ("k",), lambda n: None)
+    (posterior,) = posteriors(
+        [program], lp.PriorGuide(), "importance", 40, ("k",), lambda n: None, {}
+    )
     views = views_of(program.sites)
     for how in ("importance", "guide"):
         draws = weighted(posterior, how, None, ())
@@ -585,3 +588,43 @@ def test_a_tool_that_asks_a_view_is_refused_wherever_it_is_remembered(way):
     after = lp.infer(program, method="exact").log_evidence
     assert after == pytest.approx(lp.infer(model, "b", method="exact").log_evidence)
     assert abs(after - before) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("smc", {"twist": "lookahead", "every": 1, "rejuvenation": 1}),
+        ("mh", {"chains": 2, "warmup": 3}),
+        ("exact", {"limit": 1000}),
+        ("importance", {}),
+    ],
+)
+def test_draws_of_a_method_are_those_of_inference_alone(method, options):
+    lm = make_lm()
+    view = shaken(lm.trainable("v", rank=2))
+    programs = [lp.compile(rationales(lm, view), *row) for row in (("ab", "a"), ("ba", "b"))] * 3
+    done = []
+    guide = None if method == "exact" else lp.PriorGuide()
+    found = posteriors(programs, guide, method, 16, ("k",), done.append, options)
+    assert sum(done) == 6
+    if method == "importance":
+        return
+    for k, (program, posterior) in enumerate(zip(programs, found, strict=True)):
+        seed = int(generator(("k", k)).integers(2**62))
+        alone = lp.infer(
+            program, method=method, num_samples=16, seed=seed, progress=False, **options
+        )
+        assert posterior.samples == alone.samples
+        np.testing.assert_allclose(posterior.log_weights, alone.log_weights, atol=2e-5)
+
+
+def test_options_are_the_method_s_own():
+    lm = make_lm()
+    model = rationales(lm, shaken(lm.trainable("v", rank=2)))
+    with pytest.raises(TypeError, match="method 'importance' has no option 'twist'"):
+        lp.em(model, DATA, "prior", twist="lookahead")
+    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
+        lp.em(model, DATA, "prior", method="smc", every=0)
+    options = {"rounds": 1, "steps": 1, "num_samples": 4, "progress": False}
+    result = lp.em(model, DATA, "prior", method="smc", twist="lookahead", every=1, **options)
+    assert math.isfinite(result.history["log_evidence"][-1])
