@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyro.distributions as dist
@@ -132,11 +133,36 @@ class StringDistribution(dist.Distribution):
         if not isinstance(value, str):
             raise TypeError(
                 f"{sites.where()}log_prob of a distribution over strings takes one str, got "
-                f"{value!r} ({type(value).__name__})"
+                f"{value!r} ({type(value).__name__}); for several at once: log_prob_many"
             )
-        wanted = self.pending(value)
-        total = wanted.finish(perform(wanted.requests))
-        return torch.tensor(total, dtype=torch.float64)
+        return self.log_prob_many([value])[0]
+
+    def log_prob_many(self, values: Sequence[str]) -> torch.Tensor:
+        """Log-probabilities of several strings, in one batch of the LM.
+
+        Args:
+            values: the strings.
+
+        Returns:
+            Shape [n], float64, nats; see `log_prob`.
+
+        Raises:
+            TypeError: for a single string, or for what is none.
+        """
+        if isinstance(values, str):
+            raise TypeError(
+                f"{sites.where()}log_prob_many takes several strings, got one, {values!r}"
+            )
+        for value in values:
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"{sites.where()}log_prob_many takes strings, got {value!r} "
+                    f"({type(value).__name__})"
+                )
+        wanted = [self.pending(value) for value in values]
+        replies = iter(perform([r for pending in wanted for r in pending.requests]))
+        totals = [p.finish(tuple(islice(replies, len(p.requests)))) for p in wanted]
+        return torch.tensor(totals, dtype=torch.float64)
 
     def __repr__(self) -> str:
         """The type and its prompt, shortened."""

@@ -265,8 +265,9 @@ class Program:
         Args:
             n: how many.
             seed: equal seeds give equal draws.
-            lengths: tokens of each open string. An open string is the event "the text goes on
-                like this", so draws in which the LM ends it earlier are drawn anew, as a whole.
+            lengths: tokens of each open string; those that are not named are as long as what is
+                observed. An open string is the event "the text goes on like this", so draws in
+                which the LM ends it earlier are drawn anew, as a whole.
 
         Returns:
             For each draw, site → value of its latent and observed sites.
@@ -278,10 +279,18 @@ class Program:
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        known = self._lengths(lengths)
         return run_many(
-            [partial(self._simulate_one, i, as_seed(seed), lengths or {}) for i in range(n)],
+            [partial(self._simulate_one, i, as_seed(seed), known) for i in range(n)],
             self.memo,
         )
+
+    def _lengths(self, lengths: Mapping[str, int] | None) -> dict[str, int]:
+        known = dict(lengths or {})
+        for name, site in self.sites.items():
+            if site.kind == "observed" and isinstance(site.fn, LMString) and site.fn.is_open:
+                known.setdefault(name, max(len(site.fn.tokens_of(site.value)), 1))
+        return known
 
     def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:
         for attempt in range(_MOST_ATTEMPTS):
@@ -320,10 +329,7 @@ class Program:
             ValueError: for programs with `factor` or `Tempered`, or if no attempt succeeds.
         """
         memo_of_calls.set(self.memo)
-        known = dict(lengths or {})
-        for name, site in self.sites.items():
-            if site.kind == "observed" and isinstance(site.fn, LMString) and site.fn.is_open:
-                known.setdefault(name, max(len(site.fn.tokens_of(site.value)), 1))
+        known = self._lengths(lengths)
         reasons: set[str] = set()
         for attempt in range(_MOST_ATTEMPTS):
             try:

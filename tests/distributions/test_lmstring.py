@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -131,3 +132,33 @@ def test_prompts_of_another_kind(prompt: Any) -> None:
 def test_bad_rules(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LMString(TINY, "a", **rules)
+
+
+def test_several_strings_are_scored_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from langppl.distributions import base
+
+    lm = tiny_lm("ab.", seed=1)
+    string = LMString(lm, "a", stop=".", max_tokens=4)
+    choice = LMChoice(lm, "a", ["ab", "b"])
+    asked: list[int] = []
+    perform = base.perform
+
+    def counted(requests: Sequence[Any]) -> Any:
+        asked.append(len(requests))
+        return perform(requests)
+
+    monkeypatch.setattr(base, "perform", counted)
+    for fn, values in ((string, ["ab.", "b.", "a.b", "", "."]), (choice, ["b", "ab", "a"])):
+        asked.clear()
+        found = fn.log_prob_many(values)
+        assert len(asked) == 1 and found.shape == (len(values),) and found.dtype == torch.float64
+        alone = [float(fn.log_prob(v)) for v in values]
+        np.testing.assert_allclose(found.numpy(), alone, atol=1e-5)
+        assert found[-3 if fn is string else -1] == -math.inf  # "a.b" goes on behind its stop
+    assert string.log_prob_many([]).shape == (0,)
+    with pytest.raises(TypeError, match="takes several strings, got one, 'ab'"):
+        string.log_prob_many("ab")
+    with pytest.raises(TypeError, match=r"takes strings, got 3 \(int\)"):
+        string.log_prob_many(["a", 3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="for several at once: log_prob_many"):
+        string.log_prob(["a"])  # type: ignore[arg-type]

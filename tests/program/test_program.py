@@ -14,6 +14,7 @@ import torch
 from scipy.stats import chisquare
 
 import langppl as lp
+from langppl.guides import PriorGuide
 from langppl.testing import enumerate_strings, tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -283,13 +284,28 @@ def test_simulated_closed_strings_follow_their_own_law() -> None:
     assert agree(counts, law)
 
 
-def test_an_open_string_needs_a_length() -> None:
+def test_an_open_string_is_as_long_as_what_is_observed() -> None:
     def model() -> None:
         x = lp.sample("x", short())
-        lp.sample("ending", goes_on(x), obs="a")
+        lp.sample("ending", goes_on(x), obs="ab")
 
-    with pytest.raises(ValueError, match=r"'ending' is an open string.*lengths=\{'ending': 10\}"):
-        lp.compile(model).simulate(2)
+    program = lp.compile(model)
+    draws = program.simulate(20)
+    assert {len(d["ending"].ids) for d in draws} == {2}
+    assert draws == program.simulate(20, lengths={"ending": 2})
+    # So its draws are what a guide may be asked about.
+    assert np.isfinite(PriorGuide().log_q(program, draws)).all()
+
+
+def test_an_open_string_that_no_run_has_met_needs_a_length() -> None:
+    def model() -> None:
+        x = lp.sample("x", short())
+        lp.sample(f"ending {x}", goes_on(x), obs="a")
+
+    with pytest.raises(
+        ValueError, match=r"'ending .*' is an open string.*lengths=\{'ending .*: 10"
+    ):
+        lp.compile(model).simulate(30)
 
 
 def test_a_length_that_the_lm_does_not_reach() -> None:
