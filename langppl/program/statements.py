@@ -342,6 +342,11 @@ def _known(name: str, fn: Known) -> Any:
     return result.value if isinstance(result, _Boxed) else result
 
 
+def unboxed(value: Any) -> Any:
+    """What a tool call or a deterministic site came to, for whoever may change it."""
+    return _own(value.value if isinstance(value, _Boxed) else value)
+
+
 def _own(result: Any) -> Any:
     """A tool's result for one execution, which may change it: others get the same result."""
     if isinstance(result, _MUTABLE):
