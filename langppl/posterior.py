@@ -95,8 +95,9 @@ class _UncountableError(TypeError):
 class Posterior(Report):
     """Weighted samples from the posterior of a program.
 
-    `len` is the number of samples; `posterior[i]` is the i-th, and iteration goes over them, each a
-    mapping of the latents and the computed values. `posterior[name]` is one of these in all samples.
+    `len` is the number of samples; `posterior[i]` is the i-th, and iteration goes over them, each
+    a mapping of the latents and the computed values. `posterior[name]` is one of these in all
+    samples.
 
     Args:
         samples: n dicts, latent site → value: `Text` or `str` for strings, 0-d tensors or floats

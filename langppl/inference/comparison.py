@@ -282,7 +282,7 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
 
 
 def likeliest(posterior: Posterior, site: str, most: int = LIKELIEST) -> list[tuple[Any, float]]:
-    """A latent's or a computed value's likeliest values and their probabilities; none if no sample has weight."""
+    """The likeliest values of a latent or of what is computed; none if no sample has weight."""
     if not np.isfinite(posterior.log_weights).any() or site not in posterior:
         return []
     return list(posterior.probabilities(site).items())[:most]
