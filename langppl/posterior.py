@@ -750,7 +750,7 @@ class Posterior(Report):
         except _UncountableError:
             kinds = dict.fromkeys(type(v).__name__ for v in self._column(site, ABSENT))
             return [(f"not hashable ({', '.join(kinds)})", "")]
-        numeric = {v: p for v, p in table.items() if isinstance(v, float)}
+        numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
         if len(numeric) > _TOP_VALUES:
             rows = [(moments(numeric), _percentage(math.fsum(numeric.values())))]
             table = {v: p for v, p in table.items() if v not in numeric}
@@ -895,10 +895,19 @@ def _key(value: Any) -> Any:
     """A site's value as a key: equal values have equal keys."""
     value = _plain(value)
     if isinstance(value, (bool, int, float)):
-        return float(value)
+        return _float_key(value)
     if isinstance(value, (list, tuple)):
         return tuple(_key(entry) for entry in value)
     return value
+
+
+def _float_key(value: float) -> float:
+    """A number as a float; an integer that no float equals as it is, so that it stays itself."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return value
+    return value if isinstance(value, int) and number != value else number
 
 
 def _hashable_key(site: str, value: Any) -> Any:

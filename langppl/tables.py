@@ -87,11 +87,12 @@ def moments(table: Mapping[float, float]) -> str:
     """Mean and standard deviation of numbers, in words.
 
     Args:
-        table: number → weight; the weights need not sum to one.
+        table: finite number → weight; the weights need not sum to one.
     """
     mass = math.fsum(table.values())
     mean = math.fsum(v * p for v, p in table.items()) / mass
-    variance = math.fsum((v - mean) ** 2 * p for v, p in table.items()) / mass
+    # A product of floats may be infinite where a power would be an error.
+    variance = math.fsum((v - mean) * (v - mean) * p for v, p in table.items()) / mass
     return f"mean {mean:.4g}, sd {math.sqrt(variance):.4g} ({len(table)} values)"
 
 

@@ -303,6 +303,22 @@ def test_values_without_a_table() -> None:
     assert posterior["d"] == [{"k": 1}, None]
 
 
+def test_integers_that_no_float_equals_stay_themselves() -> None:
+    numbers = [2**60, 2**60 + 1, 10**400, 3]
+    posterior = Posterior([{"z": "a"}] * 4, [0.0] * 4, computed=[{"n": n} for n in numbers])
+    table = posterior.probabilities("n")
+    assert list(table) == numbers and set(table.values()) == {0.25}
+    assert [type(key) for key in table] == [float, int, int, float]
+
+
+def test_numbers_that_are_far_apart_are_printed() -> None:
+    numbers = [1e300, -1e300, 1.0, 2.0, 3.0, 4.0, math.inf, -math.inf, math.nan]
+    posterior = Posterior([{"z": "a"}] * 9, [0.0] * 9, computed=[{"n": n} for n in numbers])
+    printed = str(posterior)
+    assert "sd inf (6 values)" in printed
+    assert all(f"{value} " in printed for value in ("inf", "-inf", "nan"))
+
+
 def test_numbers_that_are_computed_are_summarised() -> None:
     computed = [{"n": i} for i in range(8)]
     printed = str(Posterior([{"z": "a"}] * 8, [0.0] * 8, computed=computed))

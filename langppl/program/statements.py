@@ -332,7 +332,18 @@ class _Remembered:
 
 
 def deterministic(name: str, value: R) -> R:
-    """Records a value that is computed from others, text included, as a site of the trace."""
+    """Records a value that is computed from others, text included, as a site of the trace.
+
+    `Posterior.computed` keeps it for each sample, so `probabilities(name)` has its distribution.
+
+    Args:
+        name: the site's name.
+        value: the value. A list, dict or set that the model changes afterwards is kept as it is at
+            the end.
+
+    Returns:
+        The value.
+    """
     return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
 
 
