@@ -22,7 +22,7 @@ import rich.text
 from langppl import diagnostics
 from langppl.chains import Chains, chain_notes
 from langppl.program.statements import hashable
-from langppl.tables import as_text
+from langppl.tables import Report
 
 if TYPE_CHECKING:
     from langppl.posterior import Posterior
@@ -79,8 +79,8 @@ class Agreement:
         return _comparison(self)
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Report):
     """What can be said of a posterior's samples.
 
     Attributes:
@@ -101,6 +101,8 @@ class Diagnosis:
         chains: the Markov chains behind the samples, whose own figures then stand in the place of
             Pareto k; None if the samples are independent.
     """
+
+    report_width = 100
 
     method: str
     guide: str
@@ -153,9 +155,9 @@ class Diagnosis:
         ]
         return rows + [(f"beside {a.other}", _comparison(a)) for a in self.agreements]
 
-    def __str__(self) -> str:
-        """The report as text."""
-        return as_text(self, width=100)
+    def __repr__(self) -> str:
+        """The report itself: an interpreter that shows a diagnosis shows its words."""
+        return str(self)
 
 
 def diagnose(posterior: Posterior, others: Sequence[Posterior] = ()) -> Diagnosis:

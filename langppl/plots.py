@@ -23,6 +23,7 @@ import numpy as np
 
 from langppl.diagnostics import Array
 from langppl.posterior import ABSENT, Posterior
+from langppl.tables import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +55,16 @@ def plot_posterior(posterior: Posterior, site: str | None = None) -> Figure:
 
     Args:
         posterior: what to draw.
-        site: one latent's name; by default all of them, below one another.
+        site: the name of a latent or of a computed value, or `"_RETURN"`; by default all latents,
+            below one another.
 
     Returns:
         The figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        UnknownSiteError: if no such latent is known.
+        UnknownSiteError: if there is no value of that name.
+        TypeError: for values that are not hashable.
         ValueError: if no sample has weight, or the program has no latents.
     """
     sites = posterior.sites if site is None else (site,)
@@ -285,14 +288,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 def _bars(ax: Axes, table: Mapping[Any, float]) -> None:
     """Horizontal bars of a distribution's likeliest values, the likeliest on top."""
-    shown = list(table.items())[:_TOP_VALUES]
-    labels = [_label(value) for value, _ in shown]
-    heights = [probability for _, probability in shown]
+    top = list(table.items())[:_TOP_VALUES]
+    labels = [_label(value) for value, _ in top]
+    heights = [probability for _, probability in top]
     others = list(table.values())[_TOP_VALUES:]
     if others:
         labels.append(f"{len(others)} more")
         heights.append(math.fsum(others))
-    colors = ["tab:blue"] * len(shown) + ["lightgray"] * bool(others)
+    colors = ["tab:blue"] * len(top) + ["lightgray"] * bool(others)
     places = range(len(labels))
     ax.barh(places, heights, color=colors)
     ax.set_yticks(places, labels, parse_math=False)
@@ -336,12 +339,8 @@ def _running_mean(array: Array) -> Array:
 
 
 def _label(value: Any) -> str:
-    """A value on an axis: quoted and short."""
-    text = f"{value:g}" if isinstance(value, float) else repr(value)
-    if len(text) > _LONGEST_LABEL:
-        half = _LONGEST_LABEL // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return text
+    """A value on an axis."""
+    return shown(value, _LONGEST_LABEL)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -11,6 +11,8 @@ Example:
     {'dog': 0.75, 'cat': 0.25}
     >>> posterior.expect(lambda sample: sample["z"] == "dog")
     0.75
+    >>> posterior["z"], posterior[-1], posterior.mode("z")
+    (['cat', 'dog'], {'z': 'dog'}, 'dog')
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import functools
 import importlib
 import json
 import math
+import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex, overload
 
 import numpy as np
 import rich.box
@@ -40,7 +43,7 @@ from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions.text import Text
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
-from langppl.tables import as_text, pandas_for
+from langppl.tables import Report, moments, pandas_for, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +55,9 @@ _FORMAT = "langppl-posterior"
 _VERSION = 1
 _TOP_VALUES = 5
 _LONGEST_VALUE = 160
+
+RETURN: Final = "_RETURN"
+"""The name of what the model returned, as in Pyro's traces."""
 
 
 class Absent(enum.Enum):
@@ -75,15 +81,23 @@ keeps a row of its own.
 
 
 class UnknownSiteError(KeyError):
-    """A site was asked for that no sample has."""
+    """A value was asked for that no sample has."""
 
     def __str__(self) -> str:
         """The message itself: `KeyError` would print it in quotation marks."""
         return str(self.args[0])
 
 
-class Posterior:
+class _UncountableError(TypeError):
+    """Values that cannot be told apart by hashing have no table of probabilities."""
+
+
+class Posterior(Report):
     """Weighted samples from the posterior of a program.
+
+    `len` is the number of samples; `posterior[i]` is the i-th, and iteration goes over them, each
+    a mapping of the latents and the computed values. `posterior[name]` is one of these in all
+    samples.
 
     Args:
         samples: n dicts, latent site → value: `Text` or `str` for strings, 0-d tensors or floats
@@ -96,8 +110,11 @@ class Posterior:
         method: the inference method. With `"exact"` the samples are all points of the support and
             their log weights are log joints.
         guide: the name of the guide that proposed the samples.
+        guide_object: that guide itself.
         sites: the latent sites in the order in which they are shown; others follow as they appear.
         returns: the model's n return values.
+        computed: n dicts, name → value of a `deterministic` site or result of a `call`. What an
+            execution did not reach is missing from its dict.
         log_joint: shape [n], nats: log p(latents, observations) of each sample.
         log_q: shape [n], nats: log probability under the guide.
         site_log_probs: site → shape [n], nats: the log probability of each sample at the sites of
@@ -127,6 +144,13 @@ class Posterior:
     """Shape [n], float64, nats."""
     sites: tuple[str, ...]
     """Names of the latent sites."""
+    computed: tuple[dict[str, Any], ...]
+    """n dicts, name → computed value: `deterministic` sites, and the results of `call`."""
+    computed_sites: tuple[str, ...]
+    """Names of the computed values."""
+    guide_object: Any
+    """The `langppl.guides.Guide` that proposed the samples, for `infer(guide="gflownet")` the one
+    that it trained. None for `method="exact"`, and after `load`, pickling and copying."""
     log_evidence: float | None
     """Estimate of log p(observations), nats; None if the method does not estimate it."""
     log_evidence_error: float | None
@@ -143,8 +167,10 @@ class Posterior:
         log_evidence_error: float | None = None,
         method: str = "importance",
         guide: str = "prior",
+        guide_object: Any = None,
         sites: Sequence[str] | None = None,
         returns: Sequence[Any] | None = None,
+        computed: Sequence[Mapping[str, Any]] | None = None,
         log_joint: LogWeights | None = None,
         log_q: LogWeights | None = None,
         site_log_probs: Mapping[str, LogWeights] | None = None,
@@ -161,6 +187,7 @@ class Posterior:
         self.samples = [dict(sample) for sample in samples]
         self.method = method
         self.guide = guide
+        self.guide_object = guide_object
         self.elapsed = None if elapsed is None else float(elapsed)
         self.failed_sites = dict(failed_sites or {})
         self.notes = tuple(notes)
@@ -178,6 +205,10 @@ class Posterior:
         self._check_length("log_weights", self.log_weights)
         self.returns = None if returns is None else list(returns)
         self._check_length("returns", self.returns)
+        rows = [{}] * len(self.samples) if computed is None else computed
+        self.computed = tuple(dict(row) for row in rows)
+        self._check_length("computed", self.computed)
+        self.computed_sites = tuple(dict.fromkeys(name for row in self.computed for name in row))
         self.log_joint = self._per_sample("log_joint", log_joint)
         self.log_q = self._per_sample("log_q", log_q)
         self.site_log_probs: dict[str, Array] = {}
@@ -310,61 +341,85 @@ class Posterior:
         return float((self.log_weights == -np.inf).mean())
 
     def probabilities(self, site: str) -> dict[Any, float]:
-        """The posterior distribution of one latent.
+        """The posterior distribution of one latent, computed value or of the return value.
 
         Strings are compared by their text: samples that spell the same text with different tokens
         are one value here, with the sum of their probabilities. Values without any weight are
         left out.
 
         Args:
-            site: the latent's name.
+            site: the name of a latent or of a computed value, or `"_RETURN"` for what the model
+                returned.
 
         Returns:
             Value → probability, likeliest first, summing to one. Strings are plain `str`, numbers
-            Python floats, tensors with dimensions nested tuples of them. Executions that did not
+            Python floats, lists and tensors with dimensions nested tuples. Executions that did not
             reach the site are under the key `ABSENT`.
 
         Raises:
-            UnknownSiteError: if no such latent is known (a `KeyError`).
+            UnknownSiteError: if there is no value of that name (a `KeyError`).
+            TypeError: if a computed or returned value is not hashable.
             ValueError: if no sample has weight.
         """
-        self._require_site(site)
         parts: dict[Any, list[float]] = {}
-        for sample, weight in zip(self.samples, self.weights, strict=True):
+        for value, weight in zip(self._column(site, ABSENT), self.weights, strict=True):
             if weight > 0.0:
-                parts.setdefault(_key(sample.get(site, ABSENT)), []).append(float(weight))
+                parts.setdefault(_hashable_key(site, value), []).append(float(weight))
         table = {value: math.fsum(weights) for value, weights in parts.items()}
         return dict(sorted(table.items(), key=lambda item: -item[1]))
 
-    def expect(self, fn: Callable[[dict[str, Any]], Any]) -> float:
-        """The posterior mean of a function of the latents.
+    def mode(self, site: str) -> Any:
+        """The likeliest value of one latent, computed value or of the return value.
+
+        For continuous numbers, which hardly ever come twice, that is the value of the heaviest
+        sample and says little.
 
         Args:
-            fn: takes a sample (site → value; latents that the execution did not reach are missing)
-                and returns a number, a bool or a tensor of one element. Called on samples that
-                have weight, on no others.
+            site: as for `probabilities`.
+
+        Returns:
+            The first key of `probabilities`; of several that are equally likely the one that was
+            sampled first. `ABSENT` if most executions do not reach the site.
+
+        Raises:
+            UnknownSiteError: if there is no value of that name (a `KeyError`).
+            TypeError: if a computed or returned value is not hashable.
+            ValueError: if no sample has weight.
+        """
+        return next(iter(self.probabilities(site)))
+
+    def expect(self, fn: Callable[[dict[str, Any]], Any] | str) -> float:
+        """The posterior mean of a function of the latents and the computed values.
+
+        Args:
+            fn: takes a sample (name → value; what the execution did not reach is missing) and
+                returns a number, a bool or a tensor of one element. Called on samples that have
+                weight, on no others. Or the name of a number, as for `probabilities`.
 
         Returns:
             Σ w·fn(sample), with normalised weights.
 
         Raises:
+            UnknownSiteError: if there is no value of that name (a `KeyError`).
             ValueError: if no sample has weight, or `fn` returns NaN.
             TypeError: if `fn` returns something that is not one number.
         """
+        column = self._column(fn, ABSENT) if isinstance(fn, str) else None
         terms = []
         for i, weight in enumerate(self.weights):
             if weight == 0.0:
                 continue
-            value = fn(dict(self.samples[i]))
+            value = column[i] if column is not None else fn(self[i])  # type: ignore[operator]
             try:
                 number = float("" if isinstance(value, str) else value)
             except (TypeError, ValueError, RuntimeError):
-                raise TypeError(
-                    f"expect: the function must return one number, but gave {value!r} "
-                    f"for sample {i}"
-                ) from None
+                whose = "the function must return one number, but gave"
+                if column is not None:
+                    whose = f"the value {fn!r} must be one number, but is"
+                raise TypeError(f"expect: {whose} {value!r} for sample {i}") from None
             if math.isnan(number):
-                raise ValueError(f"expect: the function returned NaN for sample {i}")
+                whose = "the function returned" if column is None else f"the value {fn!r} is"
+                raise ValueError(f"expect: {whose} NaN for sample {i}")
             terms.append(float(weight) * number)
         return sum(terms) if any(map(math.isinf, terms)) else math.fsum(terms)
 
@@ -378,15 +433,20 @@ class Posterior:
             seed: the same seed gives the same draws.
 
         Returns:
-            n dicts, site → value (copies; a sample may be drawn more than once).
+            n dicts, name → value of the latents and the computed values (copies; a sample may be
+            drawn more than once).
 
         Raises:
             ValueError: if `n` is below 1, or no sample has weight.
         """
+        return [self[i] for i in self._draw(n, seed)]
+
+    def _draw(self, n: int, seed: int) -> list[int]:
+        """The numbers of n samples drawn by weight."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        chosen = np.random.default_rng(seed).choice(self.num_samples, size=n, p=self.weights)
-        return [dict(self.samples[i]) for i in chosen]
+        rng = np.random.default_rng(seed)
+        return [int(i) for i in rng.choice(self.num_samples, size=n, p=self.weights)]
 
     def predict(
         self, model: Model, *args: Any, num_samples: int | None = None, seed: int = 0
@@ -409,7 +469,8 @@ class Posterior:
         Raises:
             ValueError: if no sample has weight, or the model has none of this posterior's sites.
         """
-        draws = self.resample(self.num_samples if num_samples is None else num_samples, seed)
+        chosen = self._draw(self.num_samples if num_samples is None else num_samples, seed)
+        draws = [dict(self.samples[i]) for i in chosen]
 
         def task(i: int, values: dict[str, Any]) -> dict[str, Any]:
             def prior(name: str, fn: Any, execution: Execution) -> Choice:
@@ -421,8 +482,8 @@ class Posterior:
                     f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "
                     "there is nothing to predict from"
                 )
-            new = {s.name: s.value for s in execution.sites.values() if s.name not in self.sites}
-            return {**new, "_RETURN": execution.returned}
+            new = {s.name: s.content for s in execution.sites.values() if s.name not in self.sites}
+            return {**new, RETURN: execution.returned}
 
         return run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
 
@@ -444,17 +505,17 @@ class Posterior:
         """The samples as a table, one row each, impossible ones included.
 
         Returns:
-            A column for each site (None where it is absent), then `log_weight` (nats) and `weight`
-            (normalised; 0 throughout if no sample has weight), and `log_q` and `log_joint` where
-            they are known. Where a site has the name of one of these, the latter is followed by an
-            underscore.
+            A column for each latent and each computed value (None where it is absent), then
+            `log_weight` (nats) and `weight` (normalised; 0 throughout if no sample has weight), and
+            `log_q` and `log_joint` where they are known. Where a site has the name of one of these,
+            the latter is followed by an underscore.
 
         Raises:
             ImportError: if pandas is not installed.
         """
         pd = pandas_for("Posterior.to_pandas")
         columns: dict[str, Any] = {
-            site: [_plain(sample.get(site)) for sample in self.samples] for site in self.sites
+            name: [_plain(value) for value in self._column(name, None)] for name in self._names
         }
         numbers = {
             "log_weight": self.log_weights,
@@ -471,7 +532,7 @@ class Posterior:
         return frame
 
     def plot(self, site: str | None = None) -> Figure:
-        """Draws the posterior of one site, or of all: see `langppl.plots.plot_posterior`."""
+        """Draws one latent, computed or return value, or all latents: see `langppl.plots`."""
         plots = importlib.import_module("langppl.plots")
         figure: Figure = plots.plot_posterior(self, site)
         return figure
@@ -479,13 +540,14 @@ class Posterior:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the posterior as strict JSON; strings keep their token ids.
 
-        The file appears whole or not at all. Return values that JSON cannot hold are left out, and
-        a note in the file says so.
+        The file appears whole or not at all. Return values and computed values that JSON cannot
+        hold are left out, and a note in the file says so. `guide_object` is not saved.
 
         Args:
-            path: the file to write; its folder must exist.
+            path: the file to write; missing folders are made.
 
         Raises:
+            OSError: if the file cannot be written; names the path.
             TypeError: if a sample holds a value that is not a string, a number, a tensor, None or
                 a list, tuple or dict of these.
         """
@@ -496,6 +558,7 @@ class Posterior:
         except TypeError as error:
             encoded_returns = None
             notes.append(f"The return values were not saved: {error}.")
+        computed = self._encoded_computed(notes)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -516,11 +579,26 @@ class Posterior:
             "log_q": _numbers(self.log_q),
             "site_log_probs": {k: _numbers(v) for k, v in self.site_log_probs.items()},
             "returns": encoded_returns,
+            # Files of posteriors that have none are as they were before there were any.
+            **({"computed": computed} if self.computed_sites else {}),
             "samples": [
                 {site: encode(value) for site, value in sample.items()} for sample in self.samples
             ],
         }
         _write_atomically(Path(path), json.dumps(content, allow_nan=False, indent=1) + "\n")
+
+    def _encoded_computed(self, notes: list[str]) -> list[dict[str, Any]]:
+        """The computed values in strict JSON, a note for each name that it cannot hold."""
+        rows: list[dict[str, Any]] = [{} for _ in self.computed]
+        for name in self.computed_sites:
+            try:
+                column = {k: encode(v[name]) for k, v in enumerate(self.computed) if name in v}
+            except TypeError as error:
+                notes.append(f"The computed values {name!r} were not saved: {error}.")
+                continue
+            for k, value in column.items():
+                rows[k][name] = value
+        return rows
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Posterior:
@@ -549,7 +627,7 @@ class Posterior:
                 f"this langppl reads version {_VERSION}"
             )
         try:
-            chains = content.get("chains")
+            chains, computed = content.get("chains"), content.get("computed")
             evidence, spread = content["log_evidence"], content["log_evidence_error"]
             fields = dict(
                 samples=[
@@ -565,6 +643,9 @@ class Posterior:
                 returns=None
                 if content["returns"] is None
                 else [decode(value) for value in content["returns"]],
+                computed=None
+                if computed is None
+                else [{name: decode(value) for name, value in row.items()} for row in computed],
                 log_joint=_floats(content["log_joint"]),
                 log_q=_floats(content["log_q"]),
                 site_log_probs={
@@ -587,6 +668,52 @@ class Posterior:
         """The number of samples."""
         return self.num_samples
 
+    @overload
+    def __getitem__(self, key: str) -> list[Any]: ...
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> dict[str, Any]: ...
+
+    def __getitem__(self, key: str | SupportsIndex) -> Any:
+        """One value in all samples, or one sample.
+
+        Args:
+            key: the name of a latent or of a computed value, or `"_RETURN"`; or the number of a
+                sample, from the end if it is negative.
+
+        Returns:
+            For a name the n values, None where an execution did not reach it. For a number the
+            sample: name → value of its latents and its computed values (a copy).
+
+        Raises:
+            UnknownSiteError: if there is no value of that name (a `KeyError`).
+            IndexError: if there is no sample of that number.
+            TypeError: for other keys.
+        """
+        if isinstance(key, str):
+            return self._column(key, None)
+        try:
+            i = operator.index(key)
+        except TypeError:
+            raise TypeError(
+                f"posterior[{key!r}]: give the name of a value or the number of a sample; several "
+                "samples are in posterior.samples"
+            ) from None
+        if not -self.num_samples <= i < self.num_samples:
+            raise IndexError(f"there is no sample {i}: the posterior has {self.num_samples}")
+        return {**self.samples[i], **self.computed[i]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The samples, as `posterior[i]` gives them."""
+        return (self[i] for i in range(self.num_samples))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a latent or a computed value of that name."""
+        return name in self._names
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the guide, which may hold a whole LM."""
+        return {**self.__dict__, "guide_object": None}
+
     def __repr__(self) -> str:
         """One line: method, guide, size, evidence."""
         evidence = "None" if self.log_evidence is None else f"{self.log_evidence:.3f}"
@@ -595,20 +722,16 @@ class Posterior:
             f"sites={list(self.sites)!r}, log_evidence={evidence})"
         )
 
-    def __str__(self) -> str:
-        """The table of `__rich__` as plain text, as wide as the terminal."""
-        return as_text(self)
-
     def __rich__(self) -> rich.console.RenderableType:
         """A table of each site's likeliest values, and below it what they are worth."""
         lines = [rich.text.Text(line) for line in self._summary()]
-        if not self._possible or not self.sites:
+        if not self._possible or not self._names:
             return rich.console.Group(*lines)
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("site", overflow="fold")
         table.add_column("value", overflow="fold")
         table.add_column("probability", justify="right", no_wrap=True)
-        for site in self.sites:
+        for site in self._names:
             name = site
             for value, probability in self._rows(site):
                 table.add_row(rich.text.Text(name), rich.text.Text(value), probability)
@@ -622,19 +745,19 @@ class Posterior:
 
     def _rows(self, site: str) -> list[tuple[str, str]]:
         """The likeliest values of a site as shown, the rest in one row; a mean for numbers."""
-        table = self.probabilities(site)
-        numeric = {v: p for v, p in table.items() if isinstance(v, float)}
+        try:
+            table = self.probabilities(site)
+        except _UncountableError:
+            kinds = dict.fromkeys(type(v).__name__ for v in self._column(site, ABSENT))
+            return [(f"not hashable ({', '.join(kinds)})", "")]
+        numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
         if len(numeric) > _TOP_VALUES:
-            mass = math.fsum(numeric.values())
-            mean = math.fsum(v * p for v, p in numeric.items()) / mass
-            variance = math.fsum((v - mean) ** 2 * p for v, p in numeric.items()) / mass
-            summary = f"mean {mean:.4g}, sd {math.sqrt(variance):.4g} ({len(numeric)} values)"
-            rows = [(summary, _percentage(mass))]
+            rows = [(moments(numeric), _percentage(math.fsum(numeric.values())))]
             table = {v: p for v, p in table.items() if v not in numeric}
         else:
             rows = []
-        shown = list(table.items())[:_TOP_VALUES]
-        rows += [(_shown(value), _percentage(p)) for value, p in shown]
+        top = list(table.items())[:_TOP_VALUES]
+        rows += [(shown(value, _LONGEST_VALUE), _percentage(p)) for value, p in top]
         others = list(table.values())[_TOP_VALUES:]
         if others:
             rows.append((f"{len(others)} more", _percentage(math.fsum(others))))
@@ -718,10 +841,25 @@ class Posterior:
         if not self._possible:
             raise ValueError(self._failure())
 
-    def _require_site(self, site: str) -> None:
-        if site not in self.sites:
-            known = ", ".join(repr(name) for name in self.sites) or "none"
-            raise UnknownSiteError(f"no latent site {site!r}; the latent sites are: {known}")
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Names of the latents, then of the computed values."""
+        return tuple(dict.fromkeys([*self.sites, *self.computed_sites]))
+
+    def _column(self, name: str, absent: Any) -> list[Any]:
+        """One value in all samples; `absent` where an execution did not reach it."""
+        if name in self._names:
+            rows = zip(self.samples, self.computed, strict=True)
+            return [sample.get(name, computed.get(name, absent)) for sample, computed in rows]
+        if name == RETURN and self.returns is not None:
+            return list(self.returns)
+        known = ", ".join(repr(name) for name in self.sites) or "none"
+        message = f"no latent site {name!r}; the latent sites are: {known}"
+        if self.computed_sites:
+            message += f"; the computed values are: {', '.join(map(repr, self.computed_sites))}"
+        if name == RETURN:
+            message += "; the return values are not known"
+        raise UnknownSiteError(message)
 
     def _check_length(self, name: str, values: Sequence[Any] | Array | None) -> None:
         if values is not None and len(values) != self.num_samples:
@@ -757,19 +895,33 @@ def _key(value: Any) -> Any:
     """A site's value as a key: equal values have equal keys."""
     value = _plain(value)
     if isinstance(value, (bool, int, float)):
-        return float(value)
+        return _float_key(value)
     if isinstance(value, (list, tuple)):
         return tuple(_key(entry) for entry in value)
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value as the table shows it: quoted, so that spaces at its ends can be seen."""
-    text = f"{value:g}" if isinstance(value, float) else repr(value)
-    if len(text) > _LONGEST_VALUE:
-        half = _LONGEST_VALUE // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return text
+def _float_key(value: float) -> float:
+    """A number as a float; an integer that no float equals as it is, so that it stays itself."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return value
+    return value if isinstance(value, int) and number != value else number
+
+
+def _hashable_key(site: str, value: Any) -> Any:
+    """The value's key, if it has one."""
+    key = _key(value)
+    try:
+        hash(key)
+    except TypeError:
+        raise _UncountableError(
+            f"{site!r} has values that are not hashable, such as {shown(value, _LONGEST_VALUE)} "
+            f"({type(value).__name__}), so they have no table of probabilities; make them strings, "
+            "numbers or tuples in the model, or use expect"
+        ) from None
+    return key
 
 
 def _percentage(probability: float) -> str:
@@ -830,7 +982,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `_encode`."""
+    """The inverse of `encode`."""
     if isinstance(value, list):
         return [decode(entry) for entry in value]
     if not isinstance(value, dict):
@@ -853,7 +1005,14 @@ def _write_atomically(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a broken write never looks like a good file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        # Errors of the temporary file, or of a folder above, would not say what was to be written.
+        mend = "give a file in a folder that can be written to"
+        reason = f"the posterior cannot be saved ({error.strerror}); {mend}"
+        raise OSError(error.errno, reason, str(path)) from error

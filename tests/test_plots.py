@@ -48,6 +48,15 @@ def test_bars_of_a_string(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "z.png").read_bytes().startswith(PNG)
 
 
+def test_computed_and_returned_values_are_drawn_by_name() -> None:
+    computed = [{"n": 1}, {"n": 2}]
+    posterior = Posterior([{"z": "a"}] * 2, [0.0, math.log(3.0)], computed=computed, returns="xy")
+    assert bar_lengths(posterior.plot("n")) == pytest.approx([0.75, 0.25])
+    (ax,) = posterior.plot("_RETURN").axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["'y'", "'x'"]
+    assert [ax.get_title() for ax in posterior.plot().axes] == ["Posterior of z"]
+
+
 def test_all_sites_through_the_posterior() -> None:
     figure = strings().plot()
     assert [ax.get_title() for ax in figure.axes] == ["Posterior of z", "Posterior of n"]

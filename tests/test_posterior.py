@@ -229,6 +229,151 @@ def test_a_constant_factor_on_the_weights_leaves_the_probabilities(
     assert set(table) == {text for text, _ in drawn}
 
 
+# --- computed values and return values ---
+
+
+def with_computed(**kwargs: Any) -> Posterior:
+    return Posterior(
+        [{"z": "a"}, {"z": "bb"}, {}],
+        [0.0, LOG3, -INF],
+        computed=[{"n": 1}, {"n": 2, "why": ["b"]}, {}],
+        returns=[True, (1, "x"), None],
+        **kwargs,
+    )
+
+
+def test_computed_values_are_read_by_name() -> None:
+    posterior = with_computed()
+    assert posterior.sites == ("z",)
+    assert posterior.computed_sites == ("n", "why")
+    assert posterior.computed == ({"n": 1}, {"n": 2, "why": ["b"]}, {})
+    assert posterior.samples == [{"z": "a"}, {"z": "bb"}, {}]
+    assert posterior.probabilities("n") == pytest.approx({2.0: 0.75, 1.0: 0.25})
+    assert posterior.probabilities("why") == pytest.approx({("b",): 0.75, ABSENT: 0.25})
+    assert posterior.probabilities("_RETURN") == pytest.approx({(1.0, "x"): 0.75, 1.0: 0.25})
+    assert posterior.expect("n") == pytest.approx(1.75)  # 0.25·1 + 0.75·2
+    assert posterior.expect(lambda s: s["n"] * len(s["z"])) == pytest.approx(3.25)
+    assert all(set(draw) == {"z", "n", "why"} for draw in posterior.resample(9) if draw["n"] == 2)
+    frame = posterior.to_pandas()
+    assert list(frame.columns) == ["z", "n", "why", "log_weight", "weight"]
+    assert list(frame["n"][:2]) == [1, 2] and frame["n"].isna()[2]
+
+
+def test_a_name_that_is_drawn_in_some_executions_and_computed_in_others() -> None:
+    posterior = Posterior([{"z": "a"}, {}], [0.0, LOG3], computed=[{}, {"z": "b"}])
+    assert posterior["z"] == ["a", "b"]
+    assert posterior.probabilities("z") == pytest.approx({"b": 0.75, "a": 0.25})
+    assert list(posterior.to_pandas().columns) == ["z", "log_weight", "weight"]
+    assert str(posterior).count("z ") == 1
+
+
+def test_the_computed_values_of_another_number_of_samples() -> None:
+    with pytest.raises(ValueError, match="computed has 1 entries, but there are 2 samples"):
+        one_to_three(computed=[{}])
+
+
+def test_names_that_are_not_known() -> None:
+    with pytest.raises(UnknownSiteError) as caught:
+        with_computed().probabilities("x")
+    assert str(caught.value) == (
+        "no latent site 'x'; the latent sites are: 'z'; the computed values are: 'n', 'why'"
+    )
+    with pytest.raises(UnknownSiteError, match="are: 'z'; the return values are not known"):
+        one_to_three().probabilities("_RETURN")
+    with pytest.raises(UnknownSiteError, match="no latent site 'x'"):
+        one_to_three().expect("x")
+
+
+def test_expect_by_name_refuses_what_is_no_number() -> None:
+    with pytest.raises(
+        TypeError, match="the value 'z' must be one number, but is 'a' for sample 0"
+    ):
+        with_computed().expect("z")
+    with pytest.raises(TypeError, match=r"the value 'why' must be .* is \(absent\) for sample 0"):
+        with_computed().expect("why")
+    with pytest.raises(ValueError, match="the value 'n' is NaN for sample 1"):
+        Posterior([{"n": 0.0}, {"n": math.nan}], [0.0, 0.0]).expect("n")
+
+
+def test_values_without_a_table() -> None:
+    posterior = Posterior([{"z": "a"}] * 2, [0.0, 0.0], computed=[{"d": {"k": 1}}, {}])
+    with pytest.raises(TypeError, match=r"'d' has values .* such as \{'k': 1\} \(dict\)"):
+        posterior.probabilities("d")
+    assert "not hashable (dict, Absent)" in str(posterior)
+    assert posterior["d"] == [{"k": 1}, None]
+
+
+def test_integers_that_no_float_equals_stay_themselves() -> None:
+    numbers = [2**60, 2**60 + 1, 10**400, 3]
+    posterior = Posterior([{"z": "a"}] * 4, [0.0] * 4, computed=[{"n": n} for n in numbers])
+    table = posterior.probabilities("n")
+    assert list(table) == numbers and set(table.values()) == {0.25}
+    assert [type(key) for key in table] == [float, int, int, float]
+
+
+def test_numbers_that_are_far_apart_are_printed() -> None:
+    numbers = [1e300, -1e300, 1.0, 2.0, 3.0, 4.0, math.inf, -math.inf, math.nan]
+    posterior = Posterior([{"z": "a"}] * 9, [0.0] * 9, computed=[{"n": n} for n in numbers])
+    printed = str(posterior)
+    assert "sd inf (6 values)" in printed
+    assert all(f"{value} " in printed for value in ("inf", "-inf", "nan"))
+
+
+def test_numbers_that_are_computed_are_summarised() -> None:
+    computed = [{"n": i} for i in range(8)]
+    printed = str(Posterior([{"z": "a"}] * 8, [0.0] * 8, computed=computed))
+    # Of 0 … 7: mean 3.5, variance (8² − 1)/12 = 5.25.
+    assert "mean 3.5, sd 2.291 (8 values)" in printed
+
+
+# --- as a container ---
+
+
+def test_by_name_number_and_in_turn() -> None:
+    posterior = with_computed()
+    assert posterior["z"] == ["a", "bb", None]
+    assert posterior["why"] == [None, ["b"], None]
+    assert posterior["_RETURN"] == [True, (1, "x"), None]
+    assert posterior[1] == posterior[-2] == posterior[np.int64(1)] == posterior[torch.tensor(1)]
+    assert posterior[1] == {"z": "bb", "n": 2, "why": ["b"]}
+    assert posterior[-1] == {}
+    assert list(posterior) == [posterior[0], posterior[1], posterior[2]]
+    assert list(reversed(posterior)) == [posterior[2], posterior[1], posterior[0]]
+    assert ("z" in posterior, "n" in posterior, "x" in posterior) == (True, True, False)
+    posterior[0]["z"] = "changed"
+    next(iter(posterior))["z"] = "changed"
+    assert posterior.samples[0] == {"z": "a"}
+
+
+def test_strings_keep_their_tokens_in_a_column() -> None:
+    posterior = Posterior([{"z": Text("ab", ids=(1, 2), tokenizer="t")}], [0.0])
+    assert posterior["z"][0].ids == (1, 2)
+
+
+def test_keys_that_are_none() -> None:
+    posterior = with_computed()
+    for i in (3, -4):
+        with pytest.raises(IndexError, match=f"there is no sample {i}: the posterior has 3"):
+            posterior[i]
+    with pytest.raises(UnknownSiteError, match=r"no latent site 'x'; .* are: 'z'; .* 'n', 'why'"):
+        posterior["x"]
+    for key in (slice(0, 1), 1.0, None):
+        with pytest.raises(TypeError, match="the name of a value or the number of a sample"):
+            posterior[key]  # type: ignore[call-overload]
+
+
+def test_the_mode() -> None:
+    assert one_to_three().mode("z") == "dog"
+    # 0.3 of "a" together, though no single sample is heavier than that of "b".
+    weights = np.log([0.15, 0.15, 0.25, 0.45])
+    samples: list[dict[str, Any]] = [{"z": "a"}, {"z": "a"}, {"z": "b"}, {}]
+    assert Posterior(samples, weights).mode("z") is ABSENT
+    assert Posterior(samples[:3], weights[:3]).mode("z") == "a"
+    assert Posterior([{"z": "b"}, {"z": "a"}], [0.0, 0.0]).mode("z") == "b"
+    with pytest.raises(UnknownSiteError):
+        one_to_three().mode("x")
+
+
 # --- bad input ---
 
 
@@ -488,6 +633,69 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         Posterior([{"z": {1}}], [0.0]).save(path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_computed_values_survive_a_file(tmp_path: Path) -> None:
+    with_computed().save(tmp_path / "p.json")
+    loaded = Posterior.load(tmp_path / "p.json")
+    assert loaded.computed == with_computed().computed
+    assert loaded.returns == with_computed().returns
+
+
+def test_files_without_computed_values_are_as_before(tmp_path: Path) -> None:
+    one_to_three().save(tmp_path / "p.json")
+    assert "computed" not in json.loads((tmp_path / "p.json").read_text())
+    assert Posterior.load(tmp_path / "p.json").computed == ({}, {})
+
+
+def test_computed_values_that_json_cannot_hold_are_left_out_with_a_note(tmp_path: Path) -> None:
+    rows = [{"n": 1, "own": {1}}, {"own": {2}}]
+    one_to_three(computed=rows).save(tmp_path / "p.json")
+    loaded = Posterior.load(tmp_path / "p.json")
+    assert loaded.computed == ({"n": 1}, {})
+    assert loaded.notes == (
+        "The computed values 'own' were not saved: a value of type set cannot be written as JSON.",
+    )
+
+
+def test_saving_makes_missing_folders(tmp_path: Path) -> None:
+    one_to_three().save(tmp_path / "new" / "deep" / "p.json")
+    assert Posterior.load(tmp_path / "new" / "deep" / "p.json").samples == one_to_three().samples
+
+
+@pytest.mark.parametrize("place", ["file/p.json", "file/deep/p.json", "folder"])
+def test_what_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="the posterior cannot be saved") as caught:
+        one_to_three().save(tmp_path / place)
+    assert caught.value.filename == str(tmp_path / place)
+    assert ".tmp" not in str(caught.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_folder_that_may_not_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", denied)
+    path = tmp_path / "p.json"
+    with pytest.raises(PermissionError) as caught:
+        one_to_three().save(path)
+    assert str(caught.value) == (
+        "[Errno 13] the posterior cannot be saved (Permission denied); give a file in a folder "
+        f"that can be written to: {str(path)!r}"
+    )
+
+
+def test_the_guide_is_not_pickled() -> None:
+    guide = object()
+    posterior = one_to_three(guide_object=guide)
+    assert posterior.guide_object is guide
+    loaded = pickle.loads(pickle.dumps(posterior))
+    assert (loaded.guide_object, loaded.samples) == (None, posterior.samples)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,8 @@ class Drawing:
             and np.ptp(given.weights) > 0.0
         ):
             # Every draw counts alike there, and this posterior's do not.
-            rows = given.resample(max(given.num_samples, LEAST_GIVEN), seed=self.seed)
+            drawn = given.resample(max(given.num_samples, LEAST_GIVEN), seed=self.seed)
+            rows = [{n: v for n, v in row.items() if n in given.sites} for row in drawn]
         observation.given = []
         if not rows:
             return

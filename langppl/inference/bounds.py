@@ -53,7 +53,7 @@ from langppl.lm.seeds import as_seed, generator
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
-from langppl.tables import as_text, pandas_for
+from langppl.tables import Report, pandas_for
 
 if TYPE_CHECKING:
     import pandas
@@ -72,7 +72,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class EvidenceBounds:
+class EvidenceBounds(Report):
     """Bounds of the mean log evidence of simulated data, and a guide's divergences; nats.
 
     All figures are means over the observations; each has a standard error over them, which is inf
@@ -100,6 +100,8 @@ class EvidenceBounds:
         observations: `lower`, `upper`, `elbo`, `eubo` and `log_joint` of each observation; the
             last is log p(z*, x) of the exact sample and the data.
     """
+
+    report_width = 100
 
     guide: str
     method: str
@@ -162,10 +164,6 @@ class EvidenceBounds:
                 "infinite; mix it with the prior (MixtureGuide)"
             )
         return lines
-
-    def __str__(self) -> str:
-        """The table as text."""
-        return as_text(self, width=100)
 
 
 def evidence_bounds(

@@ -20,7 +20,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,7 @@ from langppl.program.execution import Execution
 from langppl.program.scheduler import run_whole
 from langppl.program.statements import hashable
 from langppl.progress import bar
-from langppl.tables import as_text, pandas_for
+from langppl.tables import Report, pandas_for
 
 if TYPE_CHECKING:
     import pandas
@@ -91,7 +91,7 @@ class SummaryTest:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Report):
     """Ranks of simulated latents among posterior draws, and what they say.
 
     Attributes:
@@ -105,12 +105,14 @@ class Calibration:
             none.
     """
 
+    report_width = 120
+
     guide: str
     method: str
     simulations: int
     draws: int
     num_samples: int
-    ranks: Mapping[str, tuple[int, ...]]
+    ranks: Mapping[str, tuple[int, ...]] = field(repr=False)
     median_ess: float | None
 
     @functools.cached_property
@@ -187,10 +189,6 @@ class Calibration:
                 "draws, before the ranks mean anything."
             )
         return lines
-
-    def __str__(self) -> str:
-        """The table as text."""
-        return as_text(self, width=120)
 
 
 def calibrate(

@@ -18,7 +18,7 @@ from langppl.diagnosis import Agreement
 from langppl.inference.rows import Row
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
-from langppl.tables import as_text, pandas_for
+from langppl.tables import Report, moments, pandas_for, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -45,7 +45,7 @@ class Cost:
     tokens: Tally
 
 
-class Comparison:
+class Comparison(Report):
     """Posteriors of one program under several guides and methods.
 
     Args:
@@ -62,6 +62,8 @@ class Comparison:
         costs: wall time and LM tokens of each row, training apart.
         training: wall time and LM tokens of training each guide that `compare` trained itself.
     """
+
+    report_width = WIDTH
 
     def __init__(
         self,
@@ -178,10 +180,10 @@ class Comparison:
             table.add_column(f"likeliest {site!r}", no_wrap=True, overflow="ellipsis")
             for name, posterior in self.posteriors.items():
                 found = likeliest(posterior, site)
-                shown = [(f"{p:.3f}", _shown(value)) for value, p in found]
+                cells = [(f"{p:.3f}", shown(value)) for value, p in found]
                 if _is_spread(posterior, site):
-                    shown = [("", _moments(posterior, site))]
-                shares, values = zip(*(shown or [("", "–")]), strict=True)
+                    cells = [("", _moments(posterior, site))]
+                shares, values = zip(*(cells or [("", "–")]), strict=True)
                 table.add_row(name, "\n".join(shares), rich.text.Text("\n".join(values)))
             tables += ["", table]
         if len(sites) > MOST_SITES:
@@ -202,9 +204,9 @@ class Comparison:
             for guide, cost in self.training.items()
         ]
 
-    def __str__(self) -> str:
-        """The table as text."""
-        return as_text(self, width=WIDTH)
+    def __repr__(self) -> str:
+        """One line: the rows, and those that failed."""
+        return f"Comparison(rows={list(self.posteriors)!r}, failed={list(self.errors)!r})"
 
     def to_pandas(self) -> pandas.DataFrame:
         """The figures as a table, one row each.
@@ -280,8 +282,8 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
 
 
 def likeliest(posterior: Posterior, site: str, most: int = LIKELIEST) -> list[tuple[Any, float]]:
-    """A latent's likeliest values and their probabilities; none if no sample has weight."""
-    if not np.isfinite(posterior.log_weights).any() or site not in posterior.sites:
+    """The likeliest values of a latent or of what is computed; none if no sample has weight."""
+    if not np.isfinite(posterior.log_weights).any() or site not in posterior:
         return []
     return list(posterior.probabilities(site).items())[:most]
 
@@ -294,11 +296,7 @@ def _is_spread(posterior: Posterior, site: str) -> bool:
 
 def _moments(posterior: Posterior, site: str) -> str:
     found = posterior.probabilities(site)
-    numbers = {v: p for v, p in found.items() if isinstance(v, float)}
-    mass = math.fsum(numbers.values())
-    mean = math.fsum(v * p for v, p in numbers.items()) / mass
-    variance = math.fsum((v - mean) ** 2 * p for v, p in numbers.items()) / mass
-    return f"mean {mean:.4g}, sd {math.sqrt(variance):.4g} ({len(numbers)} values)"
+    return moments({v: p for v, p in found.items() if isinstance(v, float)})
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -332,10 +330,6 @@ def _count(number: int) -> str:
         if number >= 10 * size:
             return f"{number / size:.1f}{unit}"
     return str(number)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _in_words(error: Exception) -> str:

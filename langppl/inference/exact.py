@@ -68,6 +68,7 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
         guide="enumeration",
         sites=program.latents,
         returns=[e.returned for e in done],
+        computed=[e.computed for e in done],
         log_joint=[e.log_joint for e in done],
         site_log_probs=site_log_probs(done),
         elapsed=time.monotonic() - started,

@@ -53,7 +53,7 @@ def importance(
             InferenceWarning,
             stacklevel=3,
         )
-    return as_posterior(program, guide.name, executions, time.monotonic() - started)
+    return as_posterior(program, guide, executions, time.monotonic() - started)
 
 
 def log_weight(execution: Execution) -> float:
@@ -67,7 +67,7 @@ def log_weight(execution: Execution) -> float:
 
 
 def as_posterior(
-    program: Program, guide: str, executions: list[Execution], elapsed: float
+    program: Program, guide: Guide, executions: list[Execution], elapsed: float
 ) -> Posterior:
     """Scored executions as a posterior."""
     failed, notes = failures(program, executions)
@@ -75,9 +75,11 @@ def as_posterior(
         [e.latents for e in executions],
         [log_weight(e) for e in executions],
         method="importance",
-        guide=guide,
+        guide=guide.name,
+        guide_object=guide,
         sites=program.latents,
         returns=[e.returned for e in executions],
+        computed=[e.computed for e in executions],
         log_joint=[e.log_joint for e in executions],
         log_q=[e.log_q for e in executions],
         site_log_probs=site_log_probs(executions),

@@ -49,8 +49,8 @@ def infer(
         model: a model function, or a compiled `Program` (then without `args`).
         *args: the model's arguments.
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
-            the observations), `"gflownet"` (that, trained on these very observations first), or a
-            guide object.
+            the observations), `"gflownet"` (that, trained on these very observations first; it is
+            `.guide_object` of the posterior), or a guide object.
         method: `"importance"`; `"smc"`, whose particles are resampled on the way; `"exact"`, which
             lists all latents and takes no guide; or `"mh"`, Metropolis–Hastings: Markov chains
             that move one latent at a time, with the guide as proposal. Its samples are equally

@@ -95,8 +95,10 @@ def smc(
         [p.log_weight for p in crowd.particles],
         method="smc",
         guide=guide.name,
+        guide_object=guide,
         sites=program.latents,
         returns=[e.returned for e in executions],
+        computed=[e.computed for e in executions],
         log_joint=[e.log_joint for e in executions],
         # A particle that has moved was not drawn by its guide.
         log_q=None if rejuvenation else [e.log_q for e in executions],

@@ -102,12 +102,12 @@ def _importance(
         count = num_samples if programs[k].latents else 1
         own.check(programs[k])
         pairs += [(programs[k], own.chooser(programs[k], (*key, k, i))) for i in range(count)]
-        counts.append((k, own.name, count))
+        counts.append((k, own, count))
     executions = run_together(pairs, score)
     elapsed = (time.monotonic() - started) / len(numbers)
     found, at = {}, 0
-    for k, name, count in counts:
-        found[k] = as_posterior(programs[k], name, executions[at : at + count], elapsed)
+    for k, own, count in counts:
+        found[k] = as_posterior(programs[k], own, executions[at : at + count], elapsed)
         at += count
     return found
 

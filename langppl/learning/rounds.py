@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import rich.box
@@ -46,14 +46,14 @@ from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.program import lms_of
 from langppl.progress import bar
-from langppl.tables import as_text
+from langppl.tables import Report
 
 DEFAULT_OBSERVATIONS = 16
 _RESERVED = ("accelerator", "checkpoint", "given", "progress", "weights")
 
 
 @dataclass(frozen=True)
-class EMResult:
+class EMResult(Report):
     """What `em` did.
 
     Attributes:
@@ -68,7 +68,9 @@ class EMResult:
         trainables: the views that were fitted.
     """
 
-    history: History
+    report_width = 100
+
+    history: History = field(repr=False)
     guide: Guide | None
     trainables: tuple[TrainableLM, ...]
 
@@ -86,10 +88,6 @@ class EMResult:
             )
         table.caption = "means over observations, nats; the last row is of the model as it ended"
         return table
-
-    def __str__(self) -> str:
-        """The table as text."""
-        return as_text(self, width=100)
 
 
 def em(

@@ -28,6 +28,7 @@ from langppl.program.statements import (
     check_string_site,
     memo_of_calls,
     plate_error,
+    unboxed,
 )
 
 _NOTED = 5
@@ -67,6 +68,11 @@ class Site:
     def is_string(self) -> bool:
         """Whether the site's distribution is over strings."""
         return isinstance(self.fn, StringDistribution)
+
+    @property
+    def content(self) -> Any:
+        """The value as the model has it; of tool calls and deterministic sites without its box."""
+        return unboxed(self.value) if self.kind == "deterministic" else self.value
 
     def counted(self, log_prob: float) -> float:
         """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
@@ -109,6 +115,11 @@ class Execution:
     def latents(self) -> dict[str, Any]:
         """Values of the latent sites."""
         return {s.name: s.value for s in self.sites.values() if s.kind == "latent"}
+
+    @property
+    def computed(self) -> dict[str, Any]:
+        """Values of the deterministic sites and results of the tool calls that were met."""
+        return {s.name: s.content for s in self.sites.values() if s.kind == "deterministic"}
 
     @property
     def log_joint(self) -> float:

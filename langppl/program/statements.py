@@ -332,7 +332,18 @@ class _Remembered:
 
 
 def deterministic(name: str, value: R) -> R:
-    """Records a value that is computed from others, text included, as a site of the trace."""
+    """Records a value that is computed from others, text included, as a site of the trace.
+
+    `Posterior.computed` keeps it for each sample, so `probabilities(name)` has its distribution.
+
+    Args:
+        name: the site's name.
+        value: the value. A list, dict or set that the model changes afterwards is kept as it is at
+            the end.
+
+    Returns:
+        The value.
+    """
     return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
 
 
@@ -340,6 +351,11 @@ def _known(name: str, fn: Known) -> Any:
     # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
     result: Any = pyro.sample(name, cast(Any, fn), infer={"is_auxiliary": True})
     return result.value if isinstance(result, _Boxed) else result
+
+
+def unboxed(value: Any) -> Any:
+    """What a tool call or a deterministic site came to, for whoever may change it."""
+    return _own(value.value if isinstance(value, _Boxed) else value)
 
 
 def _own(result: Any) -> Any:
