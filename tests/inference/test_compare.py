@@ -12,7 +12,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 
-from langppl import GFlowNetGuide, LMString, PromptedGuide, compare, compile, infer, sample
+from langppl import GFlowNetGuide, LMString, PromptedGuide, compare, compile, factor, infer, sample
 from langppl.guides import Guide, PriorGuide
 from langppl.inference import Comparison
 from langppl.program import Program
@@ -66,6 +66,20 @@ def test_rows_are_the_posteriors_own_figures() -> None:
         k: v for k, v in again.items() if k not in TIMES
     }
     assert prior["tokens_drawn"] > 0 and prior["tokens_scored"] > 0
+
+
+def test_numbers_that_print_alike_are_distinct_and_impossible_samples_are_not() -> None:
+    def narrow() -> None:
+        x = sample("x", dist.Normal(5.0, 1e-6))
+        factor("half", 0.0 if x > 5.0 else -math.inf)
+
+    found = compare(narrow, guides=["prior"], num_samples=64, progress=False)
+    posterior = found.posteriors["prior"]
+    (row,) = found.rows()
+    values = {float(s["x"]) for s in posterior.samples}
+    assert len({f"{v:.4f}" for v in values}) == 1 and 0.0 < row["impossible"] < 1.0
+    assert row["distinct"] == len({v for v in values if v > 5.0}) > 2
+    assert row["distinct"] == posterior.diagnose().distinct
 
 
 def test_the_table_names_every_guide() -> None:
