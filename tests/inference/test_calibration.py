@@ -295,6 +295,48 @@ def test_few_effective_samples_are_said() -> None:
     assert "before the ranks mean anything" in str(few)
 
 
+def test_unknown_effective_samples_are_said() -> None:
+    """Chains of 2 samples are too short for an ESS in every simulation."""
+    options: dict[str, Any] = {"simulations": 5, "chains": 4, "warmup": 2, "progress": False}
+    short = calibrate(PROGRAM, method="mh", num_samples=8, draws=3, **options)
+    text = " ".join(str(short).split())
+    assert "before the ranks mean anything" in text and "nan" not in text
+    assert "ESS is unknown in 5 of 5 simulations" in text
+    assert (short.median_ess, short.unknown_ess) == (None, 5)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "median", "words"),
+    [
+        (0, 50.0, None),
+        (4, 50.0, None),
+        (5, 50.0, "ESS is unknown in 5 of 10 simulations"),
+        (4, 3.0, "median ESS is 3.0"),
+    ],
+)
+def test_a_few_unknown_effective_samples_leave_the_others_median(
+    unknown: int, median: float, words: str | None
+) -> None:
+    calibration = Calibration("g", "mh", 10, 7, 9, {"a": (3,) * 10}, median, unknown)
+    text = " ".join(str(calibration).split())
+    assert ("before the ranks mean anything" in text) == (words is not None)
+    assert words is None or words in text
+
+
+def test_one_simulation_that_never_varies_leaves_the_median_of_the_others() -> None:
+    def model() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        # Of x = 0 nothing is left to doubt, and no chain moves.
+        p = 1.0 if z == "a" else 0.5
+        sample("x", dist.Bernoulli(p, validate_args=False), obs=0.0)
+
+    found = calibrate(
+        model, method="mh", simulations=12, num_samples=64, chains=4, draws=3, progress=False
+    )
+    assert found.median_ess is not None and 1.0 < found.median_ess <= 64.0
+    assert 0 < found.unknown_ess < 12
+
+
 def test_bad_input() -> None:
     def no_latents() -> None:
         sample("x", LMString(LM, "a"), obs="a")
