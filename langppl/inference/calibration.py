@@ -37,6 +37,7 @@ from langppl.inference.methods import CHAINS, as_program, given_guide, infer
 from langppl.inference.settings import METHODS, check_count, check_options
 from langppl.inference.simulated import (
     check_same_observed,
+    check_same_observed_by,
     draw_together,
     score_truths,
     simulate_pairs,
@@ -299,7 +300,7 @@ def calibrate(
             )
             # Rows of the LM that one simulation takes at a time.
             rows = {"smc": num_samples, "mh": options.get("chains", CHAINS)}.get(method, BATCH)
-            found = _of_posteriors(programs, made_by, rows, draws, seed)
+            found = _of_posteriors(programs, truths, made_by, rows, draws, seed)
         for k, (truth, (drawn, ess)) in enumerate(zip(truths, found, strict=True)):
             for name, rank in _ranks(of, _of_execution(truth), drawn, (seed, "ties", k)).items():
                 ranks.setdefault(name, []).append(rank)
@@ -362,6 +363,7 @@ def _of_executions(
 
 def _of_posteriors(
     programs: Sequence[Program],
+    truths: Sequence[Execution],
     made_by: Callable[..., Posterior],
     rows: int,
     draws: int,
@@ -380,6 +382,7 @@ def _of_posteriors(
         for k, posterior in zip(numbers, found, strict=True):
             if not np.isfinite(posterior.log_weights).any():
                 raise ValueError(_no_weight(k, len(posterior)))
+            check_same_observed_by(truths[k], posterior)
             is_chain = posterior.chains is not None
             chosen = _choose(posterior.weights, draws, seed, k, replace=not is_chain)
             yield _of_samples(programs[k], posterior, chosen), posterior.ess

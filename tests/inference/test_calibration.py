@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 from scipy.stats import chisquare
 
-from langppl import GFlowNetGuide, LMChoice, LMString, RewardSchedule, calibrate, compile, sample
+from langppl import (
+    GFlowNetGuide,
+    LMChoice,
+    LMString,
+    RewardSchedule,
+    calibrate,
+    call,
+    compile,
+    deterministic,
+    factor,
+    sample,
+)
 from langppl.guides import Guide, PriorGuide
 from langppl.guides.policy import Policy
 from langppl.inference import Calibration, calibration
 from langppl.inference.calibration import LIKELIHOOD
+from langppl.lm.seeds import generator
 from langppl.plots import plot_calibration
 from langppl.program import Program
-from langppl.program.execution import Chooser
+from langppl.program.execution import Choice, Chooser, Execution
 from langppl.testing import tiny_lm
 
 LETTERS = "abcd."
@@ -335,6 +349,73 @@ def test_one_simulation_that_never_varies_leaves_the_median_of_the_others() -> N
     )
     assert found.median_ess is not None and 1.0 < found.median_ess <= 64.0
     assert 0 < found.unknown_ess < 12
+
+
+METHODS = ["importance", "raw", "smc", "mh", "exact"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_latent_does_not_decide_what_is_observed(method: str) -> None:
+    def sometimes() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        sample("x", LMString(LM, z), obs="a")
+        if z == "a":
+            sample("y", LMString(LM, z), obs="b")
+
+    with pytest.raises(ValueError, match="'y' is observed in some executions and not in others"):
+        calibrate(sometimes, method=method, simulations=8, draws=3, num_samples=32, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["observed", "factor"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nor_in_a_branch_that_no_simulation_takes(method: str, kind: str) -> None:
+    """Simulated once in 10^5 times, and drawn half of the time by the guide or listed."""
+
+    class Even(PriorGuide):
+        def chooser(self, program: Program, key: Any) -> Chooser:
+            def choose(name: str, fn: Any, execution: Execution) -> Choice:
+                value = torch.tensor(float(generator((*key, name)).integers(2)))
+                return Choice(value, -math.log(2.0))
+
+            return choose
+
+        def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+            return lambda name, fn, execution: Choice(values[name], -math.log(2.0))
+
+    def rarely() -> None:
+        z = sample("z", dist.Bernoulli(1e-5))
+        # The simulation draws x, mostly far from 0; a chain would hardly move there otherwise.
+        sample("x", dist.Normal(0.0, 1.0), obs=0.0)
+        if z:
+            if kind == "observed":
+                sample("y", dist.Normal(0.0, 1e-5), obs=0.0)
+            else:
+                factor("y", 12.0)
+
+    with pytest.raises(ValueError, match="'y' is observed in some executions and not in others"):
+        calibrate(
+            rarely,
+            method=method,
+            guide="prior" if method == "exact" else Even(),
+            simulations=8,
+            draws=3,
+            num_samples=32,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_but_what_is_made_of_it(method: str) -> None:
+    def model() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        if z == "a":
+            z = deterministic("twice", call("join", lambda t: f"{t}{t}", z))
+        else:
+            sample("more", LMChoice(LM, z, ["a", "b"]))
+        sample("x", LMString(LM, z, temperature=0.5), obs="a")
+
+    found = calibrate(model, method=method, simulations=8, draws=3, num_samples=32, progress=False)
+    assert all(len(ranks) == 8 for ranks in found.ranks.values())
 
 
 def test_bad_input() -> None:
