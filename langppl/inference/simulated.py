@@ -81,8 +81,8 @@ def score_truths(pairs: Sequence[Pair]) -> list[Execution]:
         if truth.log_joint == -math.inf:
             where = program.why_impossible(truth)
             raise ValueError(
-                f"latents {_shown(truth.latents)} were simulated from the program, but are impossible "
-                f"under it: {where or 'their log joint is -inf'}"
+                f"latents {_shown(truth.latents)} were simulated from the program, but are "
+                f"impossible under it: {where or 'their log joint is -inf'}"
             )
     check_same_observed(truths[0], truths)
     return truths
