@@ -171,7 +171,7 @@ def diagnose(posterior: Posterior, others: Sequence[Posterior] = ()) -> Diagnosi
         ValueError: if another posterior has latents and none of them in common with this one.
     """
     has_weight = bool(np.isfinite(posterior.log_weights).any())
-    counts = _weights_of_samples(posterior) if has_weight else np.zeros(0)
+    counts = weights_of_samples(posterior)
     cumulative = np.cumsum(np.sort(counts)[::-1])
     heavy = int(np.searchsorted(cumulative, _HEAVY - 1e-9) + 1) if has_weight else 0
     evidence, error = _known(posterior.log_evidence), _known(posterior.log_evidence_error)
@@ -255,9 +255,17 @@ def _about_chains(chains: Chains) -> list[str]:
     return notes
 
 
-def _weights_of_samples(posterior: Posterior) -> diagnostics.Array:
-    """The weight of each different sample."""
+def weights_of_samples(posterior: Posterior) -> diagnostics.Array:
+    """The weight of each different sample among those that have one.
+
+    Strings are told apart by text, numbers by every digit.
+
+    Returns:
+        Shape [number of different samples], summing to one; empty if no sample has weight.
+    """
     table: dict[object, float] = {}
+    if not np.isfinite(posterior.log_weights).any():
+        return np.zeros(0)
     for sample, weight in zip(posterior.samples, posterior.weights, strict=True):
         if weight > 0.0:
             key = hashable(sample)

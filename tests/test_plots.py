@@ -195,6 +195,16 @@ def test_a_schedule(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "top"), [(0.2, 1.0, 1.05), (1.0, 4.0, 4.2), (2.0, 0.5, 2.1)]
+)
+def test_all_powers_of_a_schedule_are_in_its_picture(start: float, end: float, top: float) -> None:
+    schedule = RewardSchedule(start, 0.5, end)
+    low, high = plot_schedule(schedule, 4).axes[0].get_ylim()
+    assert (low, high) == pytest.approx((0.0, top))
+    assert high >= max(schedule.powers(4))
+
+
 def test_drawing_on_given_axes(tmp_path: Path) -> None:
     figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)

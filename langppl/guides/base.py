@@ -11,6 +11,7 @@ import numpy as np
 
 from langppl.diagnostics import Array
 from langppl.distributions import LMChoice, StringDistribution
+from langppl.guides import identity
 from langppl.lm.requests import ScoreReply, perform
 from langppl.program import Program, run_together
 from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
@@ -157,6 +158,17 @@ class Guide(ABC):
         """The type, and what tells it from others of it."""
         return f"{type(self).__name__}()"
 
+    def identity(self) -> str:
+        """What tells the guide, as it is now, from others that draw by other laws.
+
+        The random numbers of `evidence_bounds` depend on it. Guides that share it cannot be pooled
+        by `pool_bounds`, so a guide of your own shows its settings in its `repr`, or here.
+
+        Returns:
+            Words that are the same in every process; by default of type, name, repr and adapter.
+        """
+        return identity.of_object(self)
+
     def check(self, program: Program) -> None:  # noqa: B027 - most guides fit every program
         """Raises ValueError if the guide does not fit a program."""
 
@@ -165,6 +177,10 @@ class PriorGuide(Guide):
     """Draws latents from the model itself: weights are the likelihood of what is observed."""
 
     name = "prior"
+
+    def identity(self) -> str:
+        """See `Guide.identity`."""
+        return self.name if type(self) is PriorGuide else super().identity()
 
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""

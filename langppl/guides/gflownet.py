@@ -26,8 +26,9 @@ import torch
 
 from langppl.guides.base import Guide, Key, Scorer
 from langppl.guides.context import ContextFunction, context_ids, default_context, observations_first
-from langppl.guides.heads import Heads
+from langppl.guides.heads import FLOW, Heads
 from langppl.guides.history import History
+from langppl.guides.identity import of_adapter, of_function, of_tensors
 from langppl.guides.keeping import Keeper
 from langppl.guides.observations import GivenLatents, Model, Observation, pairs_of
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
@@ -173,6 +174,21 @@ class GFlowNetGuide(Guide):
         learned = ", ".join(sorted(self.learned))
         said = f"{self.history.rows} steps on {learned}" if learned else "untrained"
         return f"GFlowNetGuide({self.lm!r}, {said})"
+
+    def identity(self) -> str:
+        """See `Guide.identity`; of what it proposes with, not of what it learned that by."""
+        own = f"{self.name} {of_adapter(self.lm, self.adapter)}"
+        if type(self) is not GFlowNetGuide:
+            own = f"{super().identity()} {own}"
+        if self.context is not default_context:
+            own += f" context {of_function(self.context)}"
+        if self._defensive:
+            own += f" defensive {self._defensive!r}"
+        if callable(self.numeric):
+            own += f" numeric {of_function(self.numeric)}"
+        elif self.numeric == "head" and set(self.heads.made) - {FLOW}:
+            own += f" heads {of_tensors(self.heads.state_dict())}"
+        return own
 
     @property
     def proposer(self) -> Proposer:

@@ -53,6 +53,10 @@ class MaskedGuide(Guide):
         shown = ", ".join(f"{site!r}: {g.shown}" for site, g in self.grammars.items())
         return f"MaskedGuide({{{shown}}})"
 
+    def identity(self) -> str:
+        """See `Guide.identity`; the grammars in full."""
+        return f"{super().identity()} {sorted(self.grammars.items(), key=lambda item: item[0])}"
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
 

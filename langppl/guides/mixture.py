@@ -73,6 +73,11 @@ class MixtureGuide(Guide):
         """The guides and their shares."""
         return f"MixtureGuide({list(self.guides)}, {[round(s, 6) for s in self.shares]})"
 
+    def identity(self) -> str:
+        """See `Guide.identity`; of each guide, and the shares in full."""
+        parts = [guide.identity() for guide in self.guides]
+        return f"{super().identity()} {list(zip(parts, self.shares, strict=True))}"
+
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
         place = generator((*key, "mixture")).random()

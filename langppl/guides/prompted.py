@@ -8,6 +8,7 @@ from typing import Any
 from langppl.distributions import StringDistribution
 from langppl.guides.base import Guide, Key, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.guides.identity import of_function
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
 from langppl.program.execution import given as given_values
@@ -29,6 +30,12 @@ class PromptedGuide(Guide):
         """The context function, if it is not the default."""
         own = "" if self.context is default_context else getattr(self.context, "__name__", "...")
         return f"PromptedGuide({own})"
+
+    def identity(self) -> str:
+        """See `Guide.identity`."""
+        if type(self) is PromptedGuide and self.context is default_context:
+            return self.name
+        return f"{super().identity()} {of_function(self.context)}"
 
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""

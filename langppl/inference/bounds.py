@@ -23,9 +23,11 @@ References:
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +39,7 @@ import rich.text
 from langppl.diagnostics import Array
 from langppl.guides import Guide
 from langppl.guides.base import log_q_together
+from langppl.guides.identity import of_function
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import as_program, given_guide
@@ -48,7 +51,7 @@ from langppl.inference.simulated import (
     score_truths,
     simulate_pairs,
 )
-from langppl.lm import LM, adapters
+from langppl.inference.smc import run_crowd
 from langppl.lm.seeds import as_seed, generator
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
@@ -69,6 +72,9 @@ estimate must be unbiased for the inverse of the evidence, or too small on avera
 """
 
 Interval = tuple[float, float]
+
+_LONGEST_STREAM = 100
+"""Characters; what is longer goes by its digest."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ class EvidenceBounds(Report):
         missed: share of the exact samples that the guide cannot draw.
         observations: `lower`, `upper`, `elbo`, `eubo` and `log_joint` of each observation; the
             last is log p(z*, x) of the exact sample and the data.
+        streams: names of the random numbers behind `lower` and `upper`. Bounds that share one are
+            not independent, whatever their `num_samples`.
     """
 
     report_width = 100
@@ -120,6 +128,7 @@ class EvidenceBounds(Report):
     impossible: float
     missed: float
     observations: Mapping[str, tuple[float, ...]] = field(repr=False)
+    streams: Sequence[str] = field(default=(), repr=False)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The bounds of each observation, one row each.
@@ -230,31 +239,52 @@ def evidence_bounds(
     proposing = given_guide(guide)
     proposing.check(program)
     pairs = simulate_pairs(program, num_observations, (seed, "bounds"), lengths)
-    log_joint, exact, drawn = _weights(pairs, proposing, num_samples, seed, progress)
+    stream = _stream(proposing)
+    log_joint, exact, drawn = _weights(pairs, proposing, stream, num_samples, seed, progress)
+    stream += _options_in_words(options)
     if callable(method):
-        low, high = _by_particles(method, pairs, proposing, num_samples, seed)
+        low, high = _by_particles(method, pairs, proposing, stream, num_samples, seed)
     elif method == "smc":
         by_smc = functools.partial(smc_evidence, **options)
         # Both sides of some observations at once, in batches of the LM's size.
         together = max(1, BATCH // (2 * num_samples))
-        low, high = _by_particles(by_smc, pairs, proposing, num_samples, seed, together)
+        low, high = _by_particles(by_smc, pairs, proposing, stream, num_samples, seed, together)
     else:
         low, high = _log_mean(drawn), _log_mean(np.column_stack([exact, drawn[:, 1:]]))
     name = method if isinstance(method, str) else _name_of(method)
-    return _report(proposing.name, name, log_joint, exact, drawn, low, high)
+    return replace(
+        _report(proposing.name, name, log_joint, exact, drawn, low, high),
+        streams=(f"{name}, {stream}",),
+    )
 
 
 def _stream(guide: Guide) -> str:
-    """Tells the random numbers of one guide from those of others: pooled, they are independent."""
-    adapter = getattr(guide, "adapter", None)
-    if adapter is None:
-        return f"guide {guide.name}"
-    lm: LM = guide.lm  # type: ignore[attr-defined]
-    return f"guide {guide.name} {adapters.digest(lm.model, adapter).hex()}"
+    """Names the random numbers of a guide: pooled, those of others are independent.
+
+    How many particles there are is not told apart: of two runs the smaller is the beginning of the
+    larger, and `pool_bounds` refuses them.
+    """
+    words = guide.identity()
+    # It goes into the key of every draw.
+    is_short = len(words) <= _LONGEST_STREAM
+    return f"guide {words if is_short else hashlib.blake2b(words.encode()).hexdigest()}"
+
+
+def _options_in_words(options: Mapping[str, Any]) -> str:
+    """Options of SMC that are not at their defaults: runs under others draw other numbers."""
+    defaults = {name: p.default for name, p in inspect.signature(run_crowd).parameters.items()}
+    given = {k: options[k] for k in sorted(options) if options[k] != defaults[k]}
+    shown = [f"{k} {of_function(v) if callable(v) else repr(v)}" for k, v in given.items()]
+    return "".join(f", {own}" for own in shown)
 
 
 def _weights(
-    pairs: Sequence[Pair], guide: Guide, num_samples: int, seed: int, progress: bool
+    pairs: Sequence[Pair],
+    guide: Guide,
+    stream: str,
+    num_samples: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[Array, Array, Array]:
     """Log p(z*, x), shape [n]; log weights of the z*, shape [n], and of draws, shape [n, K]."""
     truths = score_truths(pairs)
@@ -267,9 +297,7 @@ def _weights(
     rows = []
     programs = [p for _, p in pairs]
     with bar(f"sampling from {guide.name}", len(pairs) * num_samples, progress) as advance:
-        draws = draw_together(
-            programs, guide, num_samples, (seed, "bounds", _stream(guide)), advance
-        )
+        draws = draw_together(programs, guide, num_samples, (seed, "bounds", stream), advance)
         for truth, executions in zip(truths, draws, strict=True):
             check_same_observed(truth, executions)
             rows.append([log_weight(e) for e in executions])
@@ -280,13 +308,14 @@ def _by_particles(
     method: ParticleMethod,
     pairs: Sequence[Pair],
     guide: Guide,
+    stream: str,
     num_samples: int,
     seed: int,
     together: int = 1,
 ) -> tuple[Array, Array]:
     def task(k: int, side: str) -> float:
         latents, program = pairs[k]
-        own = int(generator((seed, "bounds", _stream(guide), side, k)).integers(2**31))
+        own = int(generator((seed, "bounds", stream, side, k)).integers(2**31))
         held = latents if side == "upper" else None
         value = float(method(program, guide, num_samples, own, held))
         if math.isnan(value):

@@ -37,6 +37,7 @@ from langppl.inference.methods import CHAINS, as_program, given_guide, infer
 from langppl.inference.settings import METHODS, check_count, check_options
 from langppl.inference.simulated import (
     check_same_observed,
+    check_same_observed_by,
     draw_together,
     score_truths,
     simulate_pairs,
@@ -63,6 +64,10 @@ _MOST_BINS = 20
 _LEAST_EXPECTED = 5.0
 _TIE_NATS = 1e-4
 """Log-probabilities that are equal come out of batches of other shapes a little different."""
+
+_MEND = (
+    "raise num_samples, use a better guide, or take fewer draws, before the ranks mean anything."
+)
 
 Values = Mapping[str, float]
 
@@ -101,8 +106,10 @@ class Calibration(Report):
         draws: posterior draws for each, L.
         num_samples: what the draws were chosen from.
         ranks: summary → the rank of the true value in each simulation, 0 to L.
-        median_ess: median effective sample size over the simulations; None where the method has
-            none.
+        median_ess: median effective sample size over the simulations in which it is known; None
+            where there are none.
+        unknown_ess: simulations in which the method has an effective sample size, but it is not
+            known: of chains that are too short, or whose samples never vary.
     """
 
     report_width = 120
@@ -114,6 +121,7 @@ class Calibration(Report):
     num_samples: int
     ranks: Mapping[str, tuple[int, ...]] = field(repr=False)
     median_ess: float | None
+    unknown_ess: int = 0
 
     @functools.cached_property
     def tests(self) -> tuple[SummaryTest, ...]:
@@ -182,11 +190,19 @@ class Calibration(Report):
                 f"Not calibrated (level 0.01 over all summaries): {worst.name!r} is off the most; "
                 f"{worst.words}."
             )
-        if self.median_ess is not None and self.median_ess < 2 * self.draws:
+        # Where most are unknown, so is the median of all: nothing says that there are enough.
+        is_unknown = 2 * self.unknown_ess >= max(self.simulations, 1)
+        is_small = self.median_ess is not None and self.median_ess < 2 * self.draws
+        if is_small and not is_unknown:
             lines.append(
                 f"The median ESS is {self.median_ess:.1f}, and {self.draws} draws are taken from "
-                "so few effective samples: raise num_samples, use a better guide, or take fewer "
-                "draws, before the ranks mean anything."
+                f"so few effective samples: {_MEND}"
+            )
+        if is_unknown:
+            lines.append(
+                f"The ESS is unknown in {self.unknown_ess} of {self.simulations} simulations "
+                "(chains shorter than 4 samples, or samples that never vary), so the "
+                f"{self.draws} draws may be of too few effective samples: {_MEND}"
             )
         return lines
 
@@ -282,12 +298,13 @@ def calibrate(
             )
             # Rows of the LM that one simulation takes at a time.
             rows = {"smc": num_samples, "mh": options.get("chains", CHAINS)}.get(method, BATCH)
-            found = _of_posteriors(programs, made_by, rows, draws, seed)
+            found = _of_posteriors(programs, truths, made_by, rows, draws, seed)
         for k, (truth, (drawn, ess)) in enumerate(zip(truths, found, strict=True)):
             for name, rank in _ranks(of, _of_execution(truth), drawn, (seed, "ties", k)).items():
                 ranks.setdefault(name, []).append(rank)
             sizes += [] if ess is None else [ess]
             advance(1)
+    known = [size for size in sizes if not math.isnan(size)]
     return Calibration(
         guide="enumeration" if method == "exact" else proposing.name,
         method=method,
@@ -295,7 +312,8 @@ def calibrate(
         draws=draws,
         num_samples=draws if method == "raw" else num_samples,
         ranks={name: tuple(own) for name, own in ranks.items()},
-        median_ess=float(np.median(sizes)) if sizes else None,
+        median_ess=float(np.median(known)) if known else None,
+        unknown_ess=len(sizes) - len(known),
     )
 
 
@@ -343,6 +361,7 @@ def _of_executions(
 
 def _of_posteriors(
     programs: Sequence[Program],
+    truths: Sequence[Execution],
     made_by: Callable[..., Posterior],
     rows: int,
     draws: int,
@@ -361,6 +380,7 @@ def _of_posteriors(
         for k, posterior in zip(numbers, found, strict=True):
             if not np.isfinite(posterior.log_weights).any():
                 raise ValueError(_no_weight(k, len(posterior)))
+            check_same_observed_by(truths[k], posterior)
             is_chain = posterior.chains is not None
             chosen = _choose(posterior.weights, draws, seed, k, replace=not is_chain)
             yield _of_samples(programs[k], posterior, chosen), posterior.ess

@@ -18,6 +18,7 @@ from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.program import lms_of
+from langppl.program.statements import Memo, forget_since, remembered
 from langppl.progress import say
 
 DEFAULT_GUIDES = ("prior", "prompted", "gflownet")
@@ -36,8 +37,9 @@ def compare(
     """Infers with several guides and methods, and sets them side by side.
 
     A row that fails leaves its error in the table, and the others stand. No row goes on from the
-    scores that another one has left in the LM's memo, so that each pays for its own work; the
-    first also pays for what an LM makes once for all (such as the rules of a site).
+    scores that another one has left in the LM's memo, nor from what tools have returned to it, so
+    that each pays for its own work; the first also pays for what an LM makes once for all (such as
+    the rules of a site), and for tools with `pure=False`, which are not evaluated again.
 
     Args:
         model: a model function, or a compiled `Program` (then without `args`).
@@ -86,6 +88,7 @@ def compare(
     check_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
     program = as_program(model, args, seed)
+    before = remembered(program.memo)
     posteriors: dict[str, Posterior] = {}
     errors: dict[str, Exception] = {}
     costs: dict[str, Cost] = {}
@@ -94,9 +97,10 @@ def compare(
     for at, row in enumerate(wanted):
         say(f"{at + 1} of {len(wanted)}: {row.name}", progress)
         try:
-            guide = _ready(row, program, seed, progress, made, training)
+            guide = _ready(row, program, before, seed, progress, made, training)
             given = {"num_samples": num_samples, "seed": seed, **row.options}
             run = partial(infer, program, method=row.method, guide=guide, progress=progress)
+            forget_since(program.memo, before)
             posterior, costs[row.name] = _timed(partial(run, **given), _lms(program, guide))
         except Exception as error:  # whatever one row raises, the others are worth having
             errors[row.name] = _stripped(error)
@@ -108,6 +112,7 @@ def compare(
 def _ready(
     row: Row,
     program: Program,
+    before: Memo,
     seed: int,
     progress: bool,
     made: dict[str, Guide | Exception],
@@ -122,6 +127,7 @@ def _ready(
     if name not in made:
         try:
             make = partial(make_guide, name, program, seed, progress)
+            forget_since(program.memo, before)
             guide, cost = _timed(make, _lms(program, None))
         except Exception as error:
             made[name] = _stripped(error)

@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from langppl.diagnosis import Agreement
+from langppl.diagnosis import Agreement, weights_of_samples
 from langppl.inference.rows import Row
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
@@ -84,7 +84,7 @@ class Comparison(Report):
 
         `name`, `method` and `guide`; `log_evidence`, its `error`, and whether that is `reliable`;
         `elbo`, and `elbo_possible` of the possible draws; `sd` of their log weights; `ess`,
-        `pareto_k`, the share of `impossible` draws, `distinct` samples, `seconds`,
+        `pareto_k`, the share of `impossible` draws, `distinct` samples of weight, `seconds`,
         `tokens_drawn` and `tokens_scored`; `likeliest`, for each latent some (value, probability),
         the likeliest first. None where a figure is not known. A row that failed has its `failure`
         in words, and no figures.
@@ -163,7 +163,7 @@ class Comparison(Report):
         table.caption = (
             "nats; (?): not to be trusted (Pareto k; of chains R-hat); ELBO and sd: mean and "
             "spread of the log weights of the possible draws; impossible: share of the draws; "
-            "distinct: different samples; LM tokens: read by the LM, drawing and scoring"
+            "distinct: different samples of weight; LM tokens: read by the LM, drawing and scoring"
         )
         table.caption_justify = "left"
         return table
@@ -260,7 +260,6 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
     finite = posterior.log_weights[np.isfinite(posterior.log_weights)]
     sd = float(finite.std(ddof=1)) if finite.size > 1 else math.nan
     is_drawn = posterior.chains is None and posterior.method != "exact"
-    keys = {tuple((k, str(v)) for k, v in s.items()) for s in posterior.samples}
     return {
         "name": name,
         "method": posterior.method,
@@ -275,7 +274,7 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
         "pareto_k": posterior.pareto_k if is_drawn else None,
         "reliable": posterior.reliable,
         "impossible": posterior.impossible_share,
-        "distinct": len(keys),
+        "distinct": len(weights_of_samples(posterior)),
         "seconds": posterior.elapsed,
         "likeliest": {site: likeliest(posterior, site) for site in posterior.sites},
     }

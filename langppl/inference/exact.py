@@ -51,12 +51,14 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
     with bar("enumerating", limit, progress) as advance:
         while pending:
             batch, pending = pending[-BATCH:], pending[:-BATCH]
-            for values, found in zip(batch, _run(program, batch), strict=True):
+            ran = _run(program, batch)
+            for at, (values, found) in enumerate(zip(batch, ran, strict=True)):
                 if isinstance(found, Execution):
                     done.append(found)
                     advance(1)
                     continue
-                room = limit - len(done) - len(pending)
+                # The rest of the batch, each at least one execution, is in no list yet.
+                room = limit - len(done) - len(pending) - (len(batch) - at - 1)
                 pending += [{**values, found.name: v} for v in _support(found, room, limit)]
     for first in range(0, len(done), BATCH):
         score_all(done[first : first + BATCH])

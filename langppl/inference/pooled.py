@@ -44,7 +44,9 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
         still its own.
 
     Raises:
-        ValueError: for no bounds, other methods, other observations, or the same draws twice.
+        ValueError: for no bounds, other methods, other observations, or bounds that are not
+            independent: of one guide with the same method and options, whatever their
+            `num_samples`, or already pooled.
 
     Example:
         >>> found = [evidence_bounds(story, *pair, guide=g) for g in guides]  # doctest: +SKIP
@@ -66,18 +68,19 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
             )
     for k, b in enumerate(bounds):
         for other in bounds[:k]:
-            if b.num_samples == other.num_samples and np.array_equal(
-                b.observations["lower"], other.observations["lower"]
-            ):
+            if _share_draws(b, other):
                 raise ValueError(
                     f"the bounds of guides {other.guide!r} and {b.guide!r} are of the same draws, "
-                    "and the pool's upper bound needs independent ones; give each guide once"
+                    "or of some that begin alike, and the pool's upper bound needs independent "
+                    "ones; give each guide once, and guides that nothing tells apart (see "
+                    "Guide.identity) a `name` each"
                 )
     low, high = _sharpest(bounds)
+    streams = tuple(dict.fromkeys(s for b in bounds for s in b.streams))
     found = []
     for b in bounds:
         own = {name: np.array(b.observations[name]) for name in ("elbo", "eubo", "log_joint")}
-        found.append(replace(b, **figures(low, high, **own)))
+        found.append(replace(b, **figures(low, high, **own), streams=streams))
     return found
 
 
@@ -85,6 +88,15 @@ def _same(one: EvidenceBounds, other: EvidenceBounds) -> bool:
     a, b = (np.array(x.observations["log_joint"]) for x in (one, other))
     # Scores of the same string may differ in the last digits from batch to batch.
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.0, atol=1e-2))
+
+
+def _share_draws(one: EvidenceBounds, other: EvidenceBounds) -> bool:
+    if one.streams and other.streams:
+        return not set(one.streams).isdisjoint(other.streams)
+    # Of bounds that do not say where they are from, equal figures alone can tell.
+    return one.num_samples == other.num_samples and np.array_equal(
+        one.observations["lower"], other.observations["lower"]
+    )
 
 
 def _sharpest(bounds: Sequence[EvidenceBounds]) -> tuple[Array, Array]:

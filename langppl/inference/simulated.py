@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from langppl.guides.base import Guide, Key
 from langppl.inference.importance import BATCH
+from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, given, score
 from langppl.program.scheduler import run
@@ -67,7 +70,8 @@ def score_truths(pairs: Sequence[Pair]) -> list[Execution]:
     """The scored executions of the latents that data were simulated with.
 
     Raises:
-        ValueError: if one is impossible: the model is then no function of its sites.
+        ValueError: if one is impossible, as the model is then no function of its sites; or if they
+            do not all observe the same sites.
     """
     truths: list[Execution] = []
     for first in range(0, len(pairs), BATCH):
@@ -77,9 +81,10 @@ def score_truths(pairs: Sequence[Pair]) -> list[Execution]:
         if truth.log_joint == -math.inf:
             where = program.why_impossible(truth)
             raise ValueError(
-                f"latents {_shown(truth)} were simulated from the program, but are impossible "
-                f"under it: {where or 'their log joint is -inf'}"
+                f"latents {_shown(truth.latents)} were simulated from the program, but are "
+                f"impossible under it: {where or 'their log joint is -inf'}"
             )
+    check_same_observed(truths[0], truths)
     return truths
 
 
@@ -117,20 +122,41 @@ def check_same_observed(truth: Execution, executions: Sequence[Execution]) -> No
     Where a latent decides whether a site is observed at all, the data that were simulated do not
     determine a posterior of the program.
     """
-    expected = _observed(truth)
     for execution in executions:
-        moved = expected ^ _observed(execution)
-        if moved:
-            raise ValueError(
-                f"site {min(moved)!r} is observed in some executions and not in others (with "
-                f"latents {_shown(truth)} and {_shown(execution)}), so data that are simulated do "
-                "not belong to one posterior; observe the same sites whatever the latents are"
-            )
+        _check_same(truth, _observed(execution), execution.latents)
+
+
+def check_same_observed_by(truth: Execution, posterior: Posterior) -> None:
+    """Raises ValueError unless all samples of weight observe what the simulated execution did.
+
+    Others may have been given up before they met all that they observe.
+    """
+    expected = _observed(truth)
+    # What a tool returned is scored too, and like all that is certain it conditions nothing.
+    met = {
+        name: ~np.isnan(column) & ((name in expected) | (column != 0.0))
+        for name, column in posterior.site_log_probs.items()
+    }
+    for i in np.flatnonzero(posterior.log_weights > -np.inf):
+        latents = posterior.samples[i]
+        observed = {name for name, is_met in met.items() if is_met[i] and name not in latents}
+        _check_same(truth, observed, latents)
+
+
+def _check_same(truth: Execution, observed: set[str], latents: Mapping[str, Any]) -> None:
+    moved = _observed(truth) ^ observed
+    if moved:
+        raise ValueError(
+            f"site {min(moved)!r} is observed in some executions and not in others (with "
+            f"latents {_shown(truth.latents)} and {_shown(latents)}), so data that are simulated "
+            "do not belong to one posterior; observe the same sites whatever the latents are"
+        )
 
 
 def _observed(execution: Execution) -> set[str]:
-    return {s.name for s in execution.sites.values() if s.kind == "observed"}
+    """The sites that condition an execution; a simulated one has no factor among them."""
+    return {s.name for s in execution.sites.values() if s.kind in ("observed", "factor")}
 
 
-def _shown(execution: Execution) -> dict[str, str]:
-    return {name: str(value) for name, value in execution.latents.items()}
+def _shown(latents: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in latents.items()}

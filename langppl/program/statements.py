@@ -331,6 +331,27 @@ class _Remembered:
         )
 
 
+def remembered(memo: Memo) -> Memo:
+    """What a memo of tool calls holds by now; of calls that are not over, nothing."""
+    return {key: own for key, own in memo.items() if isinstance(own, _Remembered)}
+
+
+def forget_since(memo: Memo, before: Memo) -> None:
+    """Takes a memo of tool calls back to what it held before.
+
+    Results of tools with `pure=False` stay, since these must not be evaluated again.
+
+    Args:
+        memo: is changed in place, for programs share it.
+        before: what `remembered` gave.
+    """
+    for key in remembered(memo):
+        if key not in before and key not in _impure:
+            del memo[key]
+    # A result that was known may have been replaced when an LM's weights changed.
+    memo.update({k: v for k, v in before.items() if isinstance(memo.get(k), _Remembered | None)})
+
+
 def deterministic(name: str, value: R) -> R:
     """Records a value that is computed from others, text included, as a site of the trace.
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 from scipy.stats import chisquare
 
-from langppl import GFlowNetGuide, LMChoice, LMString, RewardSchedule, calibrate, compile, sample
+from langppl import (
+    GFlowNetGuide,
+    LMChoice,
+    LMString,
+    RewardSchedule,
+    calibrate,
+    call,
+    compile,
+    deterministic,
+    factor,
+    sample,
+)
 from langppl.guides import Guide, PriorGuide
 from langppl.guides.policy import Policy
 from langppl.inference import Calibration, calibration
 from langppl.inference.calibration import LIKELIHOOD
+from langppl.lm.seeds import generator
 from langppl.plots import plot_calibration
 from langppl.program import Program
-from langppl.program.execution import Chooser
+from langppl.program.execution import Choice, Chooser, Execution
 from langppl.testing import tiny_lm
 
 LETTERS = "abcd."
@@ -293,6 +307,115 @@ def test_its_picture() -> None:
 def test_few_effective_samples_are_said() -> None:
     few = calibrate(PROGRAM, simulations=5, num_samples=4, draws=7, progress=False)
     assert "before the ranks mean anything" in str(few)
+
+
+def test_unknown_effective_samples_are_said() -> None:
+    """Chains of 2 samples are too short for an ESS in every simulation."""
+    options: dict[str, Any] = {"simulations": 5, "chains": 4, "warmup": 2, "progress": False}
+    short = calibrate(PROGRAM, method="mh", num_samples=8, draws=3, **options)
+    text = " ".join(str(short).split())
+    assert "before the ranks mean anything" in text and "nan" not in text
+    assert "ESS is unknown in 5 of 5 simulations" in text
+    assert (short.median_ess, short.unknown_ess) == (None, 5)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "median", "words"),
+    [
+        (0, 50.0, None),
+        (4, 50.0, None),
+        (5, 50.0, "ESS is unknown in 5 of 10 simulations"),
+        (4, 3.0, "median ESS is 3.0"),
+    ],
+)
+def test_a_few_unknown_effective_samples_leave_the_others_median(
+    unknown: int, median: float, words: str | None
+) -> None:
+    calibration = Calibration("g", "mh", 10, 7, 9, {"a": (3,) * 10}, median, unknown)
+    text = " ".join(str(calibration).split())
+    assert ("before the ranks mean anything" in text) == (words is not None)
+    assert words is None or words in text
+
+
+def test_one_simulation_that_never_varies_leaves_the_median_of_the_others() -> None:
+    def model() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        # Of x = 0 nothing is left to doubt, and no chain moves.
+        p = 1.0 if z == "a" else 0.5
+        sample("x", dist.Bernoulli(p, validate_args=False), obs=0.0)
+
+    found = calibrate(
+        model, method="mh", simulations=12, num_samples=64, chains=4, draws=3, progress=False
+    )
+    assert found.median_ess is not None and 1.0 < found.median_ess <= 64.0
+    assert 0 < found.unknown_ess < 12
+
+
+METHODS = ["importance", "raw", "smc", "mh", "exact"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_latent_does_not_decide_what_is_observed(method: str) -> None:
+    def sometimes() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        sample("x", LMString(LM, z), obs="a")
+        if z == "a":
+            sample("y", LMString(LM, z), obs="b")
+
+    with pytest.raises(ValueError, match="'y' is observed in some executions and not in others"):
+        calibrate(sometimes, method=method, simulations=8, draws=3, num_samples=32, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["observed", "factor"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nor_in_a_branch_that_no_simulation_takes(method: str, kind: str) -> None:
+    """Simulated once in 10^5 times, and drawn half of the time by the guide or listed."""
+
+    class Even(PriorGuide):
+        def chooser(self, program: Program, key: Any) -> Chooser:
+            def choose(name: str, fn: Any, execution: Execution) -> Choice:
+                value = torch.tensor(float(generator((*key, name)).integers(2)))
+                return Choice(value, -math.log(2.0))
+
+            return choose
+
+        def given(self, program: Program, values: Mapping[str, Any]) -> Chooser:
+            return lambda name, fn, execution: Choice(values[name], -math.log(2.0))
+
+    def rarely() -> None:
+        z = sample("z", dist.Bernoulli(1e-5))
+        # The simulation draws x, mostly far from 0; a chain would hardly move there otherwise.
+        sample("x", dist.Normal(0.0, 1.0), obs=0.0)
+        if z:
+            if kind == "observed":
+                sample("y", dist.Normal(0.0, 1e-5), obs=0.0)
+            else:
+                factor("y", 12.0)
+
+    with pytest.raises(ValueError, match="'y' is observed in some executions and not in others"):
+        calibrate(
+            rarely,
+            method=method,
+            guide="prior" if method == "exact" else Even(),
+            simulations=8,
+            draws=3,
+            num_samples=32,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_but_what_is_made_of_it(method: str) -> None:
+    def model() -> None:
+        z = sample("z", LMChoice(LM, "a", ["a", "b"]))
+        if z == "a":
+            z = deterministic("twice", call("join", lambda t: f"{t}{t}", z))
+        else:
+            sample("more", LMChoice(LM, z, ["a", "b"]))
+        sample("x", LMString(LM, z, temperature=0.5), obs="a")
+
+    found = calibrate(model, method=method, simulations=8, draws=3, num_samples=32, progress=False)
+    assert all(len(ranks) == 8 for ranks in found.ranks.values())
 
 
 def test_bad_input() -> None:

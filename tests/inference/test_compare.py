@@ -12,7 +12,17 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 
-from langppl import GFlowNetGuide, LMString, PromptedGuide, compare, compile, infer, sample
+from langppl import (
+    GFlowNetGuide,
+    LMString,
+    PromptedGuide,
+    call,
+    compare,
+    compile,
+    factor,
+    infer,
+    sample,
+)
 from langppl.guides import Guide, PriorGuide
 from langppl.inference import Comparison
 from langppl.program import Program
@@ -66,6 +76,68 @@ def test_rows_are_the_posteriors_own_figures() -> None:
         k: v for k, v in again.items() if k not in TIMES
     }
     assert prior["tokens_drawn"] > 0 and prior["tokens_scored"] > 0
+
+
+def test_numbers_that_print_alike_are_distinct_and_impossible_samples_are_not() -> None:
+    def narrow() -> None:
+        x = sample("x", dist.Normal(5.0, 1e-6))
+        factor("half", 0.0 if x > 5.0 else -math.inf)
+
+    found = compare(narrow, guides=["prior"], num_samples=64, progress=False)
+    posterior = found.posteriors["prior"]
+    (row,) = found.rows()
+    values = {float(s["x"]) for s in posterior.samples}
+    assert len({f"{v:.4f}" for v in values}) == 1 and 0.0 < row["impossible"] < 1.0
+    assert row["distinct"] == len({v for v in values if v > 5.0}) > 2
+    assert row["distinct"] == posterior.diagnose().distinct
+
+
+def test_each_row_pays_for_what_its_tools_ask() -> None:
+    asked: list[str] = []
+
+    def judge(text: str) -> float:
+        asked.append(text)
+        return float(LMString(LM, f"b{text}", max_tokens=3).log_prob("ab"))
+
+    def judged(ending: str) -> None:
+        middle = sample("middle", LMString(LM, "ab", stop=".", max_tokens=2))
+        factor("judged", call("judge", judge, middle))
+        sample("ending", LMString(LM, f"ab{middle}"), obs=ending)
+
+    options: dict[str, Any] = {"num_samples": 32, "progress": False}
+    program = compile(judged, "ba")
+    known = len(asked)
+    first, second, alone = compare(program, guides=["prior"] * 3, **options).rows()
+    for row in (second, alone):
+        assert {k: v for k, v in row.items() if k not in TIMES} == {
+            k: v for k, v in first.items() if k not in TIMES
+        }
+    each = asked[known:]
+    assert len(each) % 3 == 0 and len(each) == 3 * len(set(each)) > 0
+    # What was known before is known to all rows: they ask no tool again.
+    asked.clear()
+    infer(program, **options)
+    compare(program, guides=["prior"] * 2, **options)
+    assert asked == []
+
+
+def test_a_tool_that_is_not_pure_is_evaluated_by_one_row_alone() -> None:
+    asked: list[str] = []
+
+    def send(text: str) -> float:
+        asked.append(text)
+        return 0.25 * len(text)
+
+    def told(ending: str) -> None:
+        middle = sample("middle", LMString(LM, "ab", stop=".", max_tokens=2))
+        factor("sent", call("send it", send, middle, pure=False))
+        sample("ending", LMString(LM, f"ab{middle}"), obs=ending)
+
+    found = compare(told, "ba", guides=["prior"] * 2, num_samples=32, progress=False)
+    assert not found.errors
+    first, second = found.rows()
+    assert second["log_evidence"] == pytest.approx(first["log_evidence"], rel=1e-5)
+    assert len(asked) == len(set(asked)) > 0
 
 
 def test_the_table_names_every_guide() -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 
 from langppl import LMChoice, LMString, compile, infer, sample
 from langppl.lm import enumeration
@@ -53,6 +54,29 @@ def test_the_limit_error_gives_the_count() -> None:
     number = enumeration.count(first().bound, 2)
     with pytest.raises(ValueError, match=f"site 'one' alone has {number} strings, .* limit .* 5"):
         infer(chain, method="exact", limit=5, progress=False)
+
+
+def test_the_limit_counts_what_was_met_beside_a_latent() -> None:
+    """Of three values, the first alone leads to nine more: 9 + 2 executions."""
+
+    def model() -> None:
+        first = sample("a", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        mean = first
+        if first == 0:
+            mean = sample("b", dist.Categorical(torch.arange(1.0, 10.0))) / 4.0
+        sample("x", dist.Normal(mean, 1.0), obs=torch.tensor(0.7))
+
+    with pytest.raises(ValueError, match="more than 10 executions: site 'b'"):
+        infer(model, method="exact", limit=10, progress=False)
+    found = infer(model, method="exact", limit=11, progress=False)
+    assert len(found.samples) == 11
+
+    def density(mean: float) -> float:
+        return math.exp(-((0.7 - mean) ** 2) / 2.0) / math.sqrt(2.0 * math.pi)
+
+    evidence = 0.3 * density(1.0) + 0.5 * density(2.0)
+    evidence += 0.2 * sum(k / 45.0 * density((k - 1) / 4.0) for k in range(1, 10))
+    assert found.log_evidence == pytest.approx(math.log(evidence), abs=1e-5)
 
 
 def test_a_huge_count_is_still_given() -> None:

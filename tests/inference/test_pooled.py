@@ -5,16 +5,35 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from langppl import GFlowNetGuide, LMString, compile, evidence_bounds, infer, pool_bounds, sample
-from langppl.guides import Guide, PriorGuide, PromptedGuide
+from langppl import (
+    GFlowNetGuide,
+    LMString,
+    compile,
+    evidence_bounds,
+    infer,
+    pool_bounds,
+    regex,
+    sample,
+)
+from langppl.guides import (
+    ContextInfo,
+    Guide,
+    MaskedGuide,
+    MixtureGuide,
+    PriorGuide,
+    PromptedGuide,
+)
 from langppl.inference import EvidenceBounds
 from langppl.inference.simulated import simulate_pairs
+from langppl.lm import adapters
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("abcd.", seed=1)
@@ -204,3 +223,171 @@ def test_bounds_that_cannot_be_pooled() -> None:
     fewer = evidence_bounds(PROGRAM, num_samples=2, num_observations=3, progress=False)
     with pytest.raises(ValueError, match="other observations"):
         pool_bounds([own[0], fewer])
+
+
+# -- independent draws ----------------------------------------------------------------------------
+
+
+def other_context(info: ContextInfo) -> str:
+    return info.args[0] + str(info.prompt)
+
+
+def shown(info: ContextInfo, mark: str) -> str:
+    return f"{mark}{info.prompt}"
+
+
+def quick(guide: str | Guide = "prior", **options: Any) -> EvidenceBounds:
+    given = {"num_samples": 2, "num_observations": 200, "progress": False, **options}
+    return evidence_bounds(PROGRAM, guide=guide, **given)
+
+
+@functools.cache
+def observed() -> tuple[list[str], np.ndarray]:
+    """What `quick` observes, and its exact log evidence."""
+    known: dict[str, float | None] = {}
+    seen = []
+    for _, p in simulate_pairs(PROGRAM, 200, (0, "bounds")):
+        seen.append(str(p.sites["seen"].value))
+        if seen[-1] not in known:
+            known[seen[-1]] = infer(p, method="exact", progress=False).log_evidence
+    return seen, np.array([known[s] for s in seen])
+
+
+def noise(bounds: EvidenceBounds) -> np.ndarray:
+    """Lower bounds, standardised among those of the same data, which all guides have in common."""
+    lower, seen = np.array(bounds.observations["lower"]), np.array(observed()[0])
+    found = []
+    for value in sorted(set(seen)):
+        own = lower[seen == value]
+        # All of a small group, or one without spread, is told by the data.
+        if len(own) >= 5 and own.std() > 1e-3:
+            found += ((own - own.mean()) / own.std()).tolist()
+    return np.array(found)
+
+
+def untrained(**options: Any) -> GFlowNetGuide:
+    return GFlowNetGuide(LM, rank=2, seed=0, **options)
+
+
+def defensive() -> GFlowNetGuide:
+    return untrained(defensive=0.01)
+
+
+def renamed() -> Guide:
+    guide = PriorGuide()
+    guide.name = "the prior once more"
+    return guide
+
+
+MASKS = [regex("[a-d]*[.]?"), regex("[a-d.]*")]
+DIFFERENT: dict[str, list[Callable[[], EvidenceBounds]]] = {
+    "shares": [
+        functools.partial(quick, MixtureGuide(["prior", "prior"], [s, 1 - s]))
+        for s in (0.5, 0.55, 0.6)
+    ],
+    "parts": [
+        lambda: quick(MixtureGuide(["prior", untrained()])),
+        lambda: quick(MixtureGuide(["prior", untrained(context=other_context)])),
+    ],
+    "contexts": [
+        lambda: quick("prompted"),
+        lambda: quick(PromptedGuide(functools.partial(shown, mark="b"))),
+        lambda: quick(PromptedGuide(functools.partial(shown, mark="ab"))),
+    ],
+    "adapters under another context": [
+        lambda: quick(untrained()),
+        lambda: quick(untrained(context=other_context)),
+    ],
+    "a defensive share": [lambda: quick(untrained()), lambda: quick(defensive())],
+    "grammars": [functools.partial(quick, MaskedGuide({"z": mask})) for mask in MASKS],
+    "names": [lambda: quick("prior"), lambda: quick(renamed())],
+    "smc": [
+        functools.partial(quick, method="smc", **options)
+        for options in ({}, {"ess_threshold": 0.6}, {"resampling": "residual"})
+    ],
+    "methods": [lambda: quick("prior"), lambda: quick("prior", method="smc")],
+}
+
+
+@pytest.mark.parametrize("by", DIFFERENT)
+def test_what_is_told_apart_draws_other_numbers(by: str) -> None:
+    found = [make() for make in DIFFERENT[by]]
+    for one, other in itertools.combinations(map(noise, found), 2):
+        assert len(one) == len(other) > 100
+        # Of independent ones the correlation is within 4 of its standard errors.
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4.0 / math.sqrt(len(one))
+    assert len({s for b in found for s in b.streams}) == len(found)
+    pooled = pool_bounds(found)
+    above = np.array(pooled[0].observations["upper"]) - observed()[1]
+    assert above.mean() >= -3.0 * above.std(ddof=1) / math.sqrt(len(above))
+
+
+class Own(PriorGuide):
+    def __init__(self, setting: int) -> None:
+        self.setting = setting
+
+
+def test_draws_that_are_not_independent_are_not_pooled() -> None:
+    few: dict[str, Any] = {"num_observations": 4}
+    again = quick("prior", num_samples=3, **few)
+    for one, other in (
+        (quick("prior", **few), again),
+        (quick("prior", method="smc", **few), quick("prior", method="smc", num_samples=3, **few)),
+        (quick(Own(1), **few), quick(Own(2), **few)),
+        # Nothing but rounding tells them apart.
+        (
+            again,
+            replace(
+                again,
+                observations={
+                    **again.observations,
+                    "lower": tuple(v + 1e-7 for v in again.observations["lower"]),
+                },
+            ),
+        ),
+        tuple(pool_bounds([again, quick("prompted", **few)])),
+    ):
+        with pytest.raises(ValueError, match="of the same draws, or of some that begin alike"):
+            pool_bounds([one, other])
+    # Another prior's draws are others.
+    pool_bounds([quick("prior", **few), quick(Own(1), **few)])
+
+
+def test_plain_guides_draw_what_they_always_drew() -> None:
+    """The names of their random numbers stay, and so do the figures that were recorded."""
+    guide = untrained()
+    weights = adapters.digest(LM.model, guide.adapter).hex()
+    few: dict[str, Any] = {"num_observations": 2}
+    assert quick("prior", **few).streams == ("importance, guide prior",)
+    assert quick("prompted", **few).streams == ("importance, guide prompted",)
+    assert quick(guide, **few).streams == (f"importance, guide gflownet {weights}",)
+    assert quick("prior", method="smc", every=5, **few).streams == ("smc, guide prior",)
+    named = quick("prior", method="smc", twist=promising, **few).streams
+    assert named == ("smc, guide prior, twist test_pooled.promising []",)
+
+
+def promising(site: str, text: str) -> float:
+    return 0.1 * len(text)
+
+
+def test_the_name_of_random_numbers_is_the_same_in_every_process() -> None:
+    class Shown(PriorGuide):
+        def __repr__(self) -> str:
+            return f"Shown({object()})"
+
+    (one,), (other,) = (quick(Shown(), num_observations=2).streams for _ in range(2))
+    assert one == other
+    long = MixtureGuide(["prior"] * 9)
+    (stream,) = quick(long, num_observations=2).streams
+    assert len(stream) < 160
+
+
+def test_a_head_that_proposes_numbers_is_part_of_a_guide() -> None:
+    first, second, third = untrained(), untrained(), untrained()
+    for guide in (first, second):
+        guide.heads.ensure("normal-1", 2)
+    third.heads.ensure("flow", 1)
+    assert first.identity() == second.identity() != untrained().identity() == third.identity()
+    with torch.no_grad():
+        second.heads.centre += 0.5
+    assert first.identity() != second.identity()
