@@ -8,6 +8,9 @@ not see, say what else is to be done:
 - `<!-- test: with OLD as NEW; OLD as NEW -->` before a block: it is run with smaller numbers.
 - `<!-- test: run`, lines of code, `-->`: run where it stands, to give what a fragment needs, or to
   use what it has defined. The modules of `examples/` can be imported there.
+
+Docstrings' examples may use langppl's own names, an `lm`, and a `story` with its `pair` of texts
+and a `guide`.
 """
 
 from __future__ import annotations
@@ -131,12 +134,25 @@ def modules() -> list[str]:
     return [".".join(parts).removesuffix(".__init__") for parts in names]
 
 
+def known() -> dict[str, Any]:
+    """What the examples of docstrings need not define."""
+    lm = ascii_lm()
+
+    def story(beginning: str, ending: str) -> None:
+        middle = lp.sample("middle", lp.LMString(lm, beginning, stop=".", max_tokens=8))
+        lp.sample("ending", lp.LMString(lm, f"{beginning}{middle}"), obs=ending)
+
+    names = {name: getattr(lp, name) for name in lp.__all__ if name not in lp._MODULES}
+    pair = ("The cat was hungry.", " Now it sleeps.")
+    return {**names, "lm": lm, "story": story, "pair": pair, "guide": lp.PromptedGuide()}
+
+
 @pytest.mark.parametrize("name", modules())
 def test_examples_of_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        result = doctest.testmod(importlib.import_module(name))
+        result = doctest.testmod(importlib.import_module(name), extraglobs=known())
     assert result.failed == 0, said.getvalue()
 
 
