@@ -8,18 +8,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from langppl import testing
+    from langppl import (
+        diagnostics,
+        distributions,
+        guides,
+        inference,
+        learning,
+        lm,
+        plots,
+        posterior,
+        program,
+        testing,
+    )
+    from langppl.diagnostics import InferenceWarning
     from langppl.distributions import JoinWarning, LMChoice, LMString, Tempered, Text
     from langppl.guides import (
+        ContextInfo,
         GFlowNetGuide,
         Guide,
+        History,
         MaskedGuide,
         MixtureGuide,
         PriorGuide,
         PromptedGuide,
         RewardSchedule,
+        observations_first,
     )
     from langppl.inference import (
+        Calibration,
+        Comparison,
+        EvidenceBounds,
         calibrate,
         compare,
         evidence_bounds,
@@ -29,9 +47,12 @@ if TYPE_CHECKING:
     )
     from langppl.learning import EMResult, em
     from langppl.lm import LM, Grammar, TrainableLM, json_schema, lark, log_matches, one_of, regex
-    from langppl.posterior import ABSENT, Posterior
+    from langppl.lm.prompts import Prompt, PromptWarning
+    from langppl.lm.weights import FetchError
+    from langppl.posterior import ABSENT, Posterior, UnknownSiteError
     from langppl.program import (
         Program,
+        StaticMismatchWarning,
         call,
         compile,
         condition,
@@ -42,18 +63,37 @@ if TYPE_CHECKING:
         sample,
     )
 
+_MODULES = (
+    "diagnostics",
+    "distributions",
+    "guides",
+    "inference",
+    "learning",
+    "lm",
+    "plots",
+    "posterior",
+    "program",
+    "testing",
+)
 _HOMES = {
+    "langppl.diagnostics": ("InferenceWarning",),
     "langppl.distributions": ("JoinWarning", "LMChoice", "LMString", "Tempered", "Text"),
     "langppl.guides": (
+        "ContextInfo",
         "GFlowNetGuide",
         "Guide",
+        "History",
         "MaskedGuide",
         "MixtureGuide",
         "PriorGuide",
         "PromptedGuide",
         "RewardSchedule",
+        "observations_first",
     ),
     "langppl.inference": (
+        "Calibration",
+        "Comparison",
+        "EvidenceBounds",
         "calibrate",
         "compare",
         "evidence_bounds",
@@ -72,9 +112,12 @@ _HOMES = {
         "one_of",
         "regex",
     ),
-    "langppl.posterior": ("ABSENT", "Posterior"),
+    "langppl.lm.prompts": ("Prompt", "PromptWarning"),
+    "langppl.lm.weights": ("FetchError",),
+    "langppl.posterior": ("ABSENT", "Posterior", "UnknownSiteError"),
     "langppl.program": (
         "Program",
+        "StaticMismatchWarning",
         "call",
         "compile",
         "condition",
@@ -90,10 +133,17 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ABSENT",
     "LM",
+    "Calibration",
+    "Comparison",
+    "ContextInfo",
     "EMResult",
+    "EvidenceBounds",
+    "FetchError",
     "GFlowNetGuide",
     "Grammar",
     "Guide",
+    "History",
+    "InferenceWarning",
     "JoinWarning",
     "LMChoice",
     "LMString",
@@ -102,29 +152,42 @@ __all__ = [
     "Posterior",
     "PriorGuide",
     "Program",
+    "Prompt",
+    "PromptWarning",
     "PromptedGuide",
     "RewardSchedule",
+    "StaticMismatchWarning",
     "Tempered",
     "Text",
     "TrainableLM",
+    "UnknownSiteError",
     "calibrate",
     "call",
     "compare",
     "compile",
     "condition",
     "deterministic",
+    "diagnostics",
+    "distributions",
     "do",
     "em",
     "evidence_bounds",
     "factor",
+    "guides",
     "infer",
-    "infer_many",
+    "inference",
     "json_schema",
     "lark",
+    "learning",
+    "lm",
     "log_matches",
+    "observations_first",
     "one_of",
+    "plots",
     "pool_bounds",
+    "posterior",
     "potential",
+    "program",
     "regex",
     "sample",
     "testing",
@@ -133,8 +196,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: the command line needs none of torch.
-    if name == "testing":
-        return importlib.import_module("langppl.testing")
+    if name in _MODULES:
+        return importlib.import_module(f"langppl.{name}")
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
         globals()[name] = value

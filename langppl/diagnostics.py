@@ -12,7 +12,7 @@ References:
 
 Example:
     >>> weights = [math.log(1.0), math.log(3.0)]
-    >>> effective_sample_size(weights)        # (1 + 3)² / (1² + 3²)
+    >>> round(effective_sample_size(weights), 6)        # (1 + 3)² / (1² + 3²)
     1.6
     >>> normalized_weights(weights)
     array([0.25, 0.75])

@@ -5,7 +5,13 @@ state is touched, and the pictures come out the same on a machine without a disp
 imported when the first one is drawn.
 
 Example:
-    >>> figure = plot_log_weights({"prior": by_prior, "gflownet": by_guide})
+    >>> from langppl import LMString, infer, sample
+    >>> from langppl.testing import tiny_lm
+    >>> lm = tiny_lm()
+    >>> def story():
+    ...     middle = sample("middle", LMString(lm, "a", max_tokens=3))
+    ...     sample("ending", LMString(lm, f"a{middle}"), obs=" b")
+    >>> figure = plot_log_weights({g: infer(story, guide=g) for g in ("prior", "prompted")})
     >>> save_figure(figure, "weights.png")
 """
 

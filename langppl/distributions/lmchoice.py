@@ -35,7 +35,7 @@ class LMChoice(StringDistribution):
         TypeError: if an option is not a string.
 
     Example:
-        >>> mood = LMChoice(lm, "The review is", [" positive", " negative"])  # doctest: +SKIP
+        >>> mood = LMChoice(lm, "The review is", [" positive", " negative"])
     """
 
     def __init__(self, lm: LM | TrainableLM, prompt: Prompt, options: Sequence[str]) -> None:

@@ -107,7 +107,9 @@ class Guide(ABC):
             TypeError: for a single mapping.
 
         Example:
-            >>> guide.log_q(program, program.simulate(8))  # doctest: +SKIP
+            >>> program = compile(story, *pair)
+            >>> guide.log_q(program, infer(program, num_samples=8).samples).shape
+            (8,)
         """
         if isinstance(rows, Mapping):
             raise TypeError("log_q takes a list of mappings (latent → value), got one mapping")

@@ -103,8 +103,9 @@ class GFlowNetGuide(Guide):
         was_interrupted: whether the last training was ended by Ctrl-C.
 
     Example:
-        >>> guide = GFlowNetGuide(lm)  # doctest: +SKIP
-        >>> guide.fit(story, data=pairs, observations=4, steps=500)  # doctest: +SKIP
+        >>> guide = GFlowNetGuide(lm)
+        >>> guide.fit(story, data=[pair], steps=2)  # two show how; hundreds teach
+        GFlowNetGuide(LM('tiny-1'), 2 steps on middle)
     """
 
     name = "gflownet"

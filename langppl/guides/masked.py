@@ -30,11 +30,13 @@ class MaskedGuide(Guide):
         TypeError: if a value is not a grammar.
 
     Example:
-        >>> yes_or_no = one_of([" yes", " no"])  # doctest: +SKIP
-        >>> def answer():  # doctest: +SKIP
+        >>> yes_or_no = one_of([" yes", " no"])
+        >>> def answer():
         ...     z = sample("z", LMString(lm, "Is it raining?", max_tokens=4))
         ...     factor("form", log_matches(z, yes_or_no))
-        >>> infer(answer, guide=MaskedGuide({"z": yes_or_no}))  # doctest: +SKIP
+        >>> posterior = infer(answer, guide=MaskedGuide({"z": yes_or_no}))
+        >>> sorted(posterior.probabilities("z"))
+        [' no', ' yes']
     """
 
     name = "masked"

@@ -43,8 +43,8 @@ class MixtureGuide(Guide):
         Owen and Zhou 2000, *Safe and effective importance sampling*. JASA 95(449).
 
     Example:
-        >>> safe = MixtureGuide([guide, "prior"], shares=[0.8, 0.2])  # doctest: +SKIP
-        >>> infer(story, beginning, ending, guide=safe)  # doctest: +SKIP
+        >>> safe = MixtureGuide([guide, "prior"], shares=[0.8, 0.2])
+        >>> posterior = infer(story, *pair, guide=safe, num_samples=32)
     """
 
     name = "mixture"

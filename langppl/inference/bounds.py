@@ -219,7 +219,9 @@ def evidence_bounds(
         TypeError: for options that the method does not have, or a seed that is no integer.
 
     Example:
-        >>> print(evidence_bounds(story, *pair, guide=guide))  # doctest: +SKIP
+        >>> found = evidence_bounds(story, *pair, guide=guide, num_samples=8, num_observations=4)
+        >>> found.lower < found.upper
+        True
     """
     check_count("num_samples", num_samples, 1)
     check_count("num_observations", num_observations, 1)

@@ -95,7 +95,8 @@ def infer(
         TypeError: for a guide or a twist that is none, or a seed that is no integer.
 
     Example:
-        >>> infer(story, "The cat was hungry.", " Now it sleeps.")  # doctest: +SKIP
+        >>> posterior = infer(story, "The cat was hungry.", " Now it sleeps.", num_samples=32)
+        >>> middles = posterior.probabilities("middle")
     """
     check_names(method, guide)
     check_count("num_samples", num_samples, 1)

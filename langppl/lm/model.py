@@ -22,7 +22,7 @@ from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.tally import Tally
 from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
-from langppl.lm.weights import resolve
+from langppl.lm.weights import resolve, without_bars
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -41,9 +41,10 @@ class LM:
     """A causal language model; its weights are loaded once and shared by all that use it.
 
     Args:
-        name_or_path: a known name (`"smollm2-135m-instruct"`), a hub id (`"org/name"`) or a local
-            folder in transformers' format. Weights are read from safetensors only, and no code
-            of the model's author is run.
+        name_or_path: a known name (`"smollm2-135m-instruct"`, the only one: 4-bit weights, Q4_1,
+            taken back to floats, so its figures are not those of the hub's own weights), a hub id
+            (`"org/name"`) or a local folder in transformers' format. Weights are read from
+            safetensors only, and no code of the model's author is run.
         device: where the weights live; cuda if there is one, else the CPU.
         dtype: float type of the weights; float32 on the CPU, the checkpoint's own elsewhere.
         token_budget: most tokens (padding included) in one forward pass; bounds memory. By default
@@ -72,6 +73,9 @@ class LM:
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
             not a fast one, or the model has an encoder or recurrent layers.
+        OSError: if a hub id is not known there, or cannot be had: no connection, no permission.
+        FetchError: if a known name is to be fetched and cannot be (see `langppl.lm.weights.fetch`).
+        TypeError: for a model that is in memory already; see `from_parts`.
 
     Example:
         >>> lm = LM("smollm2-135m-instruct")  # doctest: +SKIP
@@ -99,20 +103,39 @@ class LM:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()  # loading takes a second, fetching has its own
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with without_bars():  # loading takes a second, fetching has its own
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self._setup(model.to(device), tokenizer, str(name_or_path), token_budget)
 
     @classmethod
     def from_parts(
         cls, model: Any, tokenizer: Any, name: str, *, token_budget: int | None = None
     ) -> LM:
-        """An LM from a model and a fast tokenizer that are already in memory."""
+        """An LM from a model and a fast tokenizer that are already in memory.
+
+        The model is not copied: from here on it belongs to the LM, which changes it. It is put
+        into evaluation mode and its weights are frozen (`requires_grad` False); on the CPU its
+        larger `torch.nn.Linear` layers are replaced by frozen ones, which share their weights and
+        keep a second copy, laid out for products; and whatever learns here (guides, trainable
+        views) puts LoRA layers of PEFT's into it. To use or train it elsewhere as it was, give a
+        copy (`copy.deepcopy(model)`).
+
+        Args:
+            model: a causal language model of transformers'.
+            tokenizer: its tokenizer, a fast one.
+            name: what the LM is called in messages and in saved guides.
+            token_budget: as for `LM`.
+
+        Returns:
+            The LM; `.model` is the model that was given.
+
+        Raises:
+            ValueError: if the tokenizer is not a fast one, the model has an encoder or recurrent
+                layers, or the token budget is below one.
+        """
         self = cls.__new__(cls)
         self._setup(model, tokenizer, name, token_budget)
         return self

@@ -11,9 +11,10 @@ What is not legal is masked and the rest renormalised, so in every state the pro
 actions sum to one.
 
     >>> rules = StringRules(stop=(".",), max_tokens=20)
-    >>> bound = rules.bind(lm.vocabulary)            # doctest: +SKIP
-    >>> state = bound.start(limit=20)                # doctest: +SKIP
-    >>> bound.step(state).legal.sum()                # doctest: +SKIP
+    >>> bound = rules.bind(lm.vocabulary)
+    >>> state = bound.start(limit=20)
+    >>> int(bound.step(state).legal.sum()) < lm.vocabulary.size
+    True
 
 With a grammar a token must also keep the text to it, and an ending action must complete it: the
 masks are intersected. The state then holds the text, and steps are remembered by it.

@@ -446,22 +446,33 @@ def _split_digits(tokenizer: Tokenizer) -> None:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Switches transformers' progress bars off, and back to what they were."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keeps transformers' own bars and log lines from cutting through ours."""
     from transformers.utils import logging
 
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         # The GGUF reader's bar is plain tqdm, which transformers' switch does not reach.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with without_bars(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _bar(progress: bool) -> Progress:

@@ -491,8 +491,8 @@ def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None
             program of another model.
 
     Example:
-        >>> first, *others = problems  # doctest: +SKIP
-        >>> program = compile(solve, *first)  # doctest: +SKIP
-        >>> rest = [compile(solve, *o, like=program) for o in others]  # doctest: +SKIP
+        >>> first, *others = [pair, ("The door bell rang.", " It was the mailman.")]
+        >>> program = compile(story, *first)
+        >>> rest = [compile(story, *o, like=program) for o in others]
     """
     return Program(model, args, as_seed(seed), like)

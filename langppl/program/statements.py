@@ -163,8 +163,10 @@ def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -
         ValueError: if the weight is NaN, +inf, or not a scalar.
 
     Example:
-        >>> z = sample("z", LMString(lm, "Dear", max_tokens=20))  # doctest: +SKIP
-        >>> potential("short words", lambda t: -float(len(t) > 40), z)  # doctest: +SKIP
+        >>> def letter():
+        ...     z = sample("z", LMString(lm, "Dear", max_tokens=20))
+        ...     potential("short", lambda text: -float(len(text) > 40), z)
+        >>> posterior = infer(letter, method="smc", num_samples=8)
     """
     value = _log_weight(f"potential {name!r}", fn(text))
     unit: Any = Potential(value)  # type: ignore[no-untyped-call]
