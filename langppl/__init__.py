@@ -175,6 +175,7 @@ __all__ = [
     "factor",
     "guides",
     "infer",
+    "infer_many",
     "inference",
     "json_schema",
     "lark",

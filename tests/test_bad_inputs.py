@@ -255,7 +255,7 @@ def test_empty_dataset(guide: lp.GFlowNetGuide) -> None:
 
 
 def test_a_dataset_of_no_tuples(guide: lp.GFlowNetGuide) -> None:
-    with pytest.raises(TypeError, match="must be a tuple of the model's arguments, got 'ab'"):
+    with pytest.raises(TypeError, match="must be a tuple of the model's arguments, or a mapping .*, got 'ab'"):
         guide.fit(story, data=["ab"], steps=1)
 
 
@@ -751,3 +751,22 @@ def test_what_is_taken_for_something_else(
 def only_factors() -> None:
     z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
     lp.factor("short", -float(len(z)))
+
+
+def test_numbers_of_things_may_be_of_any_integer_type() -> None:
+    lm = tiny_lm("ab.", seed=1)
+    four, two = np.int64(4), np.int32(2)
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(lm, "a", stop=".", max_tokens=four, min_tokens=two))
+        lp.sample("y", lp.LMString(lm, f"{z}"), obs="ab")
+
+    found = lp.infer(model, num_samples=four, progress=False)
+    assert found.num_samples == 4 and type(lp.LMString(lm, "a", max_tokens=four).limit(1)) is int
+    lp.infer(model, method="smc", num_samples=four, every=two, progress=False)
+    guide = lp.GFlowNetGuide(lm, rank=two)
+    guide.fit(model, steps=two, batch=four, observations=np.int64(1), progress=False)
+    assert guide.history.rows == 2
+    for value in (True, 4.0, "4"):
+        with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got"):
+            lp.infer(model, num_samples=value, progress=False)

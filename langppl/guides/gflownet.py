@@ -37,6 +37,7 @@ from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
+from langppl.lm.counts import as_count
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, alone, perform
@@ -137,12 +138,10 @@ class GFlowNetGuide(Guide):
             raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
-        for what, value in (("rank", rank), ("alpha", rank if alpha is None else alpha)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
+        rank = as_count("rank", rank, 1)
         config = LoraConfig(
             r=rank,
-            lora_alpha=rank if alpha is None else alpha,
+            lora_alpha=rank if alpha is None else as_count("alpha", alpha, 1),
             target_modules="all-linear",
             lora_dropout=0.0,
             task_type="CAUSAL_LM",

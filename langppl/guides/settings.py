@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from langppl.guides import objectives
 from langppl.guides.schedules import RewardSchedule
+from langppl.lm.counts import as_count
 
 OBJECTIVES = (
     "auto",
@@ -30,6 +31,22 @@ OF_WHOLE_DRAWS = {
     "rws": objectives.wake,
 }
 """Those of ON_POLICY that need nothing but log R and log q."""
+
+
+_COUNTS = {
+    "steps": 1,
+    "batch": 2,
+    "observations": 1,
+    "warmup": 0,
+    "replay_size": 0,
+    "draw_ahead": 1,
+    "every": 1,
+    "validate_every": 1,
+    "validation_samples": 1,
+    "accumulate": 1,
+    "checkpoint_every": 1,
+}
+"""Settings that are numbers of things, and the least of each."""
 
 
 def check_objective(objective: str) -> None:
@@ -74,24 +91,8 @@ class Settings:
     checkpoint_every: int
 
     def __post_init__(self) -> None:
-        at_least_one = {
-            k: getattr(self, k)
-            for k in (
-                "steps",
-                "observations",
-                "draw_ahead",
-                "every",
-                "validate_every",
-                "validation_samples",
-                "accumulate",
-                "checkpoint_every",
-            )
-        }
-        for name, value in at_least_one.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.batch < 2:
-            raise ValueError(f"need batch >= 2, got batch={self.batch}")
+        for name, least in _COUNTS.items():
+            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         for name in ("learning_rate", "head_rate", "lam"):
@@ -100,10 +101,6 @@ class Settings:
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
         if not self.clip > 0.0:
             raise ValueError(f"clip must be above 0 (math.inf for none), got {self.clip!r}")
-        for name, least in (("warmup", 0), ("replay_size", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if not 0.0 < self.given_share <= 1.0:
             raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
         if not 0.0 <= self.average <= 1.0:
@@ -125,8 +122,8 @@ class Settings:
                 "sampling_temperature must be above 0, or a range (low, high) of such numbers, "
                 f"got {self.sampling_temperature}"
             )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, or None, got {self.patience}")
+        if self.patience is not None:
+            object.__setattr__(self, "patience", as_count("patience", self.patience, 1))
 
     def as_used(self) -> Settings:
         """With what the objective leaves no choice of."""

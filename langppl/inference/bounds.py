@@ -43,7 +43,7 @@ from langppl.guides.identity import of_function
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import as_program, given_guide
-from langppl.inference.settings import check_count, check_options
+from langppl.inference.settings import check_options
 from langppl.inference.simulated import (
     Pair,
     check_same_observed,
@@ -52,6 +52,7 @@ from langppl.inference.simulated import (
     simulate_pairs,
 )
 from langppl.inference.smc import run_crowd
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, generator
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
@@ -223,8 +224,8 @@ def evidence_bounds(
         >>> found.lower < found.upper
         True
     """
-    check_count("num_samples", num_samples, 1)
-    check_count("num_observations", num_observations, 1)
+    num_samples = as_count("num_samples", num_samples, 1)
+    num_observations = as_count("num_observations", num_observations, 1)
     if not callable(method) and method not in ("importance", "smc"):
         raise ValueError(f'method must be "importance", "smc" or a function, got {method!r}')
     if options and method != "smc":

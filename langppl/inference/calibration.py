@@ -34,7 +34,7 @@ from langppl import diagnostics
 from langppl.guides import Guide
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import CHAINS, as_program, given_guide, infer
-from langppl.inference.settings import METHODS, check_count, check_options
+from langppl.inference.settings import METHODS, check_options
 from langppl.inference.simulated import (
     check_same_observed,
     check_same_observed_by,
@@ -42,6 +42,7 @@ from langppl.inference.simulated import (
     score_truths,
     simulate_pairs,
 )
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, generator
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -264,9 +265,9 @@ def calibrate(
         >>> sorted(found.ranks)
         ['log p(observations | latents)', 'middle: log p', 'middle: tokens']
     """
-    check_count("simulations", simulations, 2)
-    check_count("num_samples", num_samples, 1)
-    check_count("draws", draws, 1)
+    simulations = as_count("simulations", simulations, 2)
+    num_samples = as_count("num_samples", num_samples, 1)
+    draws = as_count("draws", draws, 1)
     methods = tuple(dict.fromkeys(("importance", "raw", *METHODS)))
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")

@@ -11,8 +11,8 @@ from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
 from langppl.inference.methods import as_program, infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
-from langppl.inference.settings import check_count
 from langppl.lm import LM
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
@@ -85,7 +85,7 @@ def compare(
         True
     """
     wanted = rows_of(guides, methods, rows, DEFAULT_GUIDES)
-    check_count("num_samples", num_samples, 1)
+    num_samples = as_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
     program = as_program(model, args, seed)
     before = remembered(program.memo)

@@ -12,7 +12,8 @@ from langppl.guides import Guide
 from langppl.guides.observations import pairs_of
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, as_program, check_names, given_guide, infer
-from langppl.inference.settings import check_count, check_options
+from langppl.inference.settings import check_options
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, generator
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -62,7 +63,7 @@ def infer_many(
         >>> [p.log_evidence for p in found]  # doctest: +SKIP
     """
     check_names(method, guide)
-    check_count("num_samples", num_samples, 1)
+    num_samples = as_count("num_samples", num_samples, 1)
     check_options(method, options)
     seed = as_seed(seed)
     settings: dict[str, Any] = {"method": method, "num_samples": num_samples, **options}

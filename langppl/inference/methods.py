@@ -11,9 +11,10 @@ from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
-from langppl.inference.settings import METHODS, OPTIONS, check_count, check_values
+from langppl.inference.settings import METHODS, OPTIONS, check_values
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
@@ -99,7 +100,7 @@ def infer(
         >>> middles = posterior.probabilities("middle")
     """
     check_names(method, guide)
-    check_count("num_samples", num_samples, 1)
+    num_samples = as_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
     options = {
         "limit": limit,

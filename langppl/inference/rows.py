@@ -9,7 +9,8 @@ from typing import Any
 
 from langppl.guides import Guide
 from langppl.inference.methods import check_names, infer
-from langppl.inference.settings import METHODS, OPTIONS, check_count, check_values
+from langppl.inference.settings import METHODS, OPTIONS, check_values
+from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 
 GuideOrName = str | Guide
@@ -127,7 +128,7 @@ def _check_options(method: str, options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{name!r} in {where} {what}; options are: {', '.join(known)}")
     values = dict(options)
     if "num_samples" in values:
-        check_count("num_samples", values.pop("num_samples"), 1)
+        as_count("num_samples", values.pop("num_samples"), 1)
     if "seed" in values:
         as_seed(values.pop("seed"))
     check_values(**values)

@@ -10,6 +10,7 @@ from typing import Any
 from langppl.inference.kernels import check_tail_share
 from langppl.inference.resampling import SCHEMES
 from langppl.inference.twists import check_twist
+from langppl.lm.counts import as_count
 
 METHODS = ("importance", "smc", "mh", "exact")
 OPTIONS = {
@@ -31,12 +32,6 @@ OPTIONS = {
 _LEAST = {"every": 1, "rejuvenation": 0, "chains": 1, "warmup": 0, "thin": 1}
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless a number is an integer of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
 def check_values(**options: Any) -> None:
     """Checks options of any method, by the names that `infer` has for them.
 
@@ -46,7 +41,7 @@ def check_values(**options: Any) -> None:
     """
     for name, value in options.items():
         if name in _LEAST and not (name == "warmup" and value is None):
-            check_count(name, value, _LEAST[name])
+            as_count(name, value, _LEAST[name])
     scheme = options.get("resampling", SCHEMES[0])
     if scheme not in SCHEMES:
         raise ValueError(f"unknown resampling {scheme!r}; schemes are: {', '.join(SCHEMES)}")

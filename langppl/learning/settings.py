@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from langppl.inference.settings import METHODS
+from langppl.lm.counts import as_count
 
 WEIGHTS = ("importance", "guide")
 
@@ -30,8 +31,7 @@ class Settings:
         if self.resample is not None:
             counts["resample"] = self.resample
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, as_count(name, value, 1))
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; methods are: {', '.join(METHODS)}")
         if self.weights not in WEIGHTS:

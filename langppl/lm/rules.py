@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from langppl.lm.counts import as_count
 from langppl.lm.grammars import Grammar
 from langppl.lm.matcher import tokenizer_of
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
@@ -53,11 +54,6 @@ STEP_BYTES = 64 * 2**20
 _STATE_BYTES = 1024
 _MOST_TRIED, _MOST_FOLLOWERS = 256, 64
 _Kind = tuple[bool, int, bytes, bytes]
-
-
-def _positive_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _as_filter(name: str, value: object) -> TokenFilter | None:
@@ -122,9 +118,9 @@ class StringRules:
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "allow", _as_filter("allow", self.allow))
         object.__setattr__(self, "ban", _as_filter("ban", self.ban))
-        _positive_int("min_tokens", self.min_tokens, 0)
+        object.__setattr__(self, "min_tokens", as_count("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None:
-            _positive_int("max_tokens", self.max_tokens, 1)
+            object.__setattr__(self, "max_tokens", as_count("max_tokens", self.max_tokens, 1))
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters
+from langppl.lm.counts import as_count
 from langppl.lm.formats import check_format
 from langppl.lm.requests import alone
 from langppl.lm.seeds import as_seed, seeded
@@ -60,10 +61,7 @@ class TrainableLM:
             raise ValueError(
                 f'a trainable\'s name is made of letters, digits, "_" and "-", got {label!r}'
             )
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int) or alpha < 1:
-            raise ValueError(f"alpha must be an integer of at least 1, got {alpha!r}")
+        rank, alpha = as_count("rank", rank, 1), as_count("alpha", alpha, 1)
         self.lm = lm
         self.label = label
         self.adapter = f"trainable-{label}"

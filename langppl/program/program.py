@@ -14,6 +14,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
+from langppl.lm.counts import as_count
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
 from langppl.program.discovery import discover, retrace, take_over
@@ -363,11 +364,7 @@ class Program:
                             f"site {name!r} is an open string; say how long it is to be: "
                             f"simulate(..., lengths={{{name!r}: 10}})"
                         )
-                    length = lengths[name]
-                    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-                        raise ValueError(
-                            f"lengths[{name!r}] must be an integer of at least 1, got {length!r}"
-                        )
+                    length = as_count(f"lengths[{name!r}]", lengths[name], 1)
                     drawn = fn.draw_open((*key, name), length)
                     if drawn is None:
                         raise _EndedEarly(

@@ -97,7 +97,7 @@ def test_names_that_cannot_be_an_adapter_s_are_refused(lm, name):
 
 
 def test_a_rank_below_one_is_refused_and_leaves_nothing_behind(lm):
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got 0"):
         lm.trainable("v", rank=0)
     assert lm.trainables == () and not adapters.names(lm.model)
 
