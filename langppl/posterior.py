@@ -17,7 +17,6 @@ Example:
 
 from __future__ import annotations
 
-import enum
 import functools
 import importlib
 import json
@@ -25,9 +24,9 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import rich.box
@@ -36,14 +35,22 @@ import rich.table
 import rich.text
 import torch
 
-from langppl import diagnosis, diagnostics
+from langppl import diagnosis, diagnostics, summary
 from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
-from langppl.distributions.text import Text
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
-from langppl.tables import Report, moments, pandas_for, shown
+from langppl.records import decode, encode, floats, numbers, optional, write_atomically
+from langppl.tables import Report, pandas_for
+from langppl.values import (
+    ABSENT,
+    RETURN,
+    Absent,
+    UnknownSiteError,
+    hashable_key,
+    plain,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -53,43 +60,6 @@ __all__ = ["ABSENT", "Absent", "Posterior", "UnknownSiteError"]
 
 _FORMAT = "langppl-posterior"
 _VERSION = 1
-_TOP_VALUES = 5
-_LONGEST_VALUE = 160
-
-RETURN: Final = "_RETURN"
-"""The name of what the model returned, as in Pyro's traces."""
-
-
-class Absent(enum.Enum):
-    """The type of `ABSENT`."""
-
-    ABSENT = "(absent)"
-
-    def __str__(self) -> str:
-        """`(absent)`, as it is printed in tables."""
-        return "(absent)"
-
-    __repr__ = __str__
-
-
-ABSENT: Final = Absent.ABSENT
-"""The value of a latent in executions that never reached it.
-
-Its text is "(absent)", but it equals no string, so a latent that really takes the value "(absent)"
-keeps a row of its own.
-"""
-
-
-class UnknownSiteError(KeyError):
-    """A value was asked for that no sample has."""
-
-    def __str__(self) -> str:
-        """The message itself: `KeyError` would print it in quotation marks."""
-        return str(self.args[0])
-
-
-class _UncountableError(TypeError):
-    """Values that cannot be told apart by hashing have no table of probabilities."""
 
 
 class Posterior(Report):
@@ -200,7 +170,7 @@ class Posterior(Report):
         except ValueError as error:
             if not self.failed_sites:
                 raise
-            where = _counts(self.failed_sites)
+            where = summary.failed_at(self.failed_sites)
             raise ValueError(f"{error}; the log probability is not finite at {where}") from None
         self._check_length("log_weights", self.log_weights)
         self.returns = None if returns is None else list(returns)
@@ -234,7 +204,7 @@ class Posterior(Report):
             if log_evidence_error is not None:
                 self.log_evidence_error = float(log_evidence_error)
         if not self._possible:
-            warnings.warn(self._failure(), InferenceWarning, stacklevel=2)
+            warnings.warn(summary.failure(self), InferenceWarning, stacklevel=2)
 
     def _estimate_evidence(self) -> None:
         evidence, spread = diagnostics.log_evidence(self.log_weights)
@@ -364,7 +334,7 @@ class Posterior(Report):
         parts: dict[Any, list[float]] = {}
         for value, weight in zip(self._column(site, ABSENT), self.weights, strict=True):
             if weight > 0.0:
-                parts.setdefault(_hashable_key(site, value), []).append(float(weight))
+                parts.setdefault(hashable_key(site, value), []).append(float(weight))
         table = {value: math.fsum(weights) for value, weights in parts.items()}
         return dict(sorted(table.items(), key=lambda item: -item[1]))
 
@@ -515,7 +485,7 @@ class Posterior(Report):
         """
         pd = pandas_for("Posterior.to_pandas")
         columns: dict[str, Any] = {
-            name: [_plain(value) for value in self._column(name, None)] for name in self._names
+            name: [plain(value) for value in self._column(name, None)] for name in self._names
         }
         numbers = {
             "log_weight": self.log_weights,
@@ -565,8 +535,8 @@ class Posterior(Report):
             "method": self.method,
             "guide": self.guide,
             "sites": list(self.sites),
-            "log_evidence": _optional(self.log_evidence),
-            "log_evidence_error": _optional(self.log_evidence_error),
+            "log_evidence": optional(self.log_evidence),
+            "log_evidence_error": optional(self.log_evidence_error),
             "elapsed": self.elapsed,
             "failed_sites": self.failed_sites,
             "notes": notes,
@@ -574,10 +544,10 @@ class Posterior(Report):
             "resampled": self.resampled,
             "moves": list(self.moves),
             "chains": None if self.chains is None else self.chains.to_json(),
-            "log_weights": _numbers(self.log_weights),
-            "log_joint": _numbers(self.log_joint),
-            "log_q": _numbers(self.log_q),
-            "site_log_probs": {k: _numbers(v) for k, v in self.site_log_probs.items()},
+            "log_weights": numbers(self.log_weights),
+            "log_joint": numbers(self.log_joint),
+            "log_q": numbers(self.log_q),
+            "site_log_probs": {k: numbers(v) for k, v in self.site_log_probs.items()},
             "returns": encoded_returns,
             # Files of posteriors that have none are as they were before there were any.
             **({"computed": computed} if self.computed_sites else {}),
@@ -585,7 +555,8 @@ class Posterior(Report):
                 {site: encode(value) for site, value in sample.items()} for sample in self.samples
             ],
         }
-        _write_atomically(Path(path), json.dumps(content, allow_nan=False, indent=1) + "\n")
+        text = json.dumps(content, allow_nan=False, indent=1) + "\n"
+        write_atomically(Path(path), text, "posterior")
 
     def _encoded_computed(self, notes: list[str]) -> list[dict[str, Any]]:
         """The computed values in strict JSON, a note for each name that it cannot hold."""
@@ -634,7 +605,7 @@ class Posterior(Report):
                     {site: decode(value) for site, value in sample.items()}
                     for sample in content["samples"]
                 ],
-                log_weights=_floats(content["log_weights"]),
+                log_weights=floats(content["log_weights"]),
                 log_evidence=math.nan if evidence is None else float(evidence),
                 log_evidence_error=None if spread is None else float(spread),
                 method=content["method"],
@@ -646,8 +617,8 @@ class Posterior(Report):
                 computed=None
                 if computed is None
                 else [{name: decode(value) for name, value in row.items()} for row in computed],
-                log_joint=_floats(content["log_joint"]),
-                log_q=_floats(content["log_q"]),
+                log_joint=floats(content["log_joint"]),
+                log_q=floats(content["log_q"]),
                 site_log_probs={
                     site: [float(v) for v in values]
                     for site, values in content.get("site_log_probs", {}).items()
@@ -724,122 +695,15 @@ class Posterior(Report):
 
     def __rich__(self) -> rich.console.RenderableType:
         """A table of each site's likeliest values, and below it what they are worth."""
-        lines = [rich.text.Text(line) for line in self._summary()]
-        if not self._possible or not self._names:
-            return rich.console.Group(*lines)
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.add_column("site", overflow="fold")
-        table.add_column("value", overflow="fold")
-        table.add_column("probability", justify="right", no_wrap=True)
-        for site in self._names:
-            name = site
-            for value, probability in self._rows(site):
-                table.add_row(rich.text.Text(name), rich.text.Text(value), probability)
-                name = ""
-            table.add_section()
-        return rich.console.Group(table, rich.text.Text(""), *lines)
+        return summary.report(self)
 
     @property
     def _exact(self) -> bool:
         return self.method == "exact"
 
-    def _rows(self, site: str) -> list[tuple[str, str]]:
-        """The likeliest values of a site as shown, the rest in one row; a mean for numbers."""
-        try:
-            table = self.probabilities(site)
-        except _UncountableError:
-            kinds = dict.fromkeys(type(v).__name__ for v in self._column(site, ABSENT))
-            return [(f"not hashable ({', '.join(kinds)})", "")]
-        numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
-        if len(numeric) > _TOP_VALUES:
-            rows = [(moments(numeric), _percentage(math.fsum(numeric.values())))]
-            table = {v: p for v, p in table.items() if v not in numeric}
-        else:
-            rows = []
-        top = list(table.items())[:_TOP_VALUES]
-        rows += [(shown(value, _LONGEST_VALUE), _percentage(p)) for value, p in top]
-        others = list(table.values())[_TOP_VALUES:]
-        if others:
-            rows.append((f"{len(others)} more", _percentage(math.fsum(others))))
-        return rows
-
-    def _summary(self) -> list[str]:
-        """The lines under the table."""
-        kind = "points" if self._exact else "samples"
-        lines = [] if self._possible else [self._failure()]
-        if self._possible:
-            lines.append(self._evidence_line())
-            if self.chains is not None:
-                lines += self.chains.lines()
-            elif not self._exact:
-                lines.append(
-                    f"ESS {self.ess:.1f} of {self.num_samples} samples, "
-                    f"Pareto k {_unknown(self.pareto_k)}"
-                )
-            if self.resampled:
-                left = len(set(self.ancestors or ()))
-                lines.append(
-                    f"resampled {self.resampled} times: the samples descend from {left} of "
-                    f"{self.num_samples} first particles, which is what ESS counts"
-                )
-            tried, accepted = self.moves
-            if tried:
-                lines.append(f"{accepted} of {tried} Metropolis–Hastings moves were accepted")
-            if self.impossible_share > 0.0:
-                lines.append(f"{self.impossible_share:.1%} of the samples are impossible")
-        elapsed = "" if self.elapsed is None else f", {self.elapsed:.1f} s"
-        lines.append(
-            f"method {self.method}, guide {self.guide}, {self.num_samples} {kind}{elapsed}"
-        )
-        return [*lines, *self.notes]
-
-    def _evidence_line(self) -> str:
-        """The evidence, and in words whether its error can be trusted."""
-        if self.log_evidence is None or self.log_evidence_error is None:
-            return f"log evidence is not estimated by method {self.method}"
-        value = f"log evidence {self.log_evidence:.3f}"
-        if self._exact:
-            return f"{value} nats (exact)"
-        if math.isnan(self.log_evidence_error):
-            value += " nats (its error is not known)"
-        else:
-            value += f" ± {self.log_evidence_error:.3f} nats"
-        if self.reliable:
-            return value
-        if math.isnan(self.pareto_k):
-            return (
-                f"{value}: this error cannot be trusted, there are too few weighted samples "
-                f"to judge their tail"
-            )
-        threshold = diagnostics.pareto_k_threshold(self.num_samples)
-        return (
-            f"{value}: this error cannot be trusted, Pareto k {self.pareto_k:.2f} is above "
-            f"{threshold:.2f}; draw more samples or use a better guide"
-        )
-
-    def _failure(self) -> str:
-        """Why no sample has weight, and what to try."""
-        what = "point of the support" if self._exact else "sample"
-        text = f"no {what} explains the observations: all {self.num_samples} have weight zero. "
-        if self.failed_sites:
-            text += f"The log probability is -inf at {_counts(self.failed_sites)}. "
-        else:
-            text += "The site that failed is not recorded. "
-        text += (
-            "Try: check that an observed value there can be produced under its site's rules "
-            "(stop, max_tokens, min_tokens, ban, allow, grammar), and that a latent with "
-            'truncate="reject" has room to finish'
-        )
-        if not self._exact:
-            text += (
-                "; draw more samples; or use a guide that reads the observations "
-                '("prompted", "gflownet")'
-            )
-        return text + "."
-
     def _require_weight(self) -> None:
         if not self._possible:
-            raise ValueError(self._failure())
+            raise ValueError(summary.failure(self))
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -878,141 +742,3 @@ class Posterior(Report):
             raise ValueError(f"{name} must have shape [n], got {array.shape}")
         self._check_length(name, array)
         return array
-
-
-def _plain(value: Any) -> Any:
-    """A site's value as plain Python: `str`, number or (nested) list."""
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().tolist()
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return value
-
-
-def _key(value: Any) -> Any:
-    """A site's value as a key: equal values have equal keys."""
-    value = _plain(value)
-    if isinstance(value, (bool, int, float)):
-        return _float_key(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(_key(entry) for entry in value)
-    return value
-
-
-def _float_key(value: float) -> float:
-    """A number as a float; an integer that no float equals as it is, so that it stays itself."""
-    try:
-        number = float(value)
-    except OverflowError:
-        return value
-    return value if isinstance(value, int) and number != value else number
-
-
-def _hashable_key(site: str, value: Any) -> Any:
-    """The value's key, if it has one."""
-    key = _key(value)
-    try:
-        hash(key)
-    except TypeError:
-        raise _UncountableError(
-            f"{site!r} has values that are not hashable, such as {shown(value, _LONGEST_VALUE)} "
-            f"({type(value).__name__}), so they have no table of probabilities; make them strings, "
-            "numbers or tuples in the model, or use expect"
-        ) from None
-    return key
-
-
-def _percentage(probability: float) -> str:
-    return "<0.001" if 0.0 < probability < 0.0005 else f"{probability:.3f}"
-
-
-def _unknown(number: float) -> str:
-    return "unknown" if math.isnan(number) else f"{number:.2f}"
-
-
-def _counts(failed_sites: Mapping[str, int]) -> str:
-    """Sites and how often each failed, the most frequent first."""
-    ordered = sorted(failed_sites.items(), key=lambda item: -item[1])
-    return ", ".join(f"site {name!r} (in {count} samples)" for name, count in ordered)
-
-
-def _number(value: float) -> float | str:
-    """A float in strict JSON, which has no infinities: "-inf", "inf", "nan"."""
-    return float(value) if math.isfinite(value) else str(float(value))
-
-
-def _optional(value: float | None) -> float | str | None:
-    return None if value is None else _number(value)
-
-
-def _numbers(values: Iterable[float] | None) -> list[float | str] | None:
-    return None if values is None else [_number(value) for value in values]
-
-
-def _floats(values: Iterable[float | str] | None) -> list[float] | None:
-    """The inverse of `_numbers`."""
-    return None if values is None else [float(value) for value in values]
-
-
-def encode(value: Any) -> Any:
-    """A sample's value in strict JSON; objects mark the types that JSON lacks."""
-    if isinstance(value, Text):
-        ids = None if value.ids is None else list(value.ids)
-        return {"text": str(value), "ids": ids, "tokenizer": value.tokenizer}
-    if isinstance(value, str):
-        return str(value)
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"float": _number(value)}
-    if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": encode(value.detach().cpu().tolist()), "dtype": dtype}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return encode(value.tolist())
-    if isinstance(value, list):
-        return [encode(entry) for entry in value]
-    if isinstance(value, tuple):
-        return {"tuple": [encode(entry) for entry in value]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {str(key): encode(entry) for key, entry in value.items()}}
-    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode`."""
-    if isinstance(value, list):
-        return [decode(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if "text" in value:
-        return Text(value["text"], value["ids"], value["tokenizer"])
-    if "float" in value:
-        return float(value["float"])
-    if "tensor" in value:
-        dtype = getattr(torch, value["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{value['dtype']!r} is not a tensor type")
-        return torch.tensor(decode(value["tensor"]), dtype=dtype)
-    if "tuple" in value:
-        return tuple(decode(entry) for entry in value["tuple"])
-    return {key: decode(entry) for key, entry in value["dict"].items()}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a broken write never looks like a good file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        # Errors of the temporary file, or of a folder above, would not say what was to be written.
-        mend = "give a file in a folder that can be written to"
-        reason = f"the posterior cannot be saved ({error.strerror}); {mend}"
-        raise OSError(error.errno, reason, str(path)) from error

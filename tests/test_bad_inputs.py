@@ -255,7 +255,9 @@ def test_empty_dataset(guide: lp.GFlowNetGuide) -> None:
 
 
 def test_a_dataset_of_no_tuples(guide: lp.GFlowNetGuide) -> None:
-    with pytest.raises(TypeError, match="must be a tuple of the model's arguments, or a mapping .*, got 'ab'"):
+    with pytest.raises(
+        TypeError, match=r"must be a tuple of the model's arguments, or a mapping .*, got 'ab'"
+    ):
         guide.fit(story, data=["ab"], steps=1)
 
 

@@ -18,11 +18,11 @@ from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
-from langppl.posterior import decode, encode
 from langppl.program import Program
 from langppl.program.execution import Execution, Site, given, is_plain, score_all
 from langppl.program.scheduler import run
 from langppl.program.statements import hashable
+from langppl.records import decode, encode
 
 
 @dataclass
