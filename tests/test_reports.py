@@ -82,7 +82,7 @@ def test_the_lines() -> None:
     assert repr(REPORTS["EMResult"][0]) == "EMResult(guide=None, trainables=())"
     assert repr(REPORTS["Calibration"][0]) == (
         "Calibration(guide='prior', method='exact', simulations=80, draws=3, num_samples=1, "
-        "median_ess=None)"
+        "median_ess=None, unknown_ess=0)"
     )
 
 

@@ -177,7 +177,7 @@ def test_an_execution_that_fails_keeps_what_it_computed_before() -> None:
 
 
 def test_em_keeps_them_too() -> None:
-    (found,) = posteriors([lp.compile(counted)], None, "importance", 8, (0,), lambda n: None)
+    (found,) = posteriors([lp.compile(counted)], None, "importance", 8, (0,), lambda n: None, {})
     assert found["length"] == [len(z) for z in found["z"]]
 
 
