@@ -39,6 +39,8 @@ from langppl import diagnosis, diagnostics, summary
 from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
+from langppl.lm.seeds import as_seed
+from langppl.program import Program
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
 from langppl.records import decode, encode, floats, numbers, optional, write_atomically
@@ -415,11 +417,12 @@ class Posterior(Report):
         """The numbers of n samples drawn by weight."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        rng = np.random.default_rng(seed)
+        # numpy takes no negative ones.
+        rng = np.random.default_rng(as_seed(seed) % 2**128)
         return [int(i) for i in rng.choice(self.num_samples, size=n, p=self.weights)]
 
     def predict(
-        self, model: Model, *args: Any, num_samples: int | None = None, seed: int = 0
+        self, model: Model | Program, *args: Any, num_samples: int | None = None, seed: int = 0
     ) -> list[dict[str, Any]]:
         """Runs a second model on posterior draws: Bayesian model averaging.
 
@@ -427,7 +430,7 @@ class Posterior(Report):
         values; its other latents are sampled. What it observes is not weighed.
 
         Args:
-            model: a model function.
+            model: a model function, or a compiled `Program` (then without `args`).
             *args: its arguments.
             num_samples: posterior draws to run it on; as many as there are samples if None.
             seed: equal seeds give equal predictions.
@@ -438,7 +441,11 @@ class Posterior(Report):
 
         Raises:
             ValueError: if no sample has weight, or the model has none of this posterior's sites.
+            TypeError: for a compiled program with arguments, or a seed that is no integer.
         """
+        if isinstance(model, Program) and args:
+            raise TypeError("a compiled Program has its arguments already; give none")
+        seed = as_seed(seed)
         chosen = self._draw(self.num_samples if num_samples is None else num_samples, seed)
         draws = [dict(self.samples[i]) for i in chosen]
 
@@ -446,7 +453,11 @@ class Posterior(Report):
             def prior(name: str, fn: Any, execution: Execution) -> Choice:
                 return draw_prior(fn, (seed, "predict", i, name))
 
-            execution = run_once(model, args, given(values, prior))
+            choose = given(values, prior)
+            if isinstance(model, Program):
+                execution = model.run_once(choose, forgive=False)
+            else:
+                execution = run_once(model, args, choose)
             if not any(name in execution.sites for name in self.sites):
                 raise ValueError(
                     f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "

@@ -474,12 +474,13 @@ def _list_executions(guide: Guide, program: Program, most: int) -> list[Executio
     while pending:
         batch, pending = pending[-1024:], pending[:-1024]
         found = run_many([functools.partial(task, values) for values in batch], program.memo)
-        for values, result in zip(batch, found, strict=True):
+        for at, (values, result) in enumerate(zip(batch, found, strict=True)):
             if isinstance(result, Execution):
                 done.append(result)
                 continue
             pending += [{**values, result.name: v} for v, _ in _values(result.fn, most)]
-            if len(pending) + len(done) > most:
+            # The rest of the batch, each at least one execution, is in no list yet.
+            if len(pending) + len(done) + len(batch) - at - 1 > most:
                 raise ValueError(f"more than {most} executions")
     return done
 

@@ -208,7 +208,7 @@ def test_weights_of_programs_are_how_often_they_are_taken(
     trainer = object.__new__(Trainer)
     each = [[w / n] * n for w, n in zip(weights, rows, strict=True)]
     trainer.weights = np.array([*each[0], *each[1]])
-    trainer.observations, trainer.slots = [None] * sum(rows), 2  # type: ignore[list-item]
+    trainer.pools = [range(0), range(0)]
     trainer.guide = type("Seeded", (), {"seed": 0})()  # type: ignore[assignment]
     steps = 2000
     taken = Counter(trainer.pick(slot, step) < rows[0] for step in range(steps) for slot in (0, 1))
@@ -218,24 +218,59 @@ def test_weights_of_programs_are_how_often_they_are_taken(
 
 
 @pytest.mark.parametrize(("count", "slots"), [(5, 4), (7, 4), (6, 4), (8, 4), (10, 3), (4, 4)])
-def test_rows_are_taken_equally_often(count: int, slots: int) -> None:
+def test_rows_count_equally(count: int, slots: int) -> None:
     from langppl.guides.training import Trainer
 
-    trainer = object.__new__(Trainer)
-    trainer.weights, trainer.slots = None, slots
-    trainer.observations = [None] * count  # type: ignore[list-item]
-    trainer.guide = type("Seeded", (), {"seed": 0})()  # type: ignore[assignment]
-    period = math.lcm(count, slots) // slots
-    taken: Counter[int] = Counter()
-    for step in range(3 * period):
+    def story(seen: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", stop=".", max_tokens=3))
+        lp.sample("x", lp.LMString(LM, f"a{z}"), obs=seen)
+
+    trainers: list[Trainer] = []
+    run = Trainer.run
+
+    def kept(self: Trainer, *args: Any) -> None:
+        trainers.append(self)
+        run(self, *args)
+
+    guide = lp.GFlowNetGuide(LM, rank=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run", kept)
+        data = [("ab",)] * count
+        guide.fit(story, data, steps=1, observations=slots, batch=2, progress=False)
+    (trainer,) = trainers
+    steps = 2 * math.lcm(*(len(pool) for pool in trainer.pools))
+    weight: Counter[int] = Counter()
+    for step in range(steps):
         own = [trainer.pick(slot, step) for slot in range(slots)]
         assert len(set(own)) == slots
-        taken.update(own)
-    assert taken == dict.fromkeys(range(count), 3 * period * slots // count)
-    orders = {
-        tuple(trainer.pick(0, turn * period + k) for k in range(period)) for turn in range(20)
-    }
-    assert (len(orders) > 1) == (count > slots)
+        weight.update({k: trainer.observations[k].share for k in own})  # type: ignore[dict-item]
+    assert weight == pytest.approx(dict.fromkeys(range(count), steps * slots / count))
+    if count % slots == 0:
+        assert {o.share for o in trainer.observations} == {1.0}
+
+
+def test_the_share_of_a_row_weighs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from langppl.guides import training
+
+    def story(seen: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", stop=".", max_tokens=3))
+        lp.sample("x", lp.LMString(LM, f"a{z}"), obs=seen)
+
+    found = []
+    for scale in (1.0, 3.0):
+        plain = training.Trainer.step
+
+        def step(self: Any, at: int, scale: float = scale, plain: Any = plain) -> Any:
+            for own in self.observations:
+                own.share = scale
+            return plain(self, at)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Trainer, "step", step)
+            guide = lp.GFlowNetGuide(LM, rank=2)
+            guide.fit(story, [("ab",)], steps=1, batch=4, progress=False)
+        found.append(guide.history["grad"][0])
+    assert found[1] == pytest.approx(3.0 * found[0], rel=1e-4)
 
 
 def test_an_impossible_part_leaves_the_others_their_rewards() -> None:

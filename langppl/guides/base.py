@@ -113,6 +113,11 @@ class Guide(ABC):
         """
         if isinstance(rows, Mapping):
             raise TypeError("log_q takes a list of mappings (latent → value), got one mapping")
+        if not isinstance(program, Program):
+            raise TypeError(
+                "log_q takes a compiled Program, as lp.compile(model, *args) makes it, got "
+                f"{program!r}"
+            )
         self.check(program)
         return log_q_together(self, [(program, row) for row in rows])
 

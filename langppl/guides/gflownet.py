@@ -338,9 +338,9 @@ class GFlowNetGuide(Guide):
                 when its observation is first taken.
             steps: gradient steps.
             observations: how many observations a step takes, all in one packed pass; 4, or all if
-                there are fewer, if None. Each is taken as often as the others, in an order that is
-                drawn anew for every round (for some rounds, where their number is no multiple of
-                this and a step ends one round and begins the next).
+                there are fewer, if None. Each counts as much as the others: it is taken as often,
+                in an order of its own for every round, or, where their number is no multiple of
+                this, nearly as often, with a weight that makes up for it.
             batch: trajectories of each observation in a step, at least 2.
             objective: another than the guide's own, as for a warm start with `"forward_kl"`.
             learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).

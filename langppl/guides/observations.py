@@ -120,6 +120,7 @@ class Observation:
         ready: the guide's own draws that wait for their step.
         given: draws from elsewhere that do; None while they were not looked at.
         again: draws that are given once more when these are used up.
+        share: how much its loss counts in a step, 1 where all are taken equally often.
         anchors: for each independent piece of the program, power of the reward and the estimate of
             log Z (nats) that given draws are held to.
     """
@@ -133,6 +134,7 @@ class Observation:
     ) -> None:
         self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
         self._program: Program | None = None
+        self.share = 1.0
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []

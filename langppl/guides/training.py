@@ -73,8 +73,14 @@ class Trainer:
         self._trained_on = {id(o) for o in observations}
         self.lm = guide.lm
         self.drawing = Drawing(guide.proposer, settings, guide.seed)
-        self.slots = min(settings.observations, len(observations))
+        slots = min(settings.observations, len(observations))
+        self.pools = [range(j, len(observations), slots) for j in range(slots)]
         self.weights = weights
+        if weights is None:
+            # One out of a larger pool is taken less often, and counts for more in turn.
+            for pool in self.pools:
+                for k in pool:
+                    observations[k].share = len(pool) * slots / len(observations)
         # Adding an adapter injects new tensors; those of this guide are found by its name.
         self.named = {
             n.replace(f".{guide.adapter}.", "."): p
@@ -200,7 +206,7 @@ class Trainer:
         """One gradient step; returns the figures to report."""
         settings, number = self.settings, self.done + step
         power = settings.schedule.power(step, settings.steps)
-        mine = [j for j in range(self.slots) if j % self.workers.count == self.workers.rank]
+        mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
         chosen = [(j, self.observations[self.pick(j, number)]) for j in mine]
         self.optimiser.zero_grad(set_to_none=True)
         self.prepare([o for _, o in chosen])
@@ -236,26 +242,20 @@ class Trainer:
 
     def pick(self, slot: int, step: int) -> int:
         """Which observation a slot takes in a step, counted over all calls of `fit`."""
-        count, slots, seed = len(self.observations), self.slots, self.guide.seed
+        pool, seed = self.pools[slot], self.guide.seed
         if self.weights is not None:
             # Systematic: each as often as its weight says, and once in a step if that is enough.
             rng = generator((seed, "observation", step))
-            order = rng.permutation(count)
+            order = rng.permutation(len(self.weights))
             edges = self.weights[order].cumsum() / self.weights.sum()
-            point = (rng.random() + slot) / slots
+            point = (rng.random() + slot) / len(self.pools)
             chosen = int(np.searchsorted(edges, point, side="right"))
-            return int(order[min(chosen, count - 1)])
-        if count == slots:
-            return slot
-        if count % slots == 0:
-            # A slot keeps to its own, so that the process that it is of has all their draws.
-            turn, at = divmod(step, count // slots)
-            own = range(slot, count, slots)
-            return int(generator((seed, "order", turn, slot)).permutation(own)[at])
-        # Round and round in one order until a round and a step end together.
-        turn, at = divmod(step, count // math.gcd(count, slots))
-        order = generator((seed, "order", turn)).permutation(count)
-        return int(order[(at * slots + slot) % count])
+            return int(order[min(chosen, len(order) - 1)])
+        if len(pool) == 1:
+            return pool[0]
+        # A slot keeps to its own rows, so that its process has all their draws.
+        turn, at = divmod(step, len(pool))
+        return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
 
     # -- the loss -----------------------------------------------------------------------------
 
@@ -323,7 +323,9 @@ class Trainer:
                 parts = (*turn.own, *turn.simulated)[0].parts
                 sites = ", ".join(sorted(p.site.name for p in parts))
                 raise FloatingPointError(f"the loss is {value} at step {number}, sites {sites}")
-        (torch.stack(losses).sum() / self.slots).backward()
+        shares = [t.observation.share for t in turns]
+        weighted = [s * loss for s, loss in zip(shares, losses, strict=True)]
+        (torch.stack(weighted).sum() / len(self.pools)).backward()
         if self.settings.replay_share:
             owned = [(t.observation.buffer, d) for t in turns for d in t.own]
             for (buffer, d), q in zip(owned, itertools.chain(*own_log_qs), strict=True):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from langppl import LMString, infer, sample
+from langppl import LMString, PriorGuide, compile, infer, sample
 from langppl.testing import enumerate_strings, tiny_lm
 
 LM = tiny_lm("ab.", seed=2)
@@ -49,3 +49,20 @@ def test_a_seed_repeats_predictions_and_foreign_models_are_refused() -> None:
 
     with pytest.raises(ValueError, match="none of this posterior's sites"):
         posterior.predict(other)
+
+
+def test_a_compiled_program_predicts_as_its_model_does() -> None:
+    posterior = infer(story, num_samples=16, progress=False)
+    program = compile(after, "b")
+    assert posterior.predict(program, seed=4) == posterior.predict(after, "b", seed=4)
+    with pytest.raises(TypeError, match="has its arguments already"):
+        posterior.predict(program, "b")
+    with pytest.raises(TypeError, match="log_q takes a compiled Program"):
+        PriorGuide().log_q(after, posterior.samples)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**200, np.int64(3)])
+def test_seeds_are_of_any_size(seed: int) -> None:
+    posterior = infer(story, num_samples=16, seed=seed, progress=False)
+    assert posterior.resample(5, seed=seed) == posterior.resample(5, seed=seed)
+    assert len(posterior.predict(after, "b", num_samples=3, seed=seed)) == 3
