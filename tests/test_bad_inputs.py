@@ -755,7 +755,7 @@ def only_factors() -> None:
     lp.factor("short", -float(len(z)))
 
 
-def test_numbers_of_things_may_be_of_any_integer_type() -> None:
+def test_numbers_of_things_may_be_of_any_integer_type(tmp_path: Path) -> None:
     lm = tiny_lm("ab.", seed=1)
     four, two = np.int64(4), np.int32(2)
 
@@ -769,6 +769,9 @@ def test_numbers_of_things_may_be_of_any_integer_type() -> None:
     guide = lp.GFlowNetGuide(lm, rank=two)
     guide.fit(model, steps=two, batch=four, observations=np.int64(1), progress=False)
     assert guide.history.rows == 2
+    chains = lp.infer(model, method="mh", num_samples=8, chains=four, thin=two, progress=False)
+    chains.save(tmp_path / "chains.json")
+    assert lp.Posterior.load(tmp_path / "chains.json").chains == chains.chains
     for value in (True, 4.0, "4"):
         with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got"):
             lp.infer(model, num_samples=value, progress=False)

@@ -106,6 +106,11 @@ class LMString(StringDistribution):
         base, adapter = split(lm)
         self._setup(base, adapter, check_prompt(prompt), rules)
         if grammar is not None:
+            if rules.min_tokens and "" in grammar.texts:
+                raise ValueError(
+                    f"{sites.where()}{grammar.shown} has the empty text, and min_tokens="
+                    f"{rules.min_tokens} leaves it out; give min_tokens=0, or leave that text out"
+                )
             base.bind(rules)  # an impossible constraint is an error here
 
     def _setup(self, lm: LM, adapter: str | None, prompt: Prompt, rules: StringRules) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import re
 import warnings
@@ -46,6 +45,7 @@ from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.execution import Chooser, Execution
+from langppl.records import floats, numbers, write_atomically
 
 GUIDE_FILE = "guide.json"
 REPLAYED = 16_384
@@ -398,8 +398,8 @@ class GFlowNetGuide(Guide):
             checkpoint_every: how many steps.
             tensorboard: a folder for TensorBoard's scalars.
             callback: called after each step with its row of the history, as for another logger; if
-                it returns True, the training ends there. Under `accelerate` each process calls its
-                own, and they must agree.
+                it returns True, the training ends there, also for a checkpoint that is gone on
+                with. Under `accelerate` each process calls its own, and they must agree.
             progress: whether to show a bar, on a terminal or in a notebook; elsewhere the logger
                 `langppl` gets a line every ten seconds.
 
@@ -522,17 +522,11 @@ class GFlowNetGuide(Guide):
             "defensive": self.defensive,
             "seed": self.seed,
             "steps": self.history.rows,
-            # JSON has no NaN.
-            "history": {
-                figure: [None if math.isnan(v) else v for v in values]
-                for figure, values in self.history.items()
-            },
+            "history": {figure: numbers(values) for figure, values in self.history.items()},
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
-        path = Path(folder) / GUIDE_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        write_atomically(Path(folder) / GUIDE_FILE, text, "guide")
 
     @classmethod
     def load(
@@ -582,7 +576,7 @@ class GFlowNetGuide(Guide):
             # Older ones have none.
             history = History(
                 {
-                    str(figure): [math.nan if v is None else v for v in values]
+                    str(figure): floats(values) or ()
                     for figure, values in record.get("history", {}).items()
                 }
             )

@@ -175,11 +175,11 @@ class Keeper:
         if not self._digests:
             self._digests = {
                 "data": checkpoints.digest(
-                    [checkpoints.plain(_arguments(o)) for o in trainer.observations]
+                    [checkpoints.plain(_row_of(o)) for o in trainer.observations]
                 ),
                 "given": checkpoints.digest([_latents(o.latents) for o in trainer.observations]),
                 "validation": checkpoints.digest(
-                    [checkpoints.plain(_arguments(o)) for o in trainer.held_out]
+                    [checkpoints.plain(_row_of(o)) for o in trainer.held_out]
                 ),
                 "model": checkpoints.digest(checkpoints.form_of(first)),
             }
@@ -211,7 +211,7 @@ def _forget_scores(trainer: Trainer) -> None:
         lm.memo.clear()
 
 
-def _arguments(observation: Observation) -> Any:
+def _row_of(observation: Observation) -> Any:
     """What tells a row of the data from others: of a compiled program, what it observes too."""
     own = observation.model
     if not isinstance(own, Program):

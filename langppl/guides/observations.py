@@ -49,10 +49,10 @@ def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]
         if data is not None:
             raise TypeError("a compiled Program has its arguments already; give no data")
         return [(model, [()])]
-    return [(model, [()] if data is None else rows_of(model, data))]
+    return [(model, [()] if data is None else arguments_of_rows(model, data))]
 
 
-def rows_of(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
+def arguments_of_rows(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
     """The model's arguments in each row of its data, in its order.
 
     Args:
@@ -77,10 +77,10 @@ def rows_of(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
         ) from error
     if not rows:
         raise ValueError("data is empty: give at least one tuple of the model's arguments")
-    return [_arguments(model, row) for row in rows]
+    return [_arguments_of(model, row) for row in rows]
 
 
-def _arguments(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
+def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
     if isinstance(row, tuple | list):
         return tuple(row)
     if not isinstance(row, Mapping):

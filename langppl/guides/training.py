@@ -179,8 +179,10 @@ class Trainer:
                     figures = self.step(step)
                     guide.history.add(figures)
                     keeper.report(figures)
-                    if callback is not None and callback(dict(figures)) is True:
-                        self.is_over = True
+                    if callback is not None:
+                        said = callback(dict(figures))
+                        # Other values, such as a loss that is passed on, end nothing.
+                        self.is_over |= isinstance(said, bool | np.bool_) and bool(said)
                     rate = self._tokens / (time.monotonic() - started)
                     advance(1, text=f"training {_shown(figures, guide.history)} {rate:.0f} tok/s")
                     last = step + 1 == settings.steps or self.is_over

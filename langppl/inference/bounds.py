@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,11 +38,10 @@ import rich.text
 from langppl.diagnostics import Array
 from langppl.guides import Guide
 from langppl.guides.base import log_q_together
-from langppl.guides.identity import of_function
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH, log_weight
 from langppl.inference.methods import as_program, given_guide
-from langppl.inference.settings import check_options
+from langppl.inference.settings import check_options, options_in_words
 from langppl.inference.simulated import (
     Pair,
     check_same_observed,
@@ -205,7 +203,7 @@ def evidence_bounds(
         seed: equal seeds give equal results.
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
-        progress: whether to show a bar on a terminal.
+        progress: as in `infer`.
         **options: settings of `"smc"`, as `infer` takes them: `twist`, `resampling`,
             `ess_threshold` and `every`.
 
@@ -244,7 +242,8 @@ def evidence_bounds(
     pairs = simulate_pairs(program, num_observations, (seed, "bounds"), lengths)
     stream = _stream(proposing)
     log_joint, exact, drawn = _weights(pairs, proposing, stream, num_samples, seed, progress)
-    stream += _options_in_words(options)
+    # Runs of SMC under other options draw other numbers.
+    stream += "".join(f", {own}" for own in options_in_words(options, run_crowd))
     if callable(method):
         low, high = _by_particles(method, pairs, proposing, stream, num_samples, seed)
     elif method == "smc":
@@ -271,14 +270,6 @@ def _stream(guide: Guide) -> str:
     # It goes into the key of every draw.
     is_short = len(words) <= _LONGEST_STREAM
     return f"guide {words if is_short else hashlib.blake2b(words.encode()).hexdigest()}"
-
-
-def _options_in_words(options: Mapping[str, Any]) -> str:
-    """Options of SMC that are not at their defaults: runs under others draw other numbers."""
-    defaults = {name: p.default for name, p in inspect.signature(run_crowd).parameters.items()}
-    given = {k: options[k] for k in sorted(options) if options[k] != defaults[k]}
-    shown = [f"{k} {of_function(v) if callable(v) else repr(v)}" for k, v in given.items()]
-    return "".join(f", {own}" for own in shown)
 
 
 def _weights(

@@ -246,7 +246,7 @@ def calibrate(
         seed: equal seeds give equal results.
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
-        progress: whether to show a bar on a terminal.
+        progress: as in `infer`.
         **options: settings of the method, as `infer` takes them: for `"smc"` for instance
             `twist`, for `"mh"` `chains` and `warmup`. The draws of a chain depend on each other:
             take as many chains as draws, or more.

@@ -53,7 +53,7 @@ def compare(
             the rows names of your own.
         num_samples: for each row that has no number of its own.
         seed: equal seeds give equal results.
-        progress: whether to show, on a terminal, where it is.
+        progress: as in `infer`.
 
     Returns:
         The posteriors and what they took; print it for the table.

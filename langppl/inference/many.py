@@ -46,7 +46,7 @@ def infer_many(
         num_samples: for each row.
         seed: equal seeds give equal results. Each row has random numbers of its own: those of
             `infer` with `row_seed(seed, k)`.
-        progress: whether to show a bar on a terminal.
+        progress: as in `infer`.
         **options: of the method, by the names that `infer` has for them.
 
     Returns:
@@ -59,8 +59,9 @@ def infer_many(
             fit the model.
 
     Example:
-        >>> found = infer_many(story, pairs, guide=guide, num_samples=16)  # doctest: +SKIP
-        >>> [p.log_evidence for p in found]  # doctest: +SKIP
+        >>> found = infer_many(story, [pair, pair], guide=guide, num_samples=16)
+        >>> [len(posterior) for posterior in found]
+        [16, 16]
     """
     check_names(method, guide)
     num_samples = as_count("num_samples", num_samples, 1)
@@ -81,9 +82,7 @@ def infer_many(
                     functools.partial(_infer, *rows[k], row_seed(seed, k), settings)
                     for k in range(first, min(first + together, len(rows)))
                 ]
-                found = run_whole(part) if len(part) > 1 else [part[0]()]
-                if method != "exact" and any(len(p) < num_samples for p in found):
-                    raise KeyboardInterrupt  # heard by the method, which kept a part of a row
+                found = run_rows(part, method, num_samples)
                 done += found
                 advance(len(found))
     except KeyboardInterrupt:
@@ -114,6 +113,25 @@ def _infer(
     settings: Mapping[str, Any],
 ) -> Posterior:
     return infer(as_program(model, row, seed), seed=seed, progress=False, **settings)
+
+
+def run_rows(
+    tasks: Sequence[Callable[[], Posterior]], method: str, num_samples: int
+) -> list[Posterior]:
+    """Runs the inferences of several rows at once.
+
+    Args:
+        tasks: the inferences.
+        method: their method.
+        num_samples: how many samples each is to have.
+
+    Raises:
+        KeyboardInterrupt: if a method heard it, and returned a part of its samples.
+    """
+    found = run_whole(tasks) if len(tasks) > 1 else [task() for task in tasks]
+    if method != "exact" and any(len(posterior) < num_samples for posterior in found):
+        raise KeyboardInterrupt
+    return found
 
 
 def rows_at_once(method: str, num_samples: int, options: Mapping[str, Any]) -> int:

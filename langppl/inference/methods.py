@@ -60,7 +60,7 @@ def infer(
         num_samples: how many samples to draw and weight; for `"mh"`, of all chains together,
             rounded up so that all have as many.
         seed: equal seeds give equal results.
-        progress: whether to show progress bars on a terminal.
+        progress: whether to report progress: bars on a terminal or in a notebook, else in the log.
         limit: for `method="exact"`, most executions to list.
         chains: for `method="mh"`, how many chains; they move together, so the LM sees batches of
             this size.
@@ -102,7 +102,7 @@ def infer(
     check_names(method, guide)
     num_samples = as_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
-    options = {
+    options: dict[str, Any] = {
         "limit": limit,
         "twist": twist,
         "twist_power": twist_power,
@@ -116,38 +116,16 @@ def infer(
         "tail_share": tail_share,
     }
     _check_belong(method, {"guide": guide, **options})
-    check_values(**options)
+    options = check_values(**options)
     program = as_program(model, args, seed)
     if method == "exact":
         return exact(program, limit, progress)
     made = make_guide(guide, program, seed, progress)
+    own: dict[str, Any] = {name: options[name] for name in OPTIONS[method]}
     if method == "smc":
-        return smc(
-            program,
-            made,
-            num_samples,
-            seed,
-            progress,
-            twist=twist,
-            twist_power=twist_power,
-            resampling=resampling,
-            ess_threshold=ess_threshold,
-            every=every,
-            rejuvenation=rejuvenation,
-            tail_share=tail_share,
-        )
+        return smc(program, made, num_samples, seed, progress, **own)
     if method == "mh":
-        return mh(
-            program,
-            made,
-            num_samples,
-            seed,
-            progress,
-            chains=chains,
-            warmup=warmup,
-            thin=thin,
-            tail_share=tail_share,
-        )
+        return mh(program, made, num_samples, seed, progress, **own)
     return importance(program, made, num_samples, seed, progress)
 
 
@@ -194,9 +172,9 @@ def given_guide(guide: str | Guide) -> Guide:
         return PromptedGuide()
     if guide == "gflownet":
         raise ValueError(
-            'guide="gflownet" is trained for one observation, and here many are simulated; train '
-            'a GFlowNetGuide on the model\'s own data (fit(..., objective="forward_kl"), or '
-            "simulated_share) and give it"
+            'guide="gflownet" is trained for one observation, and here are many; train a '
+            "GFlowNetGuide on them and give it (on data that are simulated: "
+            'fit(..., objective="forward_kl"), or simulated_share)'
         )
     if not isinstance(guide, str):
         raise TypeError(f"a guide is a name or a Guide, got {guide!r}")

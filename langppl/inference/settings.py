@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+from langppl.guides.identity import of_function
 from langppl.inference.kernels import check_tail_share
 from langppl.inference.resampling import SCHEMES
 from langppl.inference.twists import check_twist
@@ -32,8 +34,11 @@ OPTIONS = {
 _LEAST = {"every": 1, "rejuvenation": 0, "chains": 1, "warmup": 0, "thin": 1}
 
 
-def check_values(**options: Any) -> None:
+def check_values(**options: Any) -> dict[str, Any]:
     """Checks options of any method, by the names that `infer` has for them.
+
+    Returns:
+        The options; numbers of things as plain integers.
 
     Raises:
         ValueError: for one out of range.
@@ -41,7 +46,7 @@ def check_values(**options: Any) -> None:
     """
     for name, value in options.items():
         if name in _LEAST and not (name == "warmup" and value is None):
-            as_count(name, value, _LEAST[name])
+            options[name] = as_count(name, value, _LEAST[name])
     scheme = options.get("resampling", SCHEMES[0])
     if scheme not in SCHEMES:
         raise ValueError(f"unknown resampling {scheme!r}; schemes are: {', '.join(SCHEMES)}")
@@ -53,6 +58,19 @@ def check_values(**options: Any) -> None:
     limit = options.get("limit", 1)
     if not (_is_number(limit) and limit >= 1):
         raise ValueError(f"limit must be a number of at least 1, got {limit!r}")
+    return options
+
+
+def options_in_words(options: Mapping[str, Any], takes: Callable[..., Any]) -> list[str]:
+    """Options that are not at their defaults, in words that are the same in every process.
+
+    Args:
+        options: by name.
+        takes: the function that has their defaults.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(takes).parameters.items()}
+    given = {k: options[k] for k in sorted(options) if options[k] != defaults[k]}
+    return [f"{k} {of_function(v) if callable(v) else repr(v)}" for k, v in given.items()]
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:

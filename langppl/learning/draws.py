@@ -13,13 +13,12 @@ import numpy as np
 
 from langppl.guides.base import Guide, PriorGuide
 from langppl.inference.importance import as_posterior
-from langppl.inference.many import rows_at_once
+from langppl.inference.many import rows_at_once, run_rows
 from langppl.inference.methods import infer
 from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import score
-from langppl.program.scheduler import run_whole
 from langppl.program.statements import hashable
 
 Key = tuple[int | str, ...]
@@ -72,7 +71,7 @@ def posteriors(
         return infer(programs[k], seed=seed, progress=False, **settings)
 
     for numbers in _parts(is_apart, True, rows_at_once(method, num_samples, options)):
-        drawn = run_whole([partial(made, k) for k in numbers])
+        drawn = run_rows([partial(made, k) for k in numbers], method, num_samples)
         found.update(zip(numbers, drawn, strict=True))
         advance(len(numbers))
     for numbers in _parts(is_apart, False, rows_at_once("importance", num_samples, {})):

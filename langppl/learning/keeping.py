@@ -14,6 +14,8 @@ import torch
 
 from langppl.guides import GFlowNetGuide, Guide, History, checkpoints
 from langppl.guides.checkpoints import plain
+from langppl.inference.methods import infer
+from langppl.inference.settings import options_in_words
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
@@ -63,12 +65,12 @@ class Keeper:
     ) -> dict[str, Any]:
         """All that two runs must have in common for one to go on with the other."""
         rows, validation = (
-            [checkpoints.plain(p.shown_args) for p in own] for own in (programs, held_out)
+            [plain((p.shown_args, {n: p.sites[n].value for n in p.observed})) for p in own]
+            for own in (programs, held_out)
         )
-        observed = [[[n, plain(p.sites[n].value)] for n in p.observed] for p in programs]
         more: dict[str, Any] = {}
-        if options:
-            more["options of the method"] = sorted((k, repr(plain(v))) for k, v in options.items())
+        if words := options_in_words(options, infer):
+            more["options of the method"] = words
         guide = self.guide
         if guide is not None:
             config = guide.lm.model.peft_config[guide.adapter]
@@ -83,7 +85,7 @@ class Keeper:
             "guide": self.guide_name,
             "fit": repr(sorted(shown.items())),
             "base": [lm.weights_fingerprint for lm in self.lms],
-            "data": checkpoints.digest([rows, observed]),
+            "data": checkpoints.digest(rows),
             "validation": checkpoints.digest(validation),
             "model": checkpoints.digest(checkpoints.form_of(programs[0])),
             "views": {v.label: v.options for v in self.maximiser.views.values()},

@@ -91,7 +91,7 @@ class EMResult(Report):
 
 
 def em(
-    model: Callable[..., Any] | Program | Sequence[tuple[Any, Any]],
+    model: Callable[..., Any] | Program | Sequence[Any],
     data: Any = None,
     guide: str | Guide | None = None,
     *,
@@ -120,8 +120,8 @@ def em(
     `truncate="reject"`, grammars or factors the mass that these reject counts.
 
     Args:
-        model: a model function, a compiled `Program` (then without data), or a list of
-            (model, data) pairs.
+        model: a model function, a compiled `Program` (then without data), or a list of programs
+            and of (model, data) pairs.
         data: the observations, each a tuple of the model's arguments or a mapping from their
             names: a sequence, or a `Dataset` of torch or Hugging Face.
         guide: what proposes the latents: `"prior"`, `"prompted"`, `"gflownet"` (made here) or a
@@ -157,7 +157,7 @@ def em(
             Called again with the same arguments `em` goes on from there; on the CPU the result
             is, bit for bit, that of a run that was never killed. A guide of your own that learns
             is not kept.
-        progress: whether to show bars on a terminal.
+        progress: as in `langppl.infer`.
         **options: of the method, by the names that `langppl.infer` has for them, such as `twist`.
 
     Returns:

@@ -44,6 +44,11 @@ class Grammar:
     source: str | tuple[str, ...]
     compiled: str = field(repr=False, compare=False)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of `one_of`; of others, whose texts are not listed, none."""
+        return self.source if self.kind == "one_of" and isinstance(self.source, tuple) else ()
+
     def __post_init__(self) -> None:
         """Compiles it once, to have errors early."""
         failed, messages = LLMatcher.validate_grammar_with_warnings(

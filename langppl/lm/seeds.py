@@ -35,15 +35,22 @@ def seeded(seed: int) -> Iterator[None]:
     """Torch's generators with a seed; what they were before, afterwards.
 
     For a GPU that nothing has used yet seeding takes milliseconds, in which it notes who called.
+    Where executions take turns, only the CPU's generator goes with each: a block that draws on a
+    GPU must not wait for an LM.
 
     Args:
         seed: the seed.
     """
-    uses_cuda = torch.cuda.is_initialized()
+    uses_cuda, has_mps = torch.cuda.is_initialized(), torch.backends.mps.is_available()
     devices = list(range(torch.cuda.device_count())) if uses_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        if uses_cuda or torch.backends.mps.is_available():
-            torch.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-        yield
+    of_mps = torch.mps.get_rng_state() if has_mps else None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if uses_cuda or has_mps:
+                torch.manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)

@@ -402,7 +402,7 @@ class _Search:
         }
         again = self._run(
             given(values, self._drawn(0)),
-            lambda n, fn: values.get(n) or fn(),
+            lambda n, fn: values[n] if n in values else fn(),
             forgive=base.error is not None,
         )
         check_same_sites(base, again)

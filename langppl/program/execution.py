@@ -211,7 +211,7 @@ class _Handler(Messenger):
             msg["fn"] = Known(lambda: value, (value,), "deterministic")
             msg["is_observed"] = False
             if self.know is not None:
-                msg["value"] = self.know(name, msg["fn"])
+                msg["value"] = unboxed(self.know(name, msg["fn"]))
             return
         if msg["is_observed"]:
             if self.observe is not None and kind_of(fn, is_observed=True) == "observed":

@@ -99,12 +99,12 @@ def test_rows_may_be_mappings() -> None:
 
 
 def test_a_mapping_fills_defaults_only_before_what_it_gives() -> None:
-    from langppl.guides.observations import rows_of
+    from langppl.guides.observations import arguments_of_rows
 
     def model(a: str, b: int = 2, c: int = 3) -> None: ...
 
     rows = [{"a": "x"}, {"c": 5, "a": "y"}, {"b": 7, "a": "z"}]
-    assert rows_of(model, rows) == [("x",), ("y", 2, 5), ("z", 7)]
+    assert arguments_of_rows(model, rows) == [("x",), ("y", 2, 5), ("z", 7)]
 
 
 def by_keyword(a: str, *, b: str) -> None: ...

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -252,6 +253,35 @@ def test_tensors_among_the_arguments(tmp_path):
         lp.em(model, [(one, "a")], checkpoint=folder, **options)
     with pytest.raises(ValueError, match="other data"):
         lp.em(model, [(2 * one, "a")], checkpoint=tmp_path, **options)
+
+
+def twist_of(name, text, scale):
+    return scale * text.count("a")
+
+
+def test_options_of_the_method_count(tmp_path):
+    smc = {"guide": "prior", "method": "smc", "rounds": 1}
+    run(tmp_path, **smc, twist=partial(twist_of, scale=1.0), every=5)
+    # Another object of the same content, and an option that is at its default.
+    assert run(tmp_path, **smc, twist=partial(twist_of, scale=1.0))[0].history.rows == 2
+    for options in ({"twist": partial(twist_of, scale=2.0)}, {"twist": "lookahead"}, {}):
+        with pytest.raises(ValueError, match="other options of the method"):
+            run(tmp_path, **smc, **options)
+
+
+def test_what_held_out_programs_observe_counts(tmp_path):
+    lm = tiny_lm("ab.", sharpness=0.3)
+    view = lm.trainable("v", rank=2)
+
+    def model(text):
+        lp.sample("label", lp.LMChoice(view, text, ["a", "b"]), obs="a")
+
+    program = lp.compile(model, "ab")
+    other = program.observing({"label": "b"})
+    options = {"rounds": 1, "steps": 1, "progress": False, "checkpoint": tmp_path}
+    lp.em([program], validation=[(program, None)], **options)
+    with pytest.raises(ValueError, match="other validation"):
+        lp.em([program], validation=[(other, None)], **options)
 
 
 BRANCHING = """

@@ -11,6 +11,7 @@ import torch
 
 import langppl as lp
 from langppl.diagnostics import InferenceWarning
+from langppl.learning import draws
 from langppl.learning.draws import posteriors, weighted
 from langppl.learning.likelihood import ascend, expected, factors, views_of
 from langppl.lm.seeds import generator
@@ -628,3 +629,33 @@ def test_options_are_the_method_s_own():
     options = {"rounds": 1, "steps": 1, "num_samples": 4, "progress": False}
     result = lp.em(model, DATA, "prior", method="smc", twist="lookahead", every=1, **options)
     assert math.isfinite(result.history["log_evidence"][-1])
+
+
+def test_an_interrupted_chain_ends_the_round(monkeypatch):
+    lm = make_lm()
+    view = lm.trainable("v", rank=2)
+    before = state(view)
+    calls = []
+    infer = draws.infer
+
+    def short(*args, **kwargs):
+        calls.append(1)
+        kwargs["num_samples"] = 4 if len(calls) == 2 else kwargs["num_samples"]
+        return infer(*args, **kwargs)
+
+    monkeypatch.setattr(draws, "infer", short)
+    with pytest.warns(UserWarning, match="interrupted after 0 of 2 rounds"):
+        lp.em(rationales(lm, view), DATA, "prior", method="mh", chains=4, rounds=2, progress=False)
+    assert len(calls) >= 2
+    assert all(torch.equal(before[n], p) for n, p in state(view).items())
+
+
+def test_a_list_of_programs_is_data():
+    histories = []
+    for k in range(2):
+        lm = make_lm()
+        model = rationales(lm, lm.trainable("v", rank=2))
+        options = {"rounds": 1, "steps": 2, "num_samples": 4, "progress": False}
+        data = ([lp.compile(model, *row) for row in DATA],) if k else (model, DATA)
+        histories.append(lp.em(*data, guide="prior", **options).history)
+    assert repr(histories[0]) == repr(histories[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -95,3 +96,46 @@ def test_a_guide_learns_what_a_scale_says(objective: str) -> None:
     q = np.exp(guide.log_q(program, rows))
     assert q.sum() == pytest.approx(1.0, abs=1e-4)
     assert q[0] + q[1] == pytest.approx(truth, abs=0.1)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_computed_may_be_zero_or_a_vector(own: bool) -> None:
+    stated = lp.deterministic if own else pyro.deterministic
+
+    def model() -> torch.Tensor:
+        x = lp.sample("x", dist.Normal(0.0, 1.0))
+        is_large = stated("is large", (x > 5.0).float())
+        both = stated("both", torch.stack([x, 2.0 * x]))
+        lp.sample("y", dist.Normal(both.sum() + is_large, 0.5), obs=torch.tensor(2.0))
+        return both
+
+    program = lp.compile(model)
+    edges = {("x", "is large"), ("x", "both"), ("is large", "y"), ("both", "y")}
+    assert edges <= set(program.graph.edges) and program.observed == ("y",)
+    posterior = lp.infer(program, num_samples=8, progress=False)
+    for computed, returned in zip(posterior.computed, posterior.returns or (), strict=True):
+        assert computed["is large"] == 0.0 and torch.equal(computed["both"], returned)
+
+
+@pytest.mark.parametrize("twist", ["lookahead", None])
+def test_smc_sees_pyros_deterministic_as_the_model_does(twist: str | None) -> None:
+    def make(stated: Any) -> Any:
+        def model() -> None:
+            z = lp.sample("z", lp.LMString(LM, "a", stop=".", max_tokens=6))
+            n = stated("n", torch.tensor(z.count("b")))
+            lp.sample("seen", lp.LMString(LM, f"{'b' * int(n)}"), obs="bb")
+            if twist is None:
+                lp.potential("few", lambda text: -2.0 * text.count("b") - 0.0 * float(n), z)
+
+        return model
+
+    options = {"method": "smc", "every": 1, "ess_threshold": 1.0, "num_samples": 16, "seed": 3}
+    if twist:
+        options |= {"twist": twist, "twist_power": 1.0}
+    found = [
+        lp.infer(make(stated), progress=False, **options)  # type: ignore[arg-type]
+        for stated in (lp.deterministic, pyro.deterministic)
+    ]
+    assert found[0].resampled == found[1].resampled > 1
+    assert found[0].samples == found[1].samples
+    np.testing.assert_allclose(found[0].log_weights, found[1].log_weights, atol=1e-5)
