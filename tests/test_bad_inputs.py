@@ -771,7 +771,7 @@ def test_numbers_of_things_may_be_of_any_integer_type(tmp_path: Path) -> None:
     assert guide.history.rows == 2
     chains = lp.infer(model, method="mh", num_samples=8, chains=four, thin=two, progress=False)
     chains.save(tmp_path / "chains.json")
-    assert lp.Posterior.load(tmp_path / "chains.json").chains == chains.chains
+    assert repr(lp.Posterior.load(tmp_path / "chains.json").chains) == repr(chains.chains)  # NaN
     for value in (True, 4.0, "4"):
         with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got"):
             lp.infer(model, num_samples=value, progress=False)
