@@ -146,6 +146,7 @@ class GFlowNetGuide(Guide):
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
             base_model_name_or_path=lm.name,
+            revision=lm.revision,
         )
         self._setup(lm, context, objective, numeric, seed)
         self.defensive = defensive

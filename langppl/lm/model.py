@@ -47,10 +47,15 @@ class LM:
             safetensors only, and no code of the model's author is run.
         device: where the weights live; cuda if there is one, else the CPU.
         dtype: float type of the weights; float32 on the CPU, the checkpoint's own elsewhere.
+        revision: branch, tag or commit of a hub id; its main branch if not given.
+        token: for a hub id that asks who you are: an access token, or True for the one that
+            `hf auth login` stored (which is used anyway where there is one).
         token_budget: most tokens (padding included) in one forward pass; bounds memory. By default
             4096, and on cuda up to 8 times as many, by how much memory the device has.
 
     Attributes:
+        name: what it was made from, or was called.
+        revision: of a hub id, as it was given; PEFT folders name it beside the LM.
         model: transformers' model, in evaluation mode, its weights frozen.
         tokenizer: transformers' tokenizer.
         vocabulary: the tokens as bytes.
@@ -72,7 +77,8 @@ class LM:
 
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
-            not a fast one, or the model has an encoder or recurrent layers.
+            not a fast one, the model has an encoder or recurrent layers, or a revision or a
+            token is given for what is not on the hub.
         OSError: if a hub id is not known there, or cannot be had: no connection, no permission.
         FetchError: if a known name is to be fetched and cannot be (see `langppl.lm.weights.fetch`).
         TypeError: for a model that is in memory already; see `from_parts`.
@@ -89,6 +95,8 @@ class LM:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
         token_budget: int | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,16 +107,26 @@ class LM:
                 "memory make LM.from_parts(model, tokenizer, name)"
             )
         source = resolve(name_or_path)
+        hub = _hub_options(source, revision, token)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
-        with without_bars():  # loading takes a second, fetching has its own
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        self._setup(model.to(device), tokenizer, str(name_or_path), token_budget)
+        try:
+            with without_bars():  # loading takes a second, fetching has its own
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=dtype or "auto",
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    **hub,
+                )
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        except OSError as error:
+            # Some of the hub's own messages do not say what was asked for.
+            version = f", revision {revision!r}," if revision else ""
+            raise OSError(f"the LM {source!r}{version} could not be read: {error}") from error
+        self._setup(model.to(device), tokenizer, str(name_or_path), token_budget, revision)
 
     @classmethod
     def from_parts(
@@ -140,10 +158,18 @@ class LM:
         self._setup(model, tokenizer, name, token_budget)
         return self
 
-    def _setup(self, model: Any, tokenizer: Any, name: str, token_budget: int | None) -> None:
+    def _setup(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        token_budget: int | None,
+        revision: str | None = None,
+    ) -> None:
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
+        self.revision = revision
         _check_kind(model, name)
         self.model = model.eval().requires_grad_(False)
         products.freeze(self.model)
@@ -492,6 +518,19 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
+
+
+def _hub_options(
+    source: str, revision: str | None, token: str | bool | None
+) -> dict[str, str | bool]:
+    """What `from_pretrained` takes besides, for a hub id alone."""
+    given = {"revision": revision, "token": token}
+    options = {k: v for k, v in given.items() if v is not None}
+    if options and os.path.isdir(source):
+        raise ValueError(
+            f"{' and '.join(options)} go with a hub id; this LM is read from {source!r}"
+        )
+    return options
 
 
 def _check_kind(model: Any, name: str) -> None:

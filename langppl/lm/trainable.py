@@ -79,6 +79,7 @@ class TrainableLM:
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.lm.name,
+            revision=self.lm.revision,
         )
         with seeded(self.options["seed"]):
             self.lm.add_adapter(self.adapter, config)
