@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from langppl.posterior import ABSENT, Posterior, UnknownSiteError
     from langppl.program import (
         Program,
+        RandomnessWarning,
         StaticMismatchWarning,
         call,
         compile,
@@ -117,6 +118,7 @@ _HOMES = {
     "langppl.posterior": ("ABSENT", "Posterior", "UnknownSiteError"),
     "langppl.program": (
         "Program",
+        "RandomnessWarning",
         "StaticMismatchWarning",
         "call",
         "compile",
@@ -155,6 +157,7 @@ __all__ = [
     "Prompt",
     "PromptWarning",
     "PromptedGuide",
+    "RandomnessWarning",
     "RewardSchedule",
     "StaticMismatchWarning",
     "Tempered",

@@ -23,7 +23,6 @@ import json
 import math
 import operator
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -53,6 +52,7 @@ from langppl.values import (
     hashable_key,
     plain,
 )
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     import pandas
@@ -206,7 +206,7 @@ class Posterior(Report):
             if log_evidence_error is not None:
                 self.log_evidence_error = float(log_evidence_error)
         if not self._possible:
-            warnings.warn(summary.failure(self), InferenceWarning, stacklevel=2)
+            warn(summary.failure(self), InferenceWarning)
 
     def _estimate_evidence(self) -> None:
         evidence, spread = diagnostics.log_evidence(self.log_weights)

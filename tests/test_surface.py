@@ -72,7 +72,12 @@ def test_types_are_those_that_calls_give_and_raise() -> None:
     with pytest.warns(lp.PromptWarning):
         lm.encode_prompt("<s>a")
     assert issubclass(lp.FetchError, RuntimeError)
-    for warning in (lp.InferenceWarning, lp.JoinWarning, lp.StaticMismatchWarning):
+    for warning in (
+        lp.InferenceWarning,
+        lp.JoinWarning,
+        lp.RandomnessWarning,
+        lp.StaticMismatchWarning,
+    ):
         assert issubclass(warning, UserWarning)
 
 

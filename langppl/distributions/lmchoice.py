@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from langppl.lm.requests import Reply, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import Path, Violation
 from langppl.lm.seeds import generator
 from langppl.lm.trainable import TrainableLM
+from langppl.warn import warn
 
 
 class LMChoice(StringDistribution):
@@ -63,11 +63,9 @@ class LMChoice(StringDistribution):
         ordered = sorted(str(o) for o in self.options)
         for short, long in itertools.pairwise(ordered):
             if long.startswith(short):
-                warnings.warn(
+                warn(
                     f"{sites.where()}the option {short!r} begins the option {long!r}, so its "
                     "probability includes the other's; make the options end differently",
-                    UserWarning,
-                    stacklevel=3,
                 )
 
     def with_prompt(self, prompt: Prompt, options: Sequence[str] | None = None) -> LMChoice:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,13 +18,11 @@ from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
 from langppl.lm.trainable import TrainableLM, split
 from langppl.lm.vocabulary import REPLACEMENT
+from langppl.warn import warn
 
 
 class JoinWarning(UserWarning):
     """A string is glued to its prompt without a space between two words."""
-
-
-_warned: set[str | None] = set()
 
 
 def check_ended(request: DrawRequest, reply: DrawReply) -> None:
@@ -362,12 +359,11 @@ class LMString(StringDistribution):
             return
         last, first = self.prompt[-1:], value[:1]
         glued = (last.isalnum() and first.isalnum()) or (last in ".!?" and first.isalpha())
-        if last and glued and sites.current() not in _warned:
-            _warned.add(sites.current())
-            warnings.warn(
+        if last and glued:
+            warn(
                 f"{sites.where()}the string {value[:20]!r} begins right after "
                 f"{self.prompt[-20:]!r}, so its first word is glued to the prompt's last; LMs "
                 f"expect the space with the word: {' ' + value[:20]!r}",
                 JoinWarning,
-                stacklevel=2,
+                once=("join", sites.current()),
             )

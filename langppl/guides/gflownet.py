@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,7 @@ from langppl.posterior import Posterior
 from langppl.program import Program, compile
 from langppl.program.execution import Chooser, Execution
 from langppl.records import floats, numbers, write_atomically
+from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
 REPLAYED = 16_384
@@ -639,11 +639,9 @@ def _context_of(
         )
     # What was a script's own function then may be a module's now; the first version has no name.
     if named and _name_of(context).partition(":")[2] != named.partition(":")[2]:
-        warnings.warn(
+        warn(
             f"the guide in {folder} was trained with the context {named}, and reads "
             f"{_name_of(context)} now",
-            UserWarning,
-            stacklevel=3,
         )
     return context
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from langppl.lm.grammars import Grammar
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
 from langppl.program.execution import given as given_values
+from langppl.warn import warn
 
 
 class MaskedGuide(Guide):
@@ -92,7 +92,7 @@ class MaskedGuide(Guide):
                 )
                 if program.is_static:
                     raise ValueError(problem)
-                warnings.warn(problem, InferenceWarning, stacklevel=2)
+                warn(problem, InferenceWarning)
             elif site.kind != "latent":
                 raise ValueError(f"MaskedGuide names the site {name!r}, which is {site.kind}")
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.base import Guide
@@ -14,6 +13,7 @@ from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, score
 from langppl.progress import bar
+from langppl.warn import warn
 
 BATCH = 256
 """Executions that are run at once."""
@@ -47,11 +47,10 @@ def importance(
     except KeyboardInterrupt:
         if not executions:
             raise
-        warnings.warn(
+        warn(
             f"interrupted: the posterior is of the first {len(executions)} samples of "
             f"{num_samples}",
             InferenceWarning,
-            stacklevel=3,
         )
     return as_posterior(program, guide, executions, time.monotonic() - started)
 

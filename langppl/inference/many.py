@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
+from langppl.warn import warn
 
 
 def infer_many(
@@ -88,10 +88,9 @@ def infer_many(
     except KeyboardInterrupt:
         if not done:
             raise
-        warnings.warn(
+        warn(
             f"interrupted: the posteriors are of the first {len(done)} rows of {len(rows)}",
             InferenceWarning,
-            stacklevel=2,
         )
     return done
 

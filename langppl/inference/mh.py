@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,6 +22,7 @@ from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, Site, score
 from langppl.progress import bar
+from langppl.warn import warn
 
 STARTS = 100
 """Most draws of the guide in which a chain looks for a possible execution to begin at."""
@@ -86,11 +86,10 @@ def mh(
     except KeyboardInterrupt:
         if not kept:
             raise
-        warnings.warn(
+        warn(
             f"interrupted: the posterior is of the first {len(kept)} samples of each chain, of "
             f"{draws}",
             InferenceWarning,
-            stacklevel=3,
         )
     by_chain = [[row[chain] for row in kept] for chain in range(chains)]
     record = _record(by_chain, counts, left_out, thin)

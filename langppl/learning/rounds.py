@@ -20,7 +20,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,6 +46,7 @@ from langppl.program import Program, compile
 from langppl.program.program import lms_of
 from langppl.progress import bar
 from langppl.tables import Report
+from langppl.warn import warn
 
 DEFAULT_OBSERVATIONS = 16
 _RESERVED = ("accelerator", "checkpoint", "given", "progress", "weights")
@@ -264,11 +264,9 @@ class _Run:
                 self.history.add(self._round(number, keeper))
                 keeper.write(number + 1, self.history, described)
         except KeyboardInterrupt:
-            warnings.warn(
+            warn(
                 f"interrupted after {self.history.rows} of {self.settings.rounds} rounds; the "
                 "model and the guide keep what they have learned",
-                UserWarning,
-                stacklevel=3,
             )
 
     def _round(self, number: int, keeper: Keeper) -> dict[str, float]:

@@ -11,7 +11,6 @@ compared with a plain one.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import torch
 from langppl.lm import adapters, caches, packed
 from langppl.lm.kept import KeysAndValues
 from langppl.lm.requests import DrawRequest
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -105,12 +105,10 @@ def steps_of(
         return None
     except Exception as error:  # whatever an architecture does that cannot be captured
         lm.captures = False
-        warnings.warn(
+        warn(
             f"{lm!r} ({type(lm.model).__name__}) cannot decode in captured steps, so its strings "
             f"are drawn in plain ones, which are slower ({type(error).__name__}: "
             f"{str(error)[:200]})",
-            UserWarning,
-            stacklevel=2,
         )
         return None
     lm.captured[key] = steps

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +22,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from langppl.lm.matcher import EXACT, Matcher, Tokenizer, bytes_only
+from langppl.warn import warn
 
 _SHOWN = 80
 _TEXT_OF_LARK = re.compile(
@@ -59,7 +59,7 @@ class Grammar:
             lines = [line for line in messages[0].splitlines() if EXACT.strip() not in line]
             raise ValueError(f"{self.shown} does not compile: " + "\n".join(lines).strip())
         for message in messages:
-            warnings.warn(f"{self.shown}: {message}", UserWarning, stacklevel=4)
+            warn(f"{self.shown}: {message}")
         start = self.matcher(bytes_only())
         if not start.accepts(b"") and not any(start.begins(bytes([b])) for b in range(256)):
             raise ValueError(f"{self.shown} has no text at all")

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import inspect
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from langppl.lm.tally import Tally
 from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
 from langppl.lm.weights import resolve, without_bars
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -256,11 +256,10 @@ class LM:
                 raise ValueError(f"a prompt must be valid Unicode, got {text!r}") from error
             spelled = special_in(self.tokenizer, text)
             if spelled is not None:
-                warnings.warn(
+                warn(
                     f"a prompt spells the special token {spelled!r}, which is read as plain text; "
                     "give a chat as a list of messages, {'role': ..., 'content': ...}",
                     PromptWarning,
-                    stacklevel=2,
                 )
             unknown = [i for i in ids if i >= self.vocabulary.size]
             if unknown:

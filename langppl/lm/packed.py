@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from langppl.lm.kept import KeysAndValues, Tree
 from langppl.lm.lean import Lean
 from langppl.lm.recompute import elementwise_again
 from langppl.lm.trie import Ids, Row, lay_out, shared
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -322,11 +322,9 @@ def probe(lm: LM) -> Packing | None:
 
 
 def _warn(lm: LM, reason: str) -> None:
-    warnings.warn(
+    warn(
         f"{lm!r} ({type(lm.model).__name__}) does not take a tree attention mask, so its strings "
         f"are scored in padded batches, which are slower ({reason[:200]})",
-        UserWarning,
-        stacklevel=5,
     )
 
 

@@ -1,6 +1,7 @@
 """A model as a mathematical object: statements, executions, graph, log joint."""
 
 from langppl.program.program import Program, StaticMismatchWarning, compile, run_together
+from langppl.program.randomness import RandomnessWarning
 from langppl.program.statements import (
     call,
     condition,
@@ -13,6 +14,7 @@ from langppl.program.statements import (
 
 __all__ = [
     "Program",
+    "RandomnessWarning",
     "StaticMismatchWarning",
     "call",
     "compile",

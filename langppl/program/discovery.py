@@ -32,6 +32,7 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.placeholders import Placeholder, marker, sites_in
+from langppl.program.randomness import Watched, check_randomness
 from langppl.program.statements import Known, Memo, Model, _Boxed, hashable
 from langppl.program.templates import fill_all, signature, signatures
 
@@ -42,6 +43,7 @@ _VALUES = (
 _MOST_VALUES = 48
 _DRAWS = 8
 _MOST_DRAWN = 2 * _DRAWS
+_MOST_REPEATED = 8
 
 
 @dataclass
@@ -85,6 +87,7 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
         if not search.looked_inside and not numeric and not known:
             _check_has_sites(traced)
             if search.templates_hold(traced):
+                search.check_randomness([traced])
                 return Structure(_graph(traced), traced.sites, tuple(traced.sites.values()), True)
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
@@ -187,6 +190,7 @@ class _Search:
         observe: Callable[[str, Any, Any], Any] | None = None,
     ) -> None:
         self.model, self.args, self.memo, self.seed = model, args, memo, seed
+        self.watched = Watched(model)
         self.observe = observe
         self.looked_inside = False
         self.literals: list[str] = []
@@ -194,7 +198,7 @@ class _Search:
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
             return run_once(
-                self.model, self.args, choose, know=know, observe=self.observe, forgive=forgive
+                self.watched, self.args, choose, know=know, observe=self.observe, forgive=forgive
             )
 
         return run_many([task], self.memo)[0]
@@ -297,6 +301,7 @@ class _Search:
         for name in order:
             graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
         position = {name: k for k, name in enumerate(order)}
+        self.check_randomness([base, *self._seen])
         graph.add_edges_from(
             sorted(
                 ((a, b) for a, b in edges if position[a] < position[b]),
@@ -321,7 +326,7 @@ class _Search:
         self.drawn = True
         drawn = run_many(
             [
-                partial(run_once, self.model, self.args, self._drawn(k), forgive=True)
+                partial(run_once, self.watched, self.args, self._drawn(k), forgive=True)
                 for k in range(_DRAWS)
             ],
             self.memo,
@@ -389,12 +394,23 @@ class _Search:
 
             choose = given(held, default)
             try:
-                return run_once(self.model, self.args, choose, know=know, observe=self.observe)
+                return run_once(self.watched, self.args, choose, know=know, observe=self.observe)
             except Exception:
                 return None
 
         # At once, as what comes after a changed value may have to be drawn from the LM.
         return run_many([partial(task, value) for value in values], self.memo)
+
+    def check_randomness(self, runs: Sequence[Execution]) -> None:
+        """Raises ValueError if the sites depend on random numbers from outside of them."""
+        # One for each set of sites that runs have met: what draws may stand in a branch.
+        different = list({tuple(r.sites): r for r in reversed(runs)}.values())[-_MOST_REPEATED:]
+
+        def check() -> None:
+            for run in different:
+                self._check_repeats(run)
+
+        check_randomness(self.watched, check)
 
     def _check_repeats(self, base: Execution) -> None:
         values = {
@@ -405,7 +421,13 @@ class _Search:
             lambda n, fn: values[n] if n in values else fn(),
             forgive=base.error is not None,
         )
-        check_same_sites(base, again)
+        try:
+            check_same_sites(base, again)
+        except ValueError as error:
+            if not self.watched.drew:
+                raise
+            names = " and ".join(self.watched.drew)
+            raise ValueError(f"{error} (it draws from the generator of {names})") from error
 
 
 def _can_change(site: Site) -> bool:

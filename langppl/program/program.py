@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from langppl.program.graph import ProgramGraph
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
 from langppl.program.templates import fill_all, signatures
+from langppl.warn import warn
 
 After = Callable[[Execution], Execution]
 
@@ -91,11 +91,9 @@ class Program:
         for named in named_in(self.model):
             missing = sorted(named.names - named.met)
             if missing:
-                warnings.warn(
+                warn(
                     f"{named.by} names the site {', '.join(map(repr, missing))}, and no run of the "
                     f"model has met it; its sites are {', '.join(map(repr, self.sites))}",
-                    UserWarning,
-                    stacklevel=4,
                 )
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
@@ -226,13 +224,12 @@ class Program:
             return True
         self._is_static = False
         moved = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-        warnings.warn(
+        warn(
             "the program's sites are not fixed templates of its latents after all: with "
             f"{ {k: str(v) for k, v in row.items()} } a run differs at "
             f"{', '.join(map(repr, moved)) or 'the order of its sites'}; it will be run for every "
             "sample",
             StaticMismatchWarning,
-            stacklevel=4,
         )
         return False
 

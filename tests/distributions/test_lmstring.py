@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langppl.distributions import JoinWarning, LMChoice, LMString, Text, lmstring, sites
+from langppl.distributions import JoinWarning, LMChoice, LMString, Text, sites
 from langppl.testing import enumerate_strings, tiny_lm
 
 TINY = tiny_lm("ab. ", merged=["ab"])
@@ -19,7 +19,7 @@ TINY = tiny_lm("ab. ", merged=["ab"])
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lmstring, "_warned", set())
+    monkeypatch.setattr("langppl.warn._said", set())
 
 
 def test_another_tokenizer_tokenises_anew() -> None:
@@ -92,13 +92,20 @@ def test_a_value_that_is_no_string_is_an_error(value: Any) -> None:
     assert LMString(TINY, ". ").why_impossible(3) == "it is a int, not a string"
 
 
-def test_join_warning_once_a_site() -> None:
+def test_join_warning_once_a_site_and_line() -> None:
     dist = LMString(TINY, ". ab")
-    for site in ("x", "y"):
-        with sites.naming(site):
-            with pytest.warns(JoinWarning, match=f"site '{site}': the string 'ab'"):
-                dist.log_prob("ab")
-            dist.log_prob("ab")
+    with pytest.warns(JoinWarning) as heard:
+        for site in ("x", "y", "x"):
+            for value in ("ab", "abab"):
+                with sites.naming(site):
+                    dist.log_prob(value)
+    assert [str(w.message)[:23] for w in heard] == [
+        "site 'x': the string 'a",
+        "site 'y': the string 'a",
+    ]
+    assert {w.filename for w in heard} == {__file__}
+    with sites.naming("x"), pytest.warns(JoinWarning, match="site 'x'"):
+        dist.log_prob("ab")  # another model may call its site the same
     dist.log_prob(" ab")
     dist.log_prob(Text("ab", TINY.encode_text("ab"), TINY.fingerprint))
 

@@ -1,0 +1,44 @@
+"""Where warnings point to."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import langppl as lp
+from langppl.testing import tiny_lm
+
+
+def test_a_warning_about_a_model_points_into_it() -> None:
+    lm = tiny_lm("ab")
+
+    def model() -> None:
+        number = lp.sample("n", lp.LMString(lm, "a", max_tokens=2))
+        if len(number) > 5:
+            lp.sample("never", lp.LMString(lm, "b"))
+        lp.sample("z", lp.LMString(lm, f"b{number}a", max_tokens=2), obs="b")
+
+    lines, start = inspect.getsourcelines(model)
+    at = next(k for k, line in enumerate(lines) if 'obs="b"' in line)
+    with pytest.warns(lp.JoinWarning) as heard:
+        lp.compile(model).log_joint({"n": "a"})
+    assert {w.filename for w in heard} == {__file__}
+    assert {w.lineno for w in heard} <= {start + at, *_calls_of("log_joint")}
+
+
+def _calls_of(name: str) -> list[int]:
+    source = inspect.getsource(inspect.getmodule(_calls_of))
+    return [k for k, line in enumerate(source.splitlines(), 1) if f".{name}(" in line]
+
+
+def test_a_warning_of_inference_points_to_who_asked() -> None:
+    lm = tiny_lm("ab")
+
+    def model() -> None:
+        lp.sample("z", lp.LMString(lm, "a", max_tokens=2))
+        lp.factor("f", -float("inf"))
+
+    with pytest.warns(lp.InferenceWarning) as heard:
+        lp.infer(model, progress=False)
+    assert [w.filename for w in heard] == [__file__]
