@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Hashable
+
+from greenlet import getcurrent, greenlet
 
 _INSIDE = ("langppl", "pyro", "torch", "greenlet", "contextlib", "functools")
 _said: set[tuple[Hashable, str, int]] = set()
@@ -21,15 +24,32 @@ def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = N
         category: the warning's class.
         once: what it is about; the same is said once for each line, whatever the message.
     """
-    level, frame = 1, sys._getframe(0)
-    while frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
-        if frame.f_back is None:
-            level = 2
-            break
-        level, frame = level + 1, frame.f_back
+    frame = _line_of_user()
+    file, line = frame.f_code.co_filename, frame.f_lineno
     if once is not None:
-        key = (once, frame.f_code.co_filename, frame.f_lineno)
-        if key in _said:
+        if (once, file, line) in _said:
             return
-        _said.add(key)
-    warnings.warn(message, category, stacklevel=level)
+        _said.add((once, file, line))
+    warnings.warn_explicit(
+        message,
+        category,
+        file,
+        line,
+        module=frame.f_globals.get("__name__", "?"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _line_of_user() -> types.FrameType:
+    first = frame = sys._getframe(2)
+    task: greenlet | None = getcurrent()
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        if frame.f_back is not None:
+            frame = frame.f_back
+            continue
+        # Executions have stacks of their own; what called langppl stands in their parent's.
+        task = task.parent if task is not None else None
+        if task is None or task.gr_frame is None:
+            return first
+        frame = task.gr_frame
+    return frame

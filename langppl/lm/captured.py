@@ -68,8 +68,8 @@ def suits(lm: LM, requests: Sequence[DrawRequest]) -> bool:
 def _narrowest(lm: LM) -> float:
     """Most tokens that every layer sees: the mask of a step hides nothing of a row's past."""
     config = lm.model.config.get_text_config()
-    sliding = getattr(config, "sliding_window", None)
-    return min(sliding or float("inf"), lm.window or float("inf"))
+    limits = (getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size"))
+    return min(lm.window or float("inf"), *(limit or float("inf") for limit in limits))
 
 
 def steps_of(

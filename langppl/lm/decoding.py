@@ -21,7 +21,7 @@ from langppl.lm.inverse_cdf import by_inverse_cdf
 from langppl.lm.kept import Tree
 from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
-from langppl.lm.rules import State, Step
+from langppl.lm.rules import COLDEST, State, Step
 from langppl.lm.seeds import generator
 from langppl.lm.trie import Row, lay_out, shared
 
@@ -532,7 +532,9 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     if len(kinds) > 1:
         number = {key: k for k, key in enumerate(kinds)}
         illegal = illegal[torch.tensor([number[id(step)] for step in steps], device=device)]
-    scales = [row.request.rules.rules.temperature * row.request.temperature for row in rows]
+    scales = [
+        max(row.request.rules.rules.temperature * row.request.temperature, COLDEST) for row in rows
+    ]
     scaled = logits.float()
     if any(scale != 1.0 for scale in scales):
         scaled = scaled / torch.tensor(scales, device=device)[:, None]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
+
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 class PromptWarning(UserWarning):
@@ -81,11 +85,19 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
     contents = [m["content"] for m in messages]
     if not any(s in c for s in special for c in contents):
         return tuple(encode(render(contents), split=False))
-    marks = [f"\ue000{k}\ue001" for k in range(len(contents))]
-    rendered, ids = render(marks), []
-    for mark, content in zip(marks, contents, strict=True):
-        before, found, rendered = rendered.partition(mark)
-        if not found:
-            raise ValueError(f"the chat template drops the message {content!r}")
-        ids += encode(before, split=False) + encode(content, split=True)
-    return tuple(ids + encode(rendered, split=False))
+    # Rendered with marks in their place, each message can be tokenised apart from the template.
+    parts = _MARK.split(render([f"\ue000{k}\ue001" for k in range(len(contents))]))
+    places = [int(k) for k in parts[1::2]]
+    dropped = set(range(len(contents))).difference(places)
+    if dropped:
+        raise ValueError(f"the chat template drops the message {contents[min(dropped)]!r}")
+    whole = render(contents)
+    for shown in (contents, [c.strip() for c in contents]):
+        pieces = [p if i % 2 == 0 else shown[int(p)] for i, p in enumerate(parts)]
+        if "".join(pieces) == whole:
+            return tuple(i for k, p in enumerate(pieces) for i in encode(p, split=k % 2 == 1))
+    spelled = next(c for c in contents if any(s in c for s in special))
+    raise ValueError(
+        f"the message {spelled!r} spells a special token, and the chat template changes messages, "
+        "so it cannot be told which part of the prompt is its text; leave the token out"
+    )

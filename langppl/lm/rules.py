@@ -30,12 +30,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from langppl.lm.counts import as_count
+from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
 from langppl.lm.matcher import tokenizer_of
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
@@ -96,6 +97,7 @@ class StringRules:
             contain. A token is judged whole, also where a stop would cut it.
         grammar: what the whole text, a stop included, must belong to, as far as it goes: with
             `truncate="keep"`, which only proposals have, what is cut need not be whole.
+        filters: what `allow` and `ban` do, by which rules are compared.
     """
 
     max_tokens: int | None = None
@@ -103,9 +105,10 @@ class StringRules:
     stop: tuple[str, ...] = ()
     truncate: Literal["keep", "reject"] = "keep"
     temperature: float = 1.0
-    allow: TokenFilter | None = None
-    ban: TokenFilter | None = None
+    allow: TokenFilter | None = field(default=None, compare=False)
+    ban: TokenFilter | None = field(default=None, compare=False)
     grammar: Grammar | None = None
+    filters: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a tokenizer."""
@@ -118,6 +121,8 @@ class StringRules:
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "allow", _as_filter("allow", self.allow))
         object.__setattr__(self, "ban", _as_filter("ban", self.ban))
+        # A predicate that is written inside of a model is another object in every execution.
+        object.__setattr__(self, "filters", (content_of(self.allow), content_of(self.ban)))
         object.__setattr__(self, "min_tokens", as_count("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", as_count("max_tokens", self.max_tokens, 1))

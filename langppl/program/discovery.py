@@ -40,6 +40,8 @@ _VALUES = (
     " yes", " no", "yes", "no", "0", " 1", "7", " 12", "-3.5", "True", "a", "b", "ab.", " the",
     " The quick brown fox.", " Yes, she did!", "\n", "{}", "[1, 2]", "x = 1", "",
 )  # fmt: skip
+_LONG = "".join(f" {number}," for number in range(1_000))
+"""No part of it is like another, and a prompt that keeps some end of it is no template."""
 _MOST_VALUES = 48
 _DRAWS = 8
 _MOST_DRAWN = 2 * _DRAWS
@@ -132,8 +134,8 @@ def take_over(
         sites: the other program's.
 
     Returns:
-        None if that run does not go through, meets a site that is not in the graph, or misses one
-        that is observed: then the structure must be searched for.
+        None if that run does not go through, meets a site that is not in the graph or is of another
+        kind there, or misses one that is observed: then the structure must be searched for.
     """
     search = _Search(model, args, memo, seed)
     traced = search.trace()
@@ -144,6 +146,9 @@ def take_over(
         return None
     observed = {n for n, s in sites.items() if s.kind == "observed"}
     if not observed <= run.sites.keys() <= sites.keys():
+        return None
+    # What is missing in one row of data and observed in another has other edges.
+    if any(graph.nodes[n]["kind"] != site.kind for n, site in run.sites.items()):
         return None
     templates = None if traced is None else tuple(traced.sites.values())
     return Structure(graph, {**sites, **run.sites}, templates, False)
@@ -233,7 +238,7 @@ class _Search:
     def templates_hold(self, traced: Execution) -> bool:
         """Whether runs with made-up values meet what the filled templates say."""
         latents = [s for s in traced.sites.values() if s.kind == "latent"]
-        pool = self._pool()
+        pool = [*self._pool(), _LONG]
         for at in range(max(len(pool), 2)):
             values = {}
             for k, site in enumerate(latents):

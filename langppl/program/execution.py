@@ -293,10 +293,39 @@ def _log_prob_without_lm(site: Site) -> float:
         return 0.0  # of a string that has a site of its own
     if isinstance(site.fn, StringDistribution):
         pending = site.fn.pending(site.value)
-        plain = torch.tensor(0.0 if pending.requests else pending.finish(()), dtype=torch.float64)
-    else:
+        return site.counted(0.0 if pending.requests else pending.finish(()))
+    return _plain_log_prob(site)
+
+
+def _plain_log_prob(site: Site) -> float:
+    """Log-probability (nats) at a site whose distribution is not over strings.
+
+    A value outside of the support is impossible, as a string is that breaks its rules.
+    """
+    try:
+        if _is_outside(site):
+            return -math.inf
         plain = site.fn.log_prob(site.value)
+    except ValueError as error:
+        raise ValueError(f"site {site.name!r}, of {site.fn!r}: {error}") from error
     return float(scale_and_mask(plain, site.scale, site.mask).sum())
+
+
+def _is_outside(site: Site) -> bool:
+    if isinstance(site.fn, Known | Unit) or not isinstance(site.value, torch.Tensor):
+        return False
+    try:
+        is_inside = site.fn.support.check(site.value)
+    except (NotImplementedError, AttributeError, RuntimeError):  # no support, or no such shape
+        return False
+    if bool(torch.isnan(site.value).any()):
+        return False  # an error, which the distribution raises
+    if site.mask is None:
+        return not bool(is_inside.all())
+    try:
+        return not bool((is_inside | ~torch.as_tensor(site.mask)).all())
+    except RuntimeError:
+        return False
 
 
 def _note_latents(error: Exception, execution: Execution) -> None:
@@ -346,10 +375,13 @@ def score_all(
                 elif isinstance(site.fn, TemperedFactor):
                     wanted.append((site, _tempered(site.fn)))
                 else:
-                    log_prob = site.fn.log_prob(site.value)
-                    site.log_prob = float(scale_and_mask(log_prob, site.scale, site.mask).sum())
+                    site.log_prob = _plain_log_prob(site)
         # One impossible site makes the execution impossible: the LM need not score the others.
-        hopeless = [p for p in wanted[start:] if not p[1].requests and p[1].finish(()) == -math.inf]
+        hopeless = [
+            (site, pending)
+            for site, pending in wanted[start:]
+            if not pending.requests and site.counted(pending.finish(())) == -math.inf
+        ]
         if not whole and (
             hopeless or any(s.log_prob == -math.inf for s in execution.sites.values())
         ):

@@ -246,12 +246,28 @@ class Program:
             rules could not have produced a value.
 
         Raises:
-            ValueError: if a latent has no value.
+            ValueError: if a latent has no value, or a value is given for what is no latent.
         """
         single = isinstance(assignments, Mapping)
         rows = [assignments] if isinstance(assignments, Mapping) else list(assignments)
+        for name in dict.fromkeys(n for row in rows for n in row):
+            self._check_latent(name)
         totals = torch.tensor([e.log_joint for e in self.executions(rows)], dtype=torch.float64)
         return totals[0] if single else totals
+
+    def _check_latent(self, name: str) -> None:
+        # Only a static program is known to have no other sites.
+        if name in self.latents or (name not in self.sites and not self.is_static):
+            return
+        if name in self.observed:
+            raise ValueError(
+                f"site {name!r} is observed; for another value take "
+                f"program.observing({{{name!r}: value}})"
+            )
+        raise ValueError(
+            f"{name!r} is no latent site of the program; its latents are: "
+            + (", ".join(self.latents) or "none")
+        )
 
     # -- simulating ---------------------------------------------------------------------------
 

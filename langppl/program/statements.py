@@ -22,6 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from greenlet import getcurrent, greenlet
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -123,10 +124,23 @@ def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
     value = sample(name, tempered.base, obs)
     # A site that `do` removed has no density, and so no tempered one.
     removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
-    if _PYRO_STACK and not removed:
+    if _PYRO_STACK and not removed and not _is_hidden(name, tempered.base, value, obs):
         fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
         pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
     return value
+
+
+def _is_hidden(name: str, fn: Any, value: Any, obs: Any) -> bool:
+    """Whether Pyro's `block` hides a site from langppl's handler, which stands outside."""
+    seen: Any = {
+        "type": "sample",
+        "name": name,
+        "fn": fn,
+        "value": value,
+        "is_observed": obs is not None,
+        "infer": {},
+    }
+    return any(isinstance(h, BlockMessenger) and h.hide_fn(seen) for h in _PYRO_STACK)
 
 
 def factor(name: str, log_weight: torch.Tensor | float) -> None:

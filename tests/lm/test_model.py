@@ -209,6 +209,28 @@ def test_chats_go_through_the_template() -> None:
     assert ids == (0, *user, *lm.encode_text("a</s><s>b"), 1, 0)
 
 
+@pytest.mark.parametrize("content", ["{{ m['content'] | trim }}", "{{ m['content'] }}"])
+def test_a_chat_template_may_trim_and_repeat(content: str) -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">", " "])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>" + 2 * content + "{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    said = " a</s> "
+    kept = said.strip() if "trim" in content else said
+    ids = lm.encode_prompt([{"role": "user", "content": said}])
+    assert ids == (0, *lm.encode_text(kept), *lm.encode_text(kept))
+
+
+def test_a_chat_template_that_changes_a_message_with_a_special_token() -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">", "A", "S"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] | upper }}{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    assert lm.encode_prompt([{"role": "user", "content": "a"}]) == (0, *lm.encode_text("A"))
+    with pytest.raises(ValueError, match="'a</s>' spells a special token, and the chat template"):
+        lm.encode_prompt([{"role": "user", "content": "a</s>"}])
+
+
 def test_token_budget_must_be_positive() -> None:
     lm = tiny_lm()
     with pytest.raises(ValueError, match="token_budget must be at least 1"):

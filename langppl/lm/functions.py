@@ -1,0 +1,82 @@
+"""Functions by what they do, as far as that can be seen: their code and what it refers to."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class _Same:
+    """An object that equals itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """A function as something hashable that equals those which now do the same.
+
+    A function that is written inside of another is a new object each time; its code, what it
+    closes over, its defaults and the globals that it names tell whether it is another one.
+    Objects other than functions, numbers, texts and containers of these count as themselves.
+
+    Args:
+        value: the function, or what one refers to.
+        within: the objects that it was found in, by identity.
+    """
+    if id(value) in within:
+        return ("itself", within.index(id(value)))
+    inner = (*within, id(value))
+
+    def own(part: Any) -> Any:
+        return content_of(part, inner)
+
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        return (type(value).__name__, value)
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, tuple(map(own, value)))
+    if isinstance(value, set | frozenset):
+        return (type(value).__name__, frozenset(map(own, value)))
+    if isinstance(value, Mapping):
+        return (type(value).__name__, tuple((own(k), own(v)) for k, v in value.items()))
+    if isinstance(value, functools.partial):
+        return ("partial", own(value.func), own(value.args), own(value.keywords))
+    if isinstance(value, types.MethodType):
+        return ("method", own(value.__func__), own(value.__self__))
+    if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
+        return ("builtin", value.__name__, own(value.__self__))
+    if isinstance(value, types.FunctionType):
+        named = {n: value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__}
+        closed = [_content(cell) for cell in value.__closure__ or ()]
+        return (
+            "function",
+            value.__code__,
+            own(closed),
+            own(value.__defaults__),
+            own(value.__kwdefaults__),
+            own(named),
+        )
+    return _Same(value)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """What a function's code may look up among the globals, that of functions in it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

@@ -1,0 +1,276 @@
+"""What models do with strings and numbers that few models do."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions.transforms import AffineTransform
+
+import langppl as lp
+from langppl.program.execution import Choice, score
+from langppl.testing import tiny_lm
+
+pytestmark = pytest.mark.filterwarnings("ignore::langppl.JoinWarning")
+
+LM = tiny_lm("ab.", merged=["ab", "b.", "..", ".a"])
+WAYS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "importance": {"num_samples": 400},
+    "smc": {"num_samples": 400},
+}
+
+
+def string(prompt: str, **rules: Any) -> lp.LMString:
+    return lp.LMString(LM, prompt, **rules)
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hidden", ["a", ""])
+def test_an_impossible_string_that_is_masked_counts_nothing(way: str, hidden: str) -> None:
+    """The usual way with missing data: a mask, and some value in its place."""
+
+    def model(x: str) -> None:
+        z = lp.sample("z", string("a", max_tokens=1))
+        with pyro.poutine.mask(mask=False):
+            lp.sample("x", string(f"a{z}", max_tokens=3), obs=x)
+        lp.sample("y", string(f"a{z}"), obs="ab")
+
+    def without() -> None:
+        z = lp.sample("z", string("a", max_tokens=1))
+        lp.sample("y", string(f"a{z}"), obs="ab")
+
+    expected = lp.infer(without, method="exact", progress=False).log_evidence
+    found = lp.infer(model, hidden, method=way, progress=False, **WAYS[way])
+    # 400 draws; the weights' relative spread is below 1, so its error is below 0.05.
+    assert found.log_evidence == pytest.approx(expected, abs=1e-9 if way == "exact" else 0.15)
+    joint = [
+        float(lp.compile(f, *a).log_joint({"z": "b"})) for f, *a in ((model, hidden), (without,))
+    ]
+    assert joint[0] == pytest.approx(joint[1], abs=1e-5)
+
+
+def test_a_cut_string_that_is_masked_keeps_the_other_sites() -> None:
+    def model() -> None:
+        with pyro.poutine.mask(mask=False):
+            z = lp.sample("z", string("a", max_tokens=2, truncate="reject"))
+        lp.sample("y", string(f"b{z}"), obs="ab")
+
+    program = lp.compile(model)
+    alone = string("bbb")
+    assert program.sites["z"].fn.why_impossible("bb") is not None
+    expected = float(alone.log_prob("ab"))
+    assert float(program.log_joint({"z": "bb"})) == pytest.approx(expected, abs=1e-5)
+
+
+# -- distributions by their content -------------------------------------------------------------
+
+MADE: dict[str, Callable[[float], Any]] = {
+    "normal": lambda k: dist.Normal(k, 1.0),
+    "transformed": lambda k: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0), [AffineTransform(k, 1.0)]
+    ),
+    "mixture": lambda k: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([k, k]), 1.0)
+    ),
+    "masked mixture": lambda k: dist.MaskedMixture(
+        torch.tensor(True), dist.Normal(0.0, 1.0), dist.Normal(k, 1.0)
+    ),
+    "empirical": lambda k: dist.Empirical(
+        torch.tensor([5.0, 0.0]), torch.tensor([k, 1.0]).log_softmax(0)
+    ),
+    "user's": lambda k: Shifted(k),
+}
+
+
+class Shifted(dist.TorchDistribution):
+    """A user's own, that says nothing of its parameters."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - as torch has it
+    support = dist.constraints.real
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+        super().__init__(validate_args=False)
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        return torch.tensor(self.by) + torch.randn(sample_shape)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return dist.Normal(self.by, 1.0).log_prob(value)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_any_distribution_is_made_of_is_seen(kind: str) -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=2))
+        k = 5.0 if re.search("b", z) else 0.0  # which leaves no mark
+        lp.sample("n", MADE[kind](k), obs=torch.tensor(5.0))
+
+    program = lp.compile(model)
+    assert not program.is_static
+    assert list(program.graph.edges) == [("z", "n")]
+    given = [{"z": "a"}, {"z": "b"}]
+    found = program.log_joint(given)
+    for row, total in zip(given, found, strict=True):
+        own = MADE[kind](5.0 if "b" in row["z"] else 0.0).log_prob(torch.tensor(5.0))
+        expected = string("a", max_tokens=2).log_prob(row["z"]) + own
+        assert float(total) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_equal_distributions_are_equal(kind: str) -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=2))
+        lp.sample("n", MADE[kind](1.0), obs=torch.tensor(5.0))
+        lp.sample("y", string(f"b{z}"), obs="a")
+
+    program = lp.compile(model)
+    assert program.is_static
+    assert list(program.graph.edges) == [("z", "y")]
+
+
+# -- templates ----------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_put_together_from_a_latent_is_tokenised_anew() -> None:
+    a, b = (LM.vocabulary.exact[c] for c in (b"a", b"b"))
+    letters = lp.Text("ab", (a, b), LM.fingerprint)
+
+    def joint(model: Callable[[], Any]) -> tuple[float, float]:
+        program = lp.compile(model)
+        assert program.is_static
+        (ran,) = program.run([lambda name, fn, execution: Choice(letters)])
+        return score(ran).log_joint, float(program.log_joint({"z": letters}))
+
+    def whole() -> None:
+        z = lp.sample("z", string("a", max_tokens=4))
+        lp.sample("y", string("b"), obs=z)
+
+    def plain() -> None:
+        z = lp.sample("z", string("a", max_tokens=4))
+        lp.sample("y", string("b"), obs=f"{z}")
+
+    ran, filled = joint(whole)
+    again, anew = joint(plain)
+    assert ran == pytest.approx(filled, abs=1e-5)
+    assert again == pytest.approx(anew, abs=1e-5)
+    assert abs(ran - again) > 0.1
+
+
+def test_a_prompt_that_keeps_its_last_characters_is_no_template() -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=60))
+        lp.sample("y", string(f"a {z}"[-45:]), obs="ab")
+
+    program = lp.compile(model)
+    assert not program.is_static
+    long = "ab" * 25
+    expected = string("a", max_tokens=60).log_prob(long) + string(f"a {long}"[-45:]).log_prob("ab")
+    found = program.log_joint([{"z": "a"}, {"z": long}])
+    assert float(found[1]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_predicate_may_be_written_inside_of_a_model() -> None:
+    def model(banned: str) -> None:
+        letters = set("ab") - {banned}
+        lp.sample("z", string("a", max_tokens=1, allow=lambda t: set(t) <= letters))
+
+    bound = len(LM._rules)
+    posterior = lp.infer(model, "b", num_samples=50, progress=False)
+    assert {sample["z"] for sample in posterior} == {"a"}
+    assert len(LM._rules) <= bound + 2  # one for all executions, and its greedy one
+    assert {s["z"] for s in lp.infer(model, "a", num_samples=50, progress=False)} <= {"b"}
+
+
+def test_a_row_with_a_value_missing_has_a_structure_of_its_own() -> None:
+    def model(x: str | None) -> None:
+        z = lp.sample("z", string("a", max_tokens=2))
+        if "b" in z:
+            lp.factor("f", -1.0)
+        lp.sample("w", string(f"a{z}", max_tokens=2), obs=x)
+
+    missing = lp.compile(model, None)
+    assert (missing.latents, missing.observed) == (("z", "w"), ())
+    for there in (lp.compile(model, "ab", like=missing), lp.compile(model, "ab")):
+        assert (there.latents, there.observed) == (("z",), ("w",))
+        assert there.graph.nodes["w"]["kind"] == there.sites["w"].kind == "observed"
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_number_outside_of_the_support_is_impossible(way: str) -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=3, min_tokens=0))
+        lp.sample("n", dist.Binomial(torch.tensor(float(len(z))), 0.5), obs=torch.tensor(3.0))
+
+    exact = 0.0
+    strings = string("a", max_tokens=3, min_tokens=0)
+    for sample in lp.infer(model, method="exact", progress=False).samples:
+        length = len(sample["z"])
+        if length >= 3:
+            exact += (
+                math.exp(float(strings.log_prob(sample["z"]))) * math.comb(length, 3) / 2**length
+            )
+    found = lp.infer(model, method=way, progress=False, **WAYS[way])
+    # The weights' relative spread is about 1.5, so that of a mean of 400 is 0.075.
+    tolerance = 1e-5 if way == "exact" else 0.25
+    assert found.log_evidence == pytest.approx(math.log(exact), abs=tolerance)
+
+
+def test_a_number_that_no_execution_allows_is_named() -> None:
+    def model() -> None:
+        lp.sample("z", string("a", max_tokens=2))
+        lp.sample("n", dist.Uniform(0.0, 1.0), obs=torch.tensor(3.5))
+
+    with pytest.warns(lp.InferenceWarning, match="'n'"):
+        assert lp.infer(model, progress=False).log_evidence == -math.inf
+
+
+def test_a_number_that_is_none_names_its_site() -> None:
+    def model() -> None:
+        lp.sample("z", string("a", max_tokens=2))
+        lp.sample("n", dist.Uniform(0.0, 1.0), obs=torch.tensor(math.nan))
+
+    with pytest.raises(ValueError, match="'n'"):
+        lp.infer(model, progress=False)
+
+
+def test_a_value_of_what_is_no_latent() -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=2))
+        lp.sample("y", string(f"{z}"), obs="a")
+
+    program = lp.compile(model)
+    with pytest.raises(ValueError, match=r"site 'y' is observed; .*program\.observing\(\{'y'"):
+        program.log_joint({"z": "a", "y": "b"})
+    with pytest.raises(ValueError, match=r"'typo' is no latent site of the program; .* z"):
+        program.log_joint([{"z": "a"}, {"z": "a", "typo": "b"}])
+
+
+def test_two_low_temperatures() -> None:
+    text, log_q = string("a", max_tokens=3, temperature=1e-25).draw((1,), temperature=1e-25)
+    assert (str(text), log_q) == (
+        str(string("a", max_tokens=3, temperature=1e-25).draw((2,))[0]),
+        0.0,
+    )
+
+
+def test_a_hidden_string_has_no_tempered_factor() -> None:
+    def model() -> None:
+        with pyro.poutine.block(hide=["hidden"]):
+            lp.sample("hidden", lp.Tempered(string("a", max_tokens=2), 0.5), obs="a")
+        lp.sample("z", lp.Tempered(string("a", max_tokens=2), 0.5))
+
+    assert list(lp.compile(model).sites) == ["z", "z/tempered"]
