@@ -15,7 +15,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Every table was written by the command above it, of the commit below it, and turned into this page
-by `python benchmarks/page.py`; the JSON, with every single run, is in `benchmarks/results/`. Where
+by `python benchmarks/page.py`; the JSON, with every single run, is in `benchmarks/results/`. What
+stands as `FOLDER` after `--trained` is a guide that was trained apart, at the settings in the text
+above: there the command loads the guide and measures it, and does not train it. Where
 ways are set beside each other for speed, they ran in turns in one run on one machine, and seconds
 are medians. `make bench` runs the shorter tables of speed with their defaults, `make peers` those
 beside the peers, `make truth` SMC's grid; the others take hours and are run on their own.

@@ -1,8 +1,8 @@
-"""Pictures of posteriors and of training.
+"""Pictures of programs, of posteriors and of training.
 
-Every function returns a matplotlib `Figure` made without pyplot: no window is opened, no global
-state is touched, and the pictures come out the same on a machine without a display. matplotlib is
-imported when the first one is drawn.
+Every function returns a matplotlib `Figure` that pyplot does not know: no window is opened, no
+global state is touched, and the pictures come out the same on a machine without a display.
+matplotlib is imported when the first one is drawn.
 
 Example:
     >>> from langppl import LMString, infer, sample
@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import networkx as nx
 import numpy as np
 
 from langppl.diagnostics import Array
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 
     from langppl.guides.schedules import RewardSchedule
     from langppl.inference.calibration import Calibration
+    from langppl.program.graph import ProgramGraph
 
 __all__ = [
     "plot_calibration",
+    "plot_graph",
     "plot_log_weights",
     "plot_posterior",
     "plot_schedule",
@@ -50,7 +53,92 @@ __all__ = [
 _TOP_VALUES = 10
 _LONGEST_LABEL = 48
 _TRAINING_SERIES = {"log_reward": "mean log reward", "elbo": "mean log weight (ELBO)"}
+_NODES = {
+    "latent": (("latent",), "o", "white"),
+    "observed": (("observed",), "o", "lightgray"),
+    "computed or factor": (("deterministic", "factor"), "s", "white"),
+}
+_NODE_SIZE = 500.0
 _SQUARED_SERIES = {"loss": "loss", "val_variance": "variance"}
+
+
+def plot_graph(graph: ProgramGraph, ax: Axes | None = None) -> Figure:
+    """Draws what flows into what, from left to right.
+
+    A site stands to the right of all that flow into it, those of one column in program order.
+    Latents are open circles, observed sites filled ones, computed values and factors squares; below
+    each stand its name and its family.
+
+    Args:
+        graph: what to draw.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    columns = [list(column) for column in nx.topological_generations(graph)]
+    tallest = max(map(len, columns), default=1)
+    figure, ax = _target(ax, 1.8 * max(len(columns), 2) + 0.6, 1.2 * tallest + 1.2)
+    order = {name: k for k, name in enumerate(graph)}
+    places: dict[Any, tuple[float, float]] = {}
+    for x, column in enumerate(columns):
+        for k, name in enumerate(sorted(column, key=order.__getitem__)):
+            places[name] = (float(x), (len(column) - 1) / 2 - k)
+    for label, (kinds, shape, color) in _NODES.items():
+        names = [name for name, data in graph.nodes(data=True) if data["kind"] in kinds]
+        if names:
+            nx.draw_networkx_nodes(
+                graph,
+                places,
+                nodelist=names,
+                ax=ax,
+                node_shape=shape,
+                node_color=color,
+                edgecolors="black",
+                node_size=_NODE_SIZE,
+                label=label,
+            )
+    for a, b in graph.edges:
+        # A straight edge over a column would run through what stands there. All rise alike: the
+        # bend is relative to the length.
+        length = places[b][0] - places[a][0]
+        bend = 0.0 if length == 1.0 else -0.6 / length
+        nx.draw_networkx_edges(
+            graph,
+            places,
+            edgelist=[(a, b)],
+            ax=ax,
+            node_size=_NODE_SIZE,
+            connectionstyle=f"arc3,rad={bend}",
+        )
+    for name, data in graph.nodes(data=True):
+        ax.annotate(
+            f"{name}\n{data['family']}",
+            places[name],
+            (0.0, -14.0),
+            fontsize=9,
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            parse_math=False,
+        )
+    # Room for the outermost nodes and the text below them, also where there is one node alone.
+    ax.set_xlim(-0.6, max(len(columns) - 1, 0) + 0.6)
+    ax.set_ylim(-(tallest - 1) / 2 - 0.8, (tallest - 1) / 2 + 0.6)
+    ax.set_title("What flows into what")
+    ax.set_axis_off()
+    if columns:
+        ax.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=len(_NODES),
+            markerscale=0.4,
+            frameon=False,
+        )
+    return figure
 
 
 def plot_posterior(posterior: Posterior, site: str | None = None) -> Figure:

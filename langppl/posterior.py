@@ -67,9 +67,9 @@ _VERSION = 1
 class Posterior(Report):
     """Weighted samples from the posterior of a program.
 
-    `len` is the number of samples; `posterior[i]` is the i-th, and iteration goes over them, each
-    a mapping of the latents and the computed values. `posterior[name]` is one of these in all
-    samples.
+    `len` is the number of samples; `posterior[i]` is the i-th, `posterior[:10]` are the first ten,
+    and iteration goes over them, each a mapping of the latents and the computed values.
+    `posterior[name]` is one of these in all samples.
 
     Args:
         samples: n dicts, latent site → value: `Text` or `str` for strings, 0-d tensors or floats
@@ -512,6 +512,25 @@ class Posterior(Report):
         frame: pandas.DataFrame = pd.DataFrame(columns)
         return frame
 
+    def summary(self) -> pandas.DataFrame:
+        """The printed table: the likeliest values of each latent and each computed value.
+
+        Returns:
+            A row for each value, with its `site`, the `value` as it is printed, and its
+            `probability`. The five likeliest of a site, then one row for the rest; numbers of more
+            than five values have one row, their mean and standard deviation. What is not hashable
+            has NaN for a probability.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if no sample has weight.
+        """
+        pd = pandas_for("Posterior.summary")
+        self._require_weight()
+        columns = ["site", "value", "probability"]
+        frame: pandas.DataFrame = pd.DataFrame(summary.rows(self), columns=columns)
+        return frame
+
     def plot(self, site: str | None = None) -> Figure:
         """Draws one latent, computed or return value, or all latents: see `langppl.plots`."""
         plots = importlib.import_module("langppl.plots")
@@ -654,17 +673,20 @@ class Posterior(Report):
     def __getitem__(self, key: str) -> list[Any]: ...
     @overload
     def __getitem__(self, key: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[dict[str, Any]]: ...
 
-    def __getitem__(self, key: str | SupportsIndex) -> Any:
-        """One value in all samples, or one sample.
+    def __getitem__(self, key: str | SupportsIndex | slice) -> Any:
+        """One value in all samples, or one sample, or several.
 
         Args:
             key: the name of a latent or of a computed value, or `"_RETURN"`; or the number of a
-                sample, from the end if it is negative.
+                sample, from the end if it is negative; or a slice of such numbers.
 
         Returns:
             For a name the n values, None where an execution did not reach it. For a number the
-            sample: name → value of its latents and its computed values (a copy).
+            sample: name → value of its latents and its computed values (a copy). For a slice a list
+            of these.
 
         Raises:
             UnknownSiteError: if there is no value of that name (a `KeyError`).
@@ -673,12 +695,13 @@ class Posterior(Report):
         """
         if isinstance(key, str):
             return self._column(key, None)
+        if isinstance(key, slice):
+            return [self[i] for i in range(self.num_samples)[key]]
         try:
             i = operator.index(key)
         except TypeError:
             raise TypeError(
-                f"posterior[{key!r}]: give the name of a value or the number of a sample; several "
-                "samples are in posterior.samples"
+                f"posterior[{key!r}]: give the name of a value, the number of a sample, or a slice"
             ) from None
         if not -self.num_samples <= i < self.num_samples:
             raise IndexError(f"there is no sample {i}: the posterior has {self.num_samples}")

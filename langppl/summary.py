@@ -24,20 +24,24 @@ _TOP_VALUES = 5
 def report(posterior: Posterior) -> rich.console.RenderableType:
     """A table of each site's likeliest values, and below it what they are worth."""
     lines = [rich.text.Text(line) for line in _lines(posterior)]
-    names = dict.fromkeys([*posterior.sites, *posterior.computed_sites])
-    if not _has_weight(posterior) or not names:
+    if not _has_weight(posterior) or not _names(posterior):
         return rich.console.Group(*lines)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("site", overflow="fold")
     table.add_column("value", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
-    for site in names:
+    for site in _names(posterior):
         name = site
         for value, probability in _rows(posterior, site):
-            table.add_row(rich.text.Text(name), rich.text.Text(value), probability)
+            table.add_row(rich.text.Text(name), rich.text.Text(value), _percentage(probability))
             name = ""
         table.add_section()
     return rich.console.Group(table, rich.text.Text(""), *lines)
+
+
+def rows(posterior: Posterior) -> list[tuple[str, str, float]]:
+    """The rows of the table: site, value as shown, probability; NaN where it has no meaning."""
+    return [(site, *row) for site in _names(posterior) for row in _rows(posterior, site)]
 
 
 def failure(posterior: Posterior) -> str:
@@ -61,25 +65,30 @@ def failure(posterior: Posterior) -> str:
     return text + "."
 
 
-def _rows(posterior: Posterior, site: str) -> list[tuple[str, str]]:
+def _names(posterior: Posterior) -> tuple[str, ...]:
+    """The latents, then what was computed."""
+    return tuple(dict.fromkeys([*posterior.sites, *posterior.computed_sites]))
+
+
+def _rows(posterior: Posterior, site: str) -> list[tuple[str, float]]:
     """The likeliest values of a site as shown, the rest in one row; a mean for numbers."""
     try:
         table = posterior.probabilities(site)
     except UncountableError:
         kinds = dict.fromkeys(type(v).__name__ for v in posterior[site] if v is not None)
-        return [(f"not hashable ({', '.join(kinds)})", "")]
+        return [(f"not hashable ({', '.join(kinds)})", math.nan)]
     numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
     if len(numeric) > _TOP_VALUES:
-        rows = [(moments(numeric), _percentage(math.fsum(numeric.values())))]
+        found = [(moments(numeric), math.fsum(numeric.values()))]
         table = {v: p for v, p in table.items() if v not in numeric}
     else:
-        rows = []
+        found = []
     top = list(table.items())[:_TOP_VALUES]
-    rows += [(shown(value, LONGEST_VALUE), _percentage(p)) for value, p in top]
+    found += [(shown(value, LONGEST_VALUE), p) for value, p in top]
     others = list(table.values())[_TOP_VALUES:]
     if others:
-        rows.append((f"{len(others)} more", _percentage(math.fsum(others))))
-    return rows
+        found.append((f"{len(others)} more", math.fsum(others)))
+    return found
 
 
 def _lines(posterior: Posterior) -> list[str]:
@@ -146,6 +155,8 @@ def _is_exact(posterior: Posterior) -> bool:
 
 
 def _percentage(probability: float) -> str:
+    if math.isnan(probability):
+        return ""
     return "<0.001" if 0.0 < probability < 0.0005 else f"{probability:.3f}"
 
 

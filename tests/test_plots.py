@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from langppl.guides import RewardSchedule
 from langppl.plots import (
+    plot_graph,
     plot_log_weights,
     plot_posterior,
     plot_schedule,
@@ -21,6 +23,7 @@ from langppl.plots import (
     save_figure,
 )
 from langppl.posterior import Posterior
+from langppl.program.graph import ProgramGraph
 
 INF = math.inf
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,6 +39,86 @@ def strings() -> Posterior:
 
 def bar_lengths(figure: Figure, index: int = 0) -> list[float]:
     return [float(bar.get_width()) for bar in figure.axes[index].patches]  # type: ignore[attr-defined]
+
+
+def graph_of(kinds: dict[str, str], edges: list[tuple[str, str]]) -> ProgramGraph:
+    graph = ProgramGraph()
+    for name, kind in kinds.items():
+        graph.add_node(
+            name, kind=kind, family="LMString" if kind in ("latent", "observed") else kind
+        )
+    graph.add_edges_from(edges)
+    return graph
+
+
+def drawn_graph(ax: Any) -> tuple[dict[str, dict[str, tuple[float, float]]], set[tuple[str, str]]]:
+    """Names and places by the legend's labels, and the edges, as the artists have them."""
+    names = {tuple(map(float, text.xy)): text.get_text().split("\n")[0] for text in ax.texts}
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for collection in ax.collections:
+        places = [(float(x), float(y)) for x, y in collection.get_offsets()]
+        found[str(collection.get_label())] = {names[place]: place for place in places}
+    ends = [[tuple(map(float, end)) for end in arrow._posA_posB] for arrow in ax.patches]
+    return found, {(names[a], names[b]) for a, b in ends}
+
+
+def test_a_graph(tmp_path: Path) -> None:
+    kinds = {
+        "$q$": "latent",
+        "p": "latent",
+        "why": "latent",
+        "n": "deterministic",
+        "answer": "observed",
+        "short": "factor",
+    }
+    edges = [("$q$", "why"), ("why", "n"), ("n", "short"), ("$q$", "answer"), ("why", "answer")]
+    figure = graph_of(kinds, edges).plot()
+    (ax,) = figure.axes
+    nodes, arrows = drawn_graph(ax)
+    assert nodes == {
+        "latent": {"$q$": (0.0, 0.5), "p": (0.0, -0.5), "why": (1.0, 0.0)},
+        "observed": {"answer": (2.0, -0.5)},
+        "computed or factor": {"n": (2.0, 0.5), "short": (3.0, 0.0)},
+    }
+    assert arrows == set(edges)
+    assert [text.get_text() for text in ax.texts] == [
+        f"{name}\n{'LMString' if kind in ('latent', 'observed') else kind}"
+        for name, kind in kinds.items()
+    ]
+    latent, observed, others = ax.collections
+    faces = [tuple(c.get_facecolor()[0]) for c in (latent, observed, others)]
+    assert faces[0] == faces[2] != faces[1]
+    # A circle is drawn in curves, a square has five points.
+    corners = [len(c.get_paths()[0].vertices) for c in (latent, observed, others)]
+    assert corners[0] == corners[1] > corners[2] == 5
+    save_figure(figure, tmp_path / "g.png")
+    assert (tmp_path / "g.png").read_bytes().startswith(PNG)
+
+
+def test_an_edge_over_a_column_is_bent() -> None:
+    graph = graph_of(dict.fromkeys("abc", "latent"), [("a", "b"), ("b", "c"), ("a", "c")])
+    figure = plot_graph(graph)
+    figure.canvas.draw()
+    tops = {}
+    for edge, arrow in zip(graph.edges, figure.axes[0].patches, strict=True):
+        tops[edge] = float(np.asarray(arrow.get_path().vertices)[:, 1].max())
+    # The node in the way has a radius of 0.15 or so in these units.
+    assert tops["a", "c"] > 0.2 > tops["a", "b"]
+
+
+def test_graphs_of_one_site_and_of_none(tmp_path: Path) -> None:
+    figure = graph_of({"z": "latent"}, []).plot()
+    assert drawn_graph(figure.axes[0]) == ({"latent": {"z": (0.0, 0.0)}}, set())
+    save_figure(figure, tmp_path / "one.png")
+    save_figure(ProgramGraph().plot(), tmp_path / "none.png")
+
+
+def test_a_graph_on_given_axes_leaves_pyplot_alone() -> None:
+    figure = Figure()
+    left, _ = figure.subplots(1, 2)
+    assert graph_of({"z": "observed"}, []).plot(left) is figure
+    assert left.get_title() == "What flows into what"
+    assert pyplot.get_fignums() == []
 
 
 def test_bars_of_a_string(tmp_path: Path) -> None:
@@ -234,3 +317,5 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
         plot_posterior(strings())
+    with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
+        ProgramGraph().plot()

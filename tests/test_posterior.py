@@ -357,9 +357,23 @@ def test_keys_that_are_none() -> None:
             posterior[i]
     with pytest.raises(UnknownSiteError, match=r"no latent site 'x'; .* are: 'z'; .* 'n', 'why'"):
         posterior["x"]
-    for key in (slice(0, 1), 1.0, None):
-        with pytest.raises(TypeError, match="the name of a value or the number of a sample"):
+    for key in (1.0, None, ("z", "n")):
+        with pytest.raises(TypeError, match="the name of a value, the number of a sample, or a sl"):
             posterior[key]  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="slice indices must be integers"):
+        posterior["z":"n"]  # type: ignore[misc]
+
+
+def test_slices_are_lists_of_samples() -> None:
+    posterior = with_computed()
+    one, two, three = posterior
+    assert one == {"z": "a", **posterior.computed[0]}
+    assert posterior[:2] == posterior[-3:-1] == posterior[0:2:1] == [one, two]
+    assert posterior[::-1] == [three, two, one]
+    assert posterior[:] == posterior[:10] == [one, two, three]
+    assert posterior[3:] == []
+    posterior[:1][0]["z"] = "changed"
+    assert posterior.samples[0] == {"z": "a"}
 
 
 def test_the_mode() -> None:
@@ -530,6 +544,39 @@ def test_to_pandas_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
         one_to_three().to_pandas()
+
+
+def test_the_summary_has_the_rows_of_the_printed_table() -> None:
+    n = 8
+    samples: list[dict[str, Any]] = [{"z": "abcdefgh"[i], "x": float(i)} for i in range(n)]
+    computed: list[dict[str, Any]] = [{"long": i > 5, "d": {}} for i in range(n)]
+    weights = [1e-6, *[1.0] * (n - 1)]
+    posterior = Posterior(samples, np.log(weights), computed=computed)
+    frame = posterior.summary()
+    assert list(frame.columns) == ["site", "value", "probability"]
+    assert list(frame["site"]) == ["z"] * 6 + ["x"] + ["long"] * 2 + ["d"]
+    assert list(frame["value"][:6]) == ["'b'", "'c'", "'d'", "'e'", "'f'", "3 more"]
+    assert list(frame["value"][6:]) == [
+        "mean 4, sd 2 (8 values)",
+        "0",
+        "1",
+        "not hashable (dict)",
+    ]
+    np.testing.assert_allclose(
+        frame["probability"], [1 / 7] * 5 + [2 / 7, 1.0, 5 / 7, 2 / 7, np.nan], atol=1e-6
+    )
+    printed = str(posterior)
+    for value in frame["value"]:
+        assert value in printed
+
+
+def test_a_summary_needs_weight_and_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(Posterior([{}], [0.0]).summary()) == 0
+    with pytest.raises(ValueError, match="no sample explains the observations"):
+        dead().summary()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"Posterior.summary needs .*'langppl\[plots\]'"):
+        one_to_three().summary()
 
 
 # --- files ---

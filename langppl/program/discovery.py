@@ -319,6 +319,8 @@ class _Search:
         self._seen: list[Execution] = []
 
         def no_tools(name: str, fn: Known) -> Any:
+            if fn.family == "deterministic":
+                return fn()  # it is no tool: its value is there already
             raise _ToolNeeded
 
         for value in () if self.drawn else self._pool():
@@ -358,7 +360,11 @@ class _Search:
         return lambda name, fn, _: draw_prior(fn, (self.seed, "structure", k, name))
 
     def _alternatives(self, site: Site, runs: Sequence[Execution]) -> list[Any]:
-        met = (r.sites[site.name].value for r in [*runs, *self._seen] if site.name in r.sites)
+        found = [r.sites[site.name] for r in [*runs, *self._seen] if site.name in r.sites]
+        met = [s.value for s in found]
+        if isinstance(site.fn, Known) and site.fn.family == "deterministic":
+            # Experiments hold its value, and it shows what it would have been.
+            met += [s.fn.inputs[0] for s in found if isinstance(s.fn, Known)]
         # Every experiment is a run that the later ones could repeat; a loop has many of them.
         different = {hashable(v.value if isinstance(v, _Boxed) else v): v for v in met}
         drawn = list(different.values())[:_MOST_DRAWN]
@@ -393,7 +399,7 @@ class _Search:
             def know(site: str, fn: Known) -> Any:
                 if site in held:
                     return held[site]
-                if not self.drawn:
+                if not self.drawn and fn.family != "deterministic":
                     raise _ToolNeeded
                 return fn()
 

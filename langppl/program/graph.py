@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SHAPES = {"latent": "ellipse", "observed": "ellipse", "factor": "box", "deterministic": "box"}
 
@@ -42,6 +47,12 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
             )
         lines += [f'  "{_esc(a)}" -> "{_esc(b)}";' for a, b in self.edges]
         return "\n".join([*lines, "}"])
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draws the graph from left to right: see `langppl.plots.plot_graph`."""
+        plots = importlib.import_module("langppl.plots")
+        figure: Figure = plots.plot_graph(self, ax)
+        return figure
 
     def below(self, site: str, kinds: Iterable[str]) -> list[str]:
         """Sites of some kinds that depend on a site, also through others, in program order."""

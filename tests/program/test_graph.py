@@ -711,3 +711,25 @@ def test_latents_above() -> None:
         "fits": {"c"},
         "apart": set(),
     }
+
+
+def test_what_is_computed_leaves_the_literals_of_a_branch_to_be_tried() -> None:
+    lm = tiny_lm("ab 0123456789")
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(lm, "a", max_tokens=4))
+        n = lp.deterministic("words", len(z.split()))
+        if "ate" in z:
+            lp.sample("dish", lp.LMString(lm, "b", max_tokens=3))
+        if n > 2:
+            lp.sample("long", lp.LMString(lm, "b", max_tokens=3))
+        lp.sample("o", lp.LMString(lm, f"{n}"), obs="a")
+
+    program = lp.compile(model)
+    assert set(program.latents) == {"z", "dish", "long"}
+    assert set(program.graph.edges) == {
+        ("z", "words"),
+        ("z", "dish"),
+        ("words", "long"),
+        ("words", "o"),
+    }
