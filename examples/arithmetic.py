@@ -29,7 +29,7 @@ import langppl as lp
 from langppl.guides import ContextInfo, Guide, PriorGuide
 from langppl.lm import TrainableLM
 from langppl.lm.prompts import Prompt
-from langppl.program import Program, run_together
+from langppl.program import Program
 
 SHOTS = "4+5-1:4+5=9-1=8;\n1-6-9+3:1-6=-5-9=-14+3=-11;\n"
 """Two sums with their steps, before every question that the model itself is asked."""
@@ -37,8 +37,6 @@ SHOTS = "4+5-1:4+5=9-1=8;\n1-6-9+3:1-6=-5-9=-14+3=-11;\n"
 FIRST = lp.regex(r"[0-9][+-][0-9]=")
 NEXT = lp.regex(r"[+-][0-9]=|;")
 MOST_STEPS = 6
-CHUNK = 128
-"""Draws at once."""
 
 _SUM = re.compile(r"-?[0-9]{1,9}(?:[+-][0-9]{1,9})*=")
 _PART = re.compile(r"[+-]?[0-9]+")
@@ -146,15 +144,8 @@ class Solver:
     def draw(self, guide: Guide, problems: Sequence[Sum], draws: int, seed: int) -> list[list[str]]:
         """Worked steps for each problem, unweighted, from a guide that is not shown the answer."""
         programs = self.programs(problems, are_answered=False)
-        pairs = [
-            (p, guide.chooser(p, (seed, "answer", k, i)))
-            for k, p in enumerate(programs)
-            for i in range(draws)
-        ]
-        texts: list[str] = []
-        for at in range(0, len(pairs), CHUNK):
-            texts += [e.returned for e in run_together(pairs[at : at + CHUNK])]
-        return [texts[k * draws : (k + 1) * draws] for k in range(len(problems))]
+        found = guide.sample_many(programs, n=draws, seed=seed, progress=False)
+        return [[draw["_RETURN"] for draw in own] for own in found]
 
 
 def imitate(

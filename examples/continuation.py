@@ -22,7 +22,7 @@ from rich.table import Table
 import langppl as lp
 from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide
-from langppl.program import Program, run_together
+from langppl.program import Program
 
 PROMPTS = (
     "The museum reopened on Monday after two years of repairs.",
@@ -75,14 +75,12 @@ def draws(
     Returns:
         A list for each prompt; the log-probability (nats) of an unfinished sentence is −inf.
     """
-    keys = [(k, i) for k in range(len(programs)) for i in range(n)]
-    pairs = [(programs[k], guide.chooser(programs[k], (seed, "draws", k, i))) for k, i in keys]
-    executions = run_together(pairs)
     found = []
-    for k, program in enumerate(plain):
-        own = [e.latents for e in executions[k * n : (k + 1) * n]]
-        logs = program.log_joint(own).tolist()
-        found.append([(z["sentence"], w) for z, w in zip(own, logs, strict=True)])
+    drawn = guide.sample_many(programs, n=n, seed=seed, progress=False)
+    for program, own in zip(plain, drawn, strict=True):
+        sentences = [draw["sentence"] for draw in own]
+        logs = program.log_joint([{"sentence": text} for text in sentences]).tolist()
+        found.append(list(zip(sentences, logs, strict=True)))
     return found
 
 

@@ -12,12 +12,19 @@ import numpy as np
 from langppl.diagnostics import Array
 from langppl.distributions import LMChoice, StringDistribution
 from langppl.guides import identity
+from langppl.lm.counts import as_count
 from langppl.lm.requests import ScoreReply, perform
-from langppl.program import Program, run_together
+from langppl.lm.seeds import as_seed, row_seed
+from langppl.program import Program, compile, run_together
+from langppl.program.arguments import pairs_of
 from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
 from langppl.program.execution import given as given_values
+from langppl.progress import bar
 
 Key = tuple[int | str, ...]
+
+_TOGETHER = 256
+"""Raw draws that are made at once."""
 
 Scorer = Callable[[str, Any, Any, Execution], float]
 """Log-probability (nats) with which a guide proposes a value.
@@ -54,6 +61,106 @@ class Guide(ABC):
             program: the program.
             key: what the random numbers of this execution depend on.
         """
+
+    def sample(
+        self,
+        model: Callable[..., Any] | Program,
+        *args: Any,
+        n: int = 1,
+        seed: int = 0,
+        **named: Any,
+    ) -> list[dict[str, Any]]:
+        """Raw draws from the guide, unweighted, without its `defensive` share of the prior.
+
+        A learned prediction is one of these, under a model that does not observe what is to be
+        predicted. `infer` weights them.
+
+        Args:
+            model: a model function, or a compiled `Program`.
+            *args: the model's arguments.
+            n: how many draws.
+            seed: equal seeds give equal draws.
+            **named: the model's arguments by their names.
+
+        Returns:
+            For each draw, site → value of its latents and of what is computed, and under
+            `"_RETURN"` what the model returned.
+
+        Raises:
+            ValueError: if n is below 1, or the guide does not fit the program.
+            TypeError: for arguments that do not fit the model.
+
+        Example:
+            >>> draws = guide.sample(story, *pair, n=4)
+            >>> [draw["_RETURN"] == draw["middle"] for draw in draws]
+            [True, True, True, True]
+        """
+        n, seed = as_count("n", n, 1), as_seed(seed)
+        if isinstance(model, Program):
+            if args or named:
+                raise TypeError("a compiled Program has its arguments already; give none")
+            program = model
+        else:
+            program = compile(model, *args, **named)
+        (draws,) = self._draw([program], [seed], n, progress=False)
+        return draws
+
+    def sample_many(
+        self, model: Any, data: Any = None, *, n: int = 1, seed: int = 0, progress: bool = True
+    ) -> list[list[dict[str, Any]]]:
+        """Raw draws for each row of data, in full batches; see `sample`.
+
+        Args:
+            model: a model function, or a list of compiled programs and of (model, data) pairs.
+            data: the rows, as `infer_many` takes them.
+            n: how many draws for each row.
+            seed: equal seeds give equal draws. Each row has random numbers of its own: those of
+                `sample` with `langppl.lm.seeds.row_seed(seed, k)`.
+            progress: whether to report progress.
+
+        Returns:
+            A list of draws for each row, in order.
+
+        Raises:
+            ValueError: as `sample`; or for no data.
+            TypeError: for rows that do not fit the model.
+
+        Example:
+            >>> found = guide.sample_many(story, [pair, pair], n=3)
+            >>> [len(draws) for draws in found]
+            [3, 3]
+        """
+        n, seed = as_count("n", n, 1), as_seed(seed)
+        programs: list[Program] = []
+        for own, rows in pairs_of(model, data):
+            first: Program | None = None
+            for row in rows:
+                program = own if isinstance(own, Program) else compile(own, *row, like=first)
+                first = first or program
+                programs.append(program)
+        seeds = [row_seed(seed, k) for k in range(len(programs))]
+        return self._draw(programs, seeds, n, progress)
+
+    def _draw(
+        self, programs: Sequence[Program], seeds: Sequence[int], n: int, progress: bool
+    ) -> list[list[dict[str, Any]]]:
+        for program in programs:
+            self.check(program)
+        todo = [
+            (p, (s, "guide", i)) for p, s in zip(programs, seeds, strict=True) for i in range(n)
+        ]
+        found: list[dict[str, Any]] = []
+        with bar(f"drawing from {self.name}", len(todo), progress) as advance:
+            for first in range(0, len(todo), _TOGETHER):
+                part = todo[first : first + _TOGETHER]
+                done = run_together([(p, self._raw_chooser(p, key)) for p, key in part])
+                found += [{**e.latents, **e.computed, "_RETURN": e.returned} for e in done]
+                advance(len(part))
+        return [found[k : k + n] for k in range(0, len(found), n)]
+
+    def _raw_chooser(self, program: Program, key: Key) -> Chooser:
+        """What decides the latents of a raw draw."""
+        return self.chooser(program, key)
 
     def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
         """How much is to come, by what was learned: an estimate of the log evidence that is left.

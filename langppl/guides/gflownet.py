@@ -28,7 +28,7 @@ from langppl.guides.heads import FLOW, Heads
 from langppl.guides.history import History
 from langppl.guides.identity import of_adapter, of_function, of_tensors
 from langppl.guides.keeping import Keeper
-from langppl.guides.observations import GivenLatents, Model, Observation, pairs_of
+from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
@@ -42,7 +42,8 @@ from langppl.lm.requests import StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
-from langppl.program import Program, compile
+from langppl.program import Program
+from langppl.program.arguments import ModelOrProgram, pairs_of
 from langppl.program.execution import Chooser, Execution
 from langppl.records import floats, numbers, write_atomically
 from langppl.warn import warn
@@ -289,7 +290,7 @@ class GFlowNetGuide(Guide):
 
     def fit(
         self,
-        model: Model | Sequence[tuple[Model, Any]],
+        model: ModelOrProgram | Sequence[tuple[ModelOrProgram, Any]],
         data: Any = None,
         *,
         steps: int = 60,
@@ -478,27 +479,8 @@ class GFlowNetGuide(Guide):
 
     # -- using --------------------------------------------------------------------------------
 
-    def sample(
-        self, model: Callable[..., Any] | Program, *args: Any, n: int = 1, seed: int = 0
-    ) -> list[dict[str, Any]]:
-        """Raw draws from the guide, unweighted.
-
-        Args:
-            model: a model function, or a compiled `Program`.
-            *args: the model's arguments.
-            n: how many draws.
-            seed: equal seeds give equal draws.
-
-        Returns:
-            For each draw, site → value of its latents.
-        """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        program = model if isinstance(model, Program) else compile(model, *args)
-        self.check(program)
-        seed = as_seed(seed)
-        choosers = [Policy(self.proposer, program, (seed, "guide", i)) for i in range(n)]
-        return [e.latents for e in program.run(choosers)]
+    def _raw_chooser(self, program: Program, key: Key) -> Chooser:
+        return Policy(self.proposer, program, key)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a standard PEFT adapter folder, and beside it `guide.json` and the heads.
@@ -674,7 +656,7 @@ def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
 
 
 def _held_out(
-    pairs: Sequence[tuple[Model, list[tuple[Any, ...]]]], validation: Any
+    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]], validation: Any
 ) -> list[Observation]:
     if validation is None:
         return []
@@ -686,7 +668,8 @@ def _held_out(
 
 
 def _shares(
-    pairs: Sequence[tuple[Model, list[tuple[Any, ...]]]], weights: Sequence[float] | None
+    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]],
+    weights: Sequence[float] | None,
 ) -> np.ndarray | None:
     """How often each observation is to be taken; None for equally often."""
     if weights is None:

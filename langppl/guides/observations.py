@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,96 +14,7 @@ from langppl.guides.trajectories import Draw
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
-Model = Callable[..., Any] | Program
 GivenLatents = Posterior | Sequence[Mapping[str, Any]]
-
-
-def pairs_of(model: Any, data: Any) -> list[tuple[Model, list[tuple[Any, ...]]]]:
-    """Each model with the rows of its data.
-
-    Args:
-        model: a model function, a compiled `Program`, or a list of such programs and of
-            (model, data) pairs.
-        data: a sequence, or a `Dataset` of torch or Hugging Face, of the model's arguments: tuples
-            of them, or mappings from their names.
-
-    Raises:
-        TypeError: for data that are no such sequence or do not fit the model, or are given besides
-            what has its own.
-        ValueError: for no data.
-    """
-    if isinstance(model, list | tuple):
-        if data is not None:
-            raise TypeError("a list of (model, data) pairs has its data already; give none")
-        if not model:
-            raise ValueError("give at least one (model, data) pair")
-        pairs = [(own, None) if isinstance(own, Program) else own for own in model]
-        for pair in pairs:
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise TypeError(
-                    f"each program must be a (model, data) pair or a Program, got {pair!r}"
-                )
-        return [found for m, d in pairs for found in pairs_of(m, d)]
-    if isinstance(model, Program):
-        if data is not None:
-            raise TypeError("a compiled Program has its arguments already; give no data")
-        return [(model, [()])]
-    return [(model, [()] if data is None else arguments_of_rows(model, data))]
-
-
-def arguments_of_rows(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
-    """The model's arguments in each row of its data, in its order.
-
-    Args:
-        model: a model function.
-        data: a sequence, or a `Dataset`, which need not be iterable; see `pairs_of`.
-
-    Raises:
-        TypeError: for data that are no such sequence, or a row that does not fit the model.
-        ValueError: for no data.
-    """
-    if isinstance(data, Mapping):
-        raise TypeError(
-            "data must be a sequence of tuples of the model's arguments, got a mapping; of columns "
-            "make rows: list(zip(*columns.values()))"
-        )
-    try:
-        rows = [data[i] for i in range(len(data))]
-    except TypeError as error:
-        raise TypeError(
-            f"data must be a sequence (or a Dataset) of tuples of the model's arguments, got "
-            f"a {type(data).__name__}"
-        ) from error
-    if not rows:
-        raise ValueError("data is empty: give at least one tuple of the model's arguments")
-    return [_arguments_of(model, row) for row in rows]
-
-
-def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
-    if isinstance(row, tuple | list):
-        return tuple(row)
-    if not isinstance(row, Mapping):
-        raise TypeError(
-            f"each observation must be a tuple of the model's arguments, or a mapping from their "
-            f"names, got {row!r}"
-        )
-    signature = inspect.signature(model)
-    try:
-        bound = signature.bind(**row)
-    except TypeError as error:
-        raise TypeError(
-            f"an observation with {', '.join(map(repr, row))} does not fit the model's arguments "
-            f"{signature}: {error}; leave out what is none of them"
-        ) from error
-    if bound.kwargs:
-        # Defaults stand before an argument that is given.
-        bound.apply_defaults()
-    if bound.kwargs:
-        raise TypeError(
-            f"the model takes {', '.join(map(repr, bound.kwargs))} by keyword alone, and a "
-            "program's arguments are given by place; make it an ordinary argument"
-        )
-    return bound.args
 
 
 class Observation:

@@ -8,14 +8,14 @@ from typing import Any
 
 from langppl.diagnostics import InferenceWarning
 from langppl.guides import Guide
-from langppl.guides.observations import pairs_of
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, as_program, check_names, given_guide, infer
 from langppl.inference.settings import check_options
 from langppl.lm.counts import as_count
-from langppl.lm.seeds import as_seed, generator
+from langppl.lm.seeds import as_seed, row_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.program.arguments import pairs_of
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
 from langppl.warn import warn
@@ -45,7 +45,7 @@ def infer_many(
         method: as in `infer`.
         num_samples: for each row.
         seed: equal seeds give equal results. Each row has random numbers of its own: those of
-            `infer` with `row_seed(seed, k)`.
+            `infer` with `langppl.lm.seeds.row_seed(seed, k)`.
         progress: as in `infer`.
         **options: of the method, by the names that `infer` has for them.
 
@@ -93,16 +93,6 @@ def infer_many(
             InferenceWarning,
         )
     return done
-
-
-def row_seed(seed: int, row: int) -> int:
-    """The seed with which `infer` gives what `infer_many` gives for a row.
-
-    Args:
-        seed: that of `infer_many`.
-        row: its number, from 0.
-    """
-    return int(generator((seed, "infer_many", row)).integers(2**62))
 
 
 def _infer(

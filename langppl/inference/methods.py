@@ -18,6 +18,7 @@ from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
+from langppl.program.arguments import arguments_by_place
 
 GUIDES = ("prior", "prompted", "gflownet")
 EXACT_LIMIT = 100_000
@@ -43,6 +44,8 @@ def infer(
     warmup: int | None = None,
     thin: int = 1,
     tail_share: float = 0.5,
+    fit: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> Posterior:
     """The posterior over a program's latents, given its observations.
 
@@ -52,6 +55,7 @@ def infer(
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
             the observations), `"gflownet"` (that, trained on these very observations first; it is
             `.guide_object` of the posterior), or a guide object.
+        fit: for `guide="gflownet"`, arguments of `GFlowNetGuide.fit`, such as `{"steps": 200}`.
         method: `"importance"`; `"smc"`, whose particles are resampled on the way; `"exact"`, which
             lists all latents and takes no guide; or `"mh"`, Metropolis–Hastings: Markov chains
             that move one latent at a time, with the guide as proposal. Its samples are equally
@@ -84,6 +88,7 @@ def infer(
         every: for `method="smc"`, tokens of a string between two looks at the weights.
         rejuvenation: for `method="smc"`, Metropolis–Hastings moves of each particle after each
             latent, which make copies different again; 0 for none.
+        **named: the model's arguments by their names.
 
     Returns:
         The posterior. If no sample explains the observations, its evidence is −inf, with a
@@ -93,7 +98,8 @@ def infer(
         ValueError: for an unknown guide or method, an argument of another method, fewer than one
             sample, an option out of range, or a model without sites; for `method="mh"`, if no
             possible execution is found to begin at.
-        TypeError: for a guide or a twist that is none, or a seed that is no integer.
+        TypeError: for a guide or a twist that is none, a seed that is no integer, or arguments
+            that do not fit the model.
 
     Example:
         >>> posterior = infer(story, "The cat was hungry.", " Now it sleeps.", num_samples=32)
@@ -117,10 +123,12 @@ def infer(
     }
     _check_belong(method, {"guide": guide, **options})
     options = check_values(**options)
-    program = as_program(model, args, seed)
+    if fit is not None and guide != "gflownet":
+        raise ValueError(f'fit is of guide="gflownet", and the guide is {guide!r}')
+    program = as_program(model, args, seed, named)
     if method == "exact":
         return exact(program, limit, progress)
-    made = make_guide(guide, program, seed, progress)
+    made = make_guide(guide, program, seed, progress, fit)
     own: dict[str, Any] = {name: options[name] for name in OPTIONS[method]}
     if method == "smc":
         return smc(program, made, num_samples, seed, progress, **own)
@@ -153,12 +161,22 @@ def _check_belong(method: str, given: Mapping[str, Any]) -> None:
             )
 
 
-def as_program(model: Callable[..., Any] | Program, args: tuple[Any, ...], seed: int) -> Program:
+def as_program(
+    model: Callable[..., Any] | Program,
+    args: tuple[Any, ...],
+    seed: int,
+    named: Mapping[str, Any] | None = None,
+) -> Program:
     """A model and its arguments as a program; a program as it is."""
     if not isinstance(model, Program):
+        if named and callable(model):
+            found = inspect.signature(infer).parameters.values()
+            options = [p.name for p in found if p.kind is p.KEYWORD_ONLY]
+            args = arguments_by_place(model, args, named, options)
         return compile(model, *args, seed=seed)
-    if args:
-        raise TypeError("a compiled Program has its arguments already; give none")
+    if args or named:
+        names = f", got {', '.join(named)}" if named else ""
+        raise TypeError(f"a compiled Program has its arguments already; give none{names}")
     return model
 
 
@@ -181,8 +199,14 @@ def given_guide(guide: str | Guide) -> Guide:
     raise ValueError(f"unknown guide {guide!r}; here it is: prior, prompted, or an object")
 
 
-def make_guide(guide: str | Guide, program: Program, seed: int, progress: bool) -> Guide:
-    """A guide by name, trained where it needs training; a guide object as it is."""
+def make_guide(
+    guide: str | Guide,
+    program: Program,
+    seed: int,
+    progress: bool,
+    fit: Mapping[str, Any] | None = None,
+) -> Guide:
+    """A guide by name, trained (as `fit` says) where it needs it; a guide object as it is."""
     if isinstance(guide, Guide):
         return guide
     if guide == "prior":
@@ -194,5 +218,5 @@ def make_guide(guide: str | Guide, program: Program, seed: int, progress: bool) 
     if lm is None:
         raise ValueError('guide="gflownet" needs a latent string; this program has none')
     trained = GFlowNetGuide(lm, seed=seed)
-    trained.fit(program, progress=progress)
+    trained.fit(program, **{"progress": progress, **(fit or {})})
     return trained

@@ -30,7 +30,6 @@ import rich.table
 
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, History
-from langppl.guides.observations import pairs_of
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
 from langppl.inference.settings import check_options
@@ -43,6 +42,7 @@ from langppl.lm import TrainableLM
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
+from langppl.program.arguments import pairs_of
 from langppl.program.program import lms_of
 from langppl.progress import bar
 from langppl.tables import Report

@@ -18,6 +18,19 @@ def generator(key: tuple[int | str, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a row of data, of which each has random numbers of its own.
+
+    With it `langppl.infer` gives what `infer_many` gives for that row, and so with a guide's
+    `sample` and `sample_many`.
+
+    Args:
+        seed: that of all rows.
+        row: its number, from 0.
+    """
+    return int(generator((seed, "infer_many", row)).integers(2**62))
+
+
 def as_seed(seed: Any) -> int:
     """A seed of any integer type; equal ones must give equal random numbers.
 

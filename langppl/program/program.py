@@ -16,6 +16,7 @@ from langppl.distributions.sites import naming
 from langppl.lm.counts import as_count
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
+from langppl.program.arguments import arguments_by_place
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
@@ -480,7 +481,9 @@ def run_together(
     )
 
 
-def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None) -> Program:
+def compile(
+    model: Model, *args: Any, seed: int = 0, like: Program | None = None, **named: Any
+) -> Program:
     """Finds a model's sites and dependencies.
 
     Args:
@@ -492,6 +495,7 @@ def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None
             dependences are taken over. They are right where the arguments change what the sites
             say and not which sites there are; where a run shows otherwise, they are searched for
             anew. What a missed dependence costs is context for a guide, never a weight.
+        **named: the model's arguments by their names.
 
     Returns:
         The program.
@@ -499,10 +503,14 @@ def compile(model: Model, *args: Any, seed: int = 0, like: Program | None = None
     Raises:
         ValueError: if the model meets no site, its sites change between equal runs, or `like` is a
             program of another model.
+        TypeError: for arguments that do not fit the model.
 
     Example:
         >>> first, *others = [pair, ("The door bell rang.", " It was the mailman.")]
         >>> program = compile(story, *first)
         >>> rest = [compile(story, *o, like=program) for o in others]
     """
+    if named:
+        _check_model(model)
+        args = arguments_by_place(model, args, named, ("seed", "like"))
     return Program(model, args, as_seed(seed), like)

@@ -11,7 +11,7 @@ import pytest
 import langppl as lp
 from langppl.diagnostics import InferenceWarning
 from langppl.inference import many
-from langppl.inference.many import row_seed
+from langppl.lm.seeds import row_seed
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -99,7 +99,7 @@ def test_rows_may_be_mappings() -> None:
 
 
 def test_a_mapping_fills_defaults_only_before_what_it_gives() -> None:
-    from langppl.guides.observations import arguments_of_rows
+    from langppl.program.arguments import arguments_of_rows
 
     def model(a: str, b: int = 2, c: int = 3) -> None: ...
 
@@ -113,7 +113,11 @@ def by_keyword(a: str, *, b: str) -> None: ...
 @pytest.mark.parametrize(
     ("model", "row", "says"),
     [
-        (story, {"prompt": "a", "label": 1}, r"'prompt', 'label' does not fit .*'label'; leave"),
+        (
+            story,
+            {"prompt": "a", "label": 1},
+            r"'prompt', 'label' does .*'label' is no .*; leave",
+        ),
         (story, {"seen": "a"}, r"missing a required argument: 'prompt'"),
         (story, "ab", r"must be a tuple of the model's arguments, or a mapping"),
         (by_keyword, {"a": "a", "b": "b"}, r"takes 'b' by keyword alone"),

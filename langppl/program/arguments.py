@@ -1,0 +1,138 @@
+"""A model's arguments, given by place, by name, or as rows of data."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from langppl.program.program import Program
+
+ModelOrProgram: TypeAlias = "Callable[..., Any] | Program"
+
+
+def arguments_by_place(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    named: Mapping[str, Any],
+    options: Collection[str] = (),
+) -> tuple[Any, ...]:
+    """All of a model's arguments in their order.
+
+    Args:
+        model: the model function.
+        args: those that are given by place.
+        named: those that are given by name.
+        options: names that the caller takes for itself, for which a name may have been meant.
+
+    Raises:
+        TypeError: for names that the model does not have, or arguments that do not fit it.
+    """
+    if not named:
+        return tuple(args)
+    signature = inspect.signature(model)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name in named:
+        if name not in signature.parameters and not takes_any:
+            known = [*signature.parameters, *options]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            nor = ", and no option here" if options else ""
+            raise TypeError(f"{name!r} is no argument of the model, {signature}{nor}{hint}")
+    try:
+        bound = signature.bind(*args, **named)
+    except TypeError as error:
+        raise TypeError(
+            f"{', '.join(map(repr, named))} does not fit the model's arguments {signature}: {error}"
+        ) from error
+    if bound.kwargs:
+        # Defaults stand before an argument that is given.
+        bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(
+            f"the model takes {', '.join(map(repr, bound.kwargs))} by keyword alone, and a "
+            "program's arguments are given by place; make it an ordinary argument"
+        )
+    return bound.args
+
+
+def pairs_of(model: Any, data: Any) -> list[tuple[ModelOrProgram, list[tuple[Any, ...]]]]:
+    """Each model with the rows of its data.
+
+    Args:
+        model: a model function, a compiled `Program`, or a list of such programs and of
+            (model, data) pairs.
+        data: a sequence, or a `Dataset` of torch or Hugging Face, of the model's arguments: tuples
+            of them, or mappings from their names.
+
+    Raises:
+        TypeError: for data that are no such sequence or do not fit the model, or are given besides
+            what has its own.
+        ValueError: for no data.
+    """
+    from langppl.program.program import Program
+
+    if isinstance(model, list | tuple):
+        if data is not None:
+            raise TypeError("a list of (model, data) pairs has its data already; give none")
+        if not model:
+            raise ValueError("give at least one (model, data) pair")
+        pairs = [(own, None) if isinstance(own, Program) else own for own in model]
+        for pair in pairs:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise TypeError(
+                    f"each program must be a (model, data) pair or a Program, got {pair!r}"
+                )
+        return [found for m, d in pairs for found in pairs_of(m, d)]
+    if isinstance(model, Program):
+        if data is not None:
+            raise TypeError("a compiled Program has its arguments already; give no data")
+        return [(model, [()])]
+    return [(model, [()] if data is None else arguments_of_rows(model, data))]
+
+
+def arguments_of_rows(model: Callable[..., Any], data: Any) -> list[tuple[Any, ...]]:
+    """The model's arguments in each row of its data, in its order.
+
+    Args:
+        model: a model function.
+        data: a sequence, or a `Dataset`, which need not be iterable; see `pairs_of`.
+
+    Raises:
+        TypeError: for data that are no such sequence, or a row that does not fit the model.
+        ValueError: for no data.
+    """
+    if isinstance(data, Mapping):
+        raise TypeError(
+            "data must be a sequence of tuples of the model's arguments, got a mapping; of columns "
+            "make rows: list(zip(*columns.values()))"
+        )
+    try:
+        rows = [data[i] for i in range(len(data))]
+    except TypeError as error:
+        raise TypeError(
+            f"data must be a sequence (or a Dataset) of tuples of the model's arguments, got "
+            f"a {type(data).__name__}"
+        ) from error
+    if not rows:
+        raise ValueError("data is empty: give at least one tuple of the model's arguments")
+    return [_arguments_of(model, row) for row in rows]
+
+
+def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
+    if isinstance(row, tuple | list):
+        return tuple(row)
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"each observation must be a tuple of the model's arguments, or a mapping from their "
+            f"names, got {row!r}"
+        )
+    try:
+        return arguments_by_place(model, (), row)
+    except TypeError as error:
+        raise TypeError(
+            f"an observation with {', '.join(map(repr, row))} does not fit the model: {error}; "
+            "leave out what is none of its arguments"
+        ) from error
