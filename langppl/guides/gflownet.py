@@ -413,6 +413,8 @@ class GFlowNetGuide(Guide):
                 a setting out of range.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
             OSError: if a checkpoint cannot be written, before the first step.
+            torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before
+                that the LM's token budgets are halved, with one warning.
         """
         objective = self.objective if objective is None else objective
         check_objective(objective)
