@@ -391,7 +391,9 @@ class GFlowNetGuide(Guide):
                 none.
             accumulate: backward passes over which the observations of a step are spread: less
                 memory, the same gradient.
-            accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`.
+            accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`. It says
+                which process this is and adds gradients up; of its own settings, mixed precision
+                and gradient accumulation have no effect, with a warning.
             checkpoint: a folder to which the state of the training is written every so many
                 steps. Called again with the same arguments, on a guide made like this one, `fit`
                 goes on from there; on the CPU the result is, bit for bit, that of a run which was
@@ -409,8 +411,8 @@ class GFlowNetGuide(Guide):
 
         Raises:
             ValueError: for empty data, a program without a latent of this guide's, given latents
-                that do not belong to the observations, a given posterior of another program, or
-                a setting out of range.
+                that do not belong to the observations, a given posterior of another program,
+                a setting out of range, or an accelerator on another device than the LM's.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
             OSError: if a checkpoint cannot be written, before the first step.
             torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before
@@ -423,6 +425,7 @@ class GFlowNetGuide(Guide):
         pairs = pairs_of(model, data)
         rows = [row for _, own in pairs for row in own]
         workers = Workers(accelerator)
+        workers.check(self.lm.device)
         settings = Settings(
             steps=steps,
             batch=batch,
