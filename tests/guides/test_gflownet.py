@@ -473,6 +473,8 @@ def test_training_and_raw_draws_are_without_the_defence(tmp_path: Path) -> None:
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="defensive must be at least 0 and below 1"):
             guides[0].defensive = share
+    with pytest.raises(ValueError, match=r"defensive must be a number, got '0.1'"):
+        guides[0].defensive = "0.1"
 
 
 def test_maximum_likelihood_heeds_a_posteriors_weights() -> None:
