@@ -45,7 +45,17 @@ class Drawing:
         return len(names) == 1 and isinstance(fns[0], LMString) and fns[0].lm is self.lm
 
     def turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
-        """The draws of a step."""
+        """The draws of a step; after an error the observations have what they had."""
+        before = [(o, o.ready[:], None if o.given is None else o.given[:]) for _, o in chosen]
+        try:
+            return self._turns(chosen, number)
+        except BaseException:
+            # Done again, as where memory ran out, it takes the same draws.
+            for observation, ready, given in before:
+                observation.ready, observation.given = ready, given
+            raise
+
+    def _turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
         plans = [self._plan(slot, observation, number) for slot, observation in chosen]
         self._draw_fresh([p for p in plans if p.wanted], number)
         simulated = self._simulate(plans, number)

@@ -32,10 +32,10 @@ from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
-from langppl.guides.settings import ON_POLICY, Settings, check_objective
+from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, as_number, as_pair
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, alone, perform
@@ -45,6 +45,7 @@ from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.arguments import ModelOrProgram, pairs_of
 from langppl.program.execution import Chooser, Execution
+from langppl.program.lengths import check_lengths
 from langppl.records import floats, numbers, write_atomically
 from langppl.warn import warn
 
@@ -210,6 +211,7 @@ class GFlowNetGuide(Guide):
 
     @defensive.setter
     def defensive(self, share: float) -> None:
+        share = as_number("defensive", share)
         if not 0.0 <= share < 1.0:
             raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
         self._defensive = share
@@ -299,13 +301,13 @@ class GFlowNetGuide(Guide):
         objective: str | None = None,
         learning_rate: float = 1e-3,
         head_rate: float = 10.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         warmup: int = 5,
         clip: float = 1.0,
         lam: float = 1.0,
         schedule: RewardSchedule | None = None,
         tempered_share: float = 0.125,
-        sampling_temperature: float | tuple[float, float] = 1.2,
+        sampling_temperature: float | Sequence[float] = 1.2,
         replay_share: float = 0.25,
         replay_size: int = 256,
         replay_distance: float = 0.1,
@@ -392,7 +394,9 @@ class GFlowNetGuide(Guide):
                 none.
             accumulate: backward passes over which the observations of a step are spread: less
                 memory, the same gradient.
-            accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`.
+            accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`. It says
+                which process this is and adds gradients up; of its own settings, mixed precision
+                and gradient accumulation have no effect, with a warning.
             checkpoint: a folder to which the state of the training is written every so many
                 steps. Called again with the same arguments, on a guide made like this one, `fit`
                 goes on from there; on the CPU the result is, bit for bit, that of a run which was
@@ -410,10 +414,13 @@ class GFlowNetGuide(Guide):
 
         Raises:
             ValueError: for empty data, a program without a latent of this guide's, given latents
-                that do not belong to the observations, a given posterior of another program, or
-                a setting out of range.
+                that do not belong to the observations, a given posterior of another program,
+                a setting out of range, a length of what is no open string, or an accelerator on
+                another device than the LM's.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
             OSError: if a checkpoint cannot be written, before the first step.
+            torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before
+                that the LM's token budgets are halved, with one warning.
         """
         objective = self.objective if objective is None else objective
         check_objective(objective)
@@ -422,6 +429,7 @@ class GFlowNetGuide(Guide):
         pairs = pairs_of(model, data)
         rows = [row for _, own in pairs for row in own]
         workers = Workers(accelerator)
+        workers.check(self.lm.device)
         settings = Settings(
             steps=steps,
             batch=batch,
@@ -431,13 +439,13 @@ class GFlowNetGuide(Guide):
             objective=objective,
             learning_rate=learning_rate,
             head_rate=head_rate,
-            betas=betas,
+            betas=as_pair("betas", betas),
             warmup=warmup,
             clip=clip,
             lam=lam,
             schedule=schedule or RewardSchedule(),
             tempered_share=tempered_share,
-            sampling_temperature=sampling_temperature,
+            sampling_temperature=as_temperature(sampling_temperature),
             replay_share=replay_share,
             replay_size=replay_size,
             replay_distance=replay_distance,
@@ -465,9 +473,12 @@ class GFlowNetGuide(Guide):
                 f"got {len(rows)} rows; take fewer observations in a step"
             )
         latents = _given(given, objective, len(rows))
+        if settings.lengths:
+            firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
+            check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
         capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
         prepared = [
-            Observation(m, row, ReplayBuffer(capacity, replay_distance), own)
+            Observation(m, row, ReplayBuffer(capacity, settings.replay_distance), own)
             for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
         ]
         if patience is not None and validation is None:
@@ -676,7 +687,7 @@ def _shares(
         return None
     if len(weights) != len(pairs):
         raise ValueError(f"there are {len(pairs)} programs, and {len(weights)} weights")
-    if not all(0.0 < w < float("inf") for w in weights):
+    if not all(0.0 < as_number("each of weights", w) < float("inf") for w in weights):
         raise ValueError(f"weights must be above 0, got {list(weights)}")
     each = [[w / len(rows)] * len(rows) for w, (_, rows) in zip(weights, pairs, strict=True)]
     return np.array([w for own in each for w in own])

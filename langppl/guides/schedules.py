@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from langppl.lm.counts import as_number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -37,6 +39,8 @@ class RewardSchedule:
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("start", "until", "end"):
+            object.__setattr__(self, name, as_number(name, getattr(self, name)))
         for name in ("start", "end"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 from langppl.guides import objectives
 from langppl.guides.schedules import RewardSchedule
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, as_number, as_pair
+from langppl.program.lengths import as_lengths
 
 OBJECTIVES = (
     "auto",
@@ -48,6 +51,19 @@ _COUNTS = {
 }
 """Settings that are numbers of things, and the least of each."""
 
+_NUMBERS = (
+    "learning_rate",
+    "head_rate",
+    "lam",
+    "clip",
+    "given_share",
+    "average",
+    "tempered_share",
+    "replay_share",
+    "replay_distance",
+    "simulated_share",
+)
+
 
 def check_objective(objective: str) -> None:
     """Raises ValueError for an objective that is not known."""
@@ -55,6 +71,18 @@ def check_objective(objective: str) -> None:
         raise ValueError(
             f"unknown objective {objective!r}; objectives are: {', '.join(OBJECTIVES)}"
         )
+
+
+def as_temperature(value: Any) -> float | tuple[float, float]:
+    """A sampling temperature, or the range of one, as they are given.
+
+    Raises:
+        ValueError: if it is neither a number nor two.
+    """
+    name = "sampling_temperature"
+    if isinstance(value, Real):
+        return as_number(name, value)
+    return as_pair(name, value, "a number, or two (low, high)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +120,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
-            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
+            self._put(name, as_count(name, getattr(self, name), least))
+        for name in _NUMBERS:
+            self._put(name, as_number(name, getattr(self, name)))
+        if self.lengths is not None:
+            self._put("lengths", as_lengths(self.lengths))
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         for name in ("learning_rate", "head_rate", "lam"):
@@ -123,7 +155,10 @@ class Settings:
                 f"got {self.sampling_temperature}"
             )
         if self.patience is not None:
-            object.__setattr__(self, "patience", as_count("patience", self.patience, 1))
+            self._put("patience", as_count("patience", self.patience, 1))
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def as_used(self) -> Settings:
         """With what the objective leaves no choice of."""

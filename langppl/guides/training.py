@@ -26,6 +26,7 @@ from langppl.guides.drawing import Drawing
 from langppl.guides.heads import FLOW, head_of
 from langppl.guides.keeping import Keeper
 from langppl.guides.losses import loss_of
+from langppl.guides.memory import Memory
 from langppl.guides.objectives import Actions
 from langppl.guides.observations import Observation, Turn
 from langppl.guides.settings import Settings, learning_rate
@@ -35,16 +36,15 @@ from langppl.guides.workers import Workers
 from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 from langppl.program import Program
+from langppl.program.program import lms_of
 from langppl.progress import bar
 
 if TYPE_CHECKING:
     from langppl.guides.gflownet import GFlowNetGuide
+    from langppl.lm.model import LM
 
 Callback = Callable[[Mapping[str, float]], Any]
 """Told of each step's figures; True ends the training."""
-
-LEAST_NODES = 16
-"""Rows of fewer nodes are no remedy for a lack of memory."""
 
 
 class Trainer:
@@ -99,6 +99,7 @@ class Trainer:
         self.take_heads()
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
         self.mean = Mean()
+        self.memory = Memory()
         self.waited = 0
         self.is_over = False
         self.done = 0
@@ -177,6 +178,7 @@ class Trainer:
                         break
                     started, self._tokens = time.monotonic(), 0
                     figures = self.step(step)
+                    self.memory.say(stacklevel=3)
                     guide.history.add(figures)
                     keeper.report(figures)
                     if callback is not None:
@@ -210,9 +212,14 @@ class Trainer:
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
         chosen = [(j, self.observations[self.pick(j, number)]) for j in mine]
+        for _, observation in chosen:
+            observation.taken = number
         self.optimiser.zero_grad(set_to_none=True)
-        self.prepare([o for _, o in chosen])
-        turns = self.drawing.turns(chosen, number)
+        taken = [o for _, o in chosen]
+        self.prepare(taken)
+        turns = self.memory.suffices_for(
+            lambda: self.drawing.turns(chosen, number), self._lms(taken), "drawing"
+        )
         self._tokens += sum(len(d.tokens) for t in turns for d in (*t.own, *t.simulated))
         size = math.ceil(len(turns) / settings.accumulate)
         reported: list[dict[str, float]] = []
@@ -267,22 +274,21 @@ class Trainer:
         """`_descend`, in smaller rows if the memory does not suffice."""
         named = self.all_named()
         before = {n: None if p.grad is None else p.grad.clone() for n, p in named.items()}
-        while True:
-            try:
-                return self._descend(turns, number, power)
-            except RuntimeError as error:
-                budget = self.lm.node_budget // 2
-                if not _is_out_of_memory(error) or budget < LEAST_NODES:
-                    raise
-            self.lm.node_budget = budget
+
+        def undo() -> None:
             for n, p in named.items():
-                p.grad = before[n]
-            warnings.warn(
-                f"out of memory: training goes on with lm.node_budget = {budget}, half of what it "
-                "was",
-                UserWarning,
-                stacklevel=5,
-            )
+                g = before[n]
+                # Backward passes add to it in place, and it may be needed once more.
+                p.grad = None if g is None else g.clone()
+
+        return self.memory.suffices_for(
+            lambda: self._descend(turns, number, power), [self.lm], "a gradient", undo, True
+        )
+
+    def _lms(self, observations: Sequence[Observation]) -> list[LM]:
+        """The LMs whose passes the draws of some observations take, and their rewards."""
+        others = [lm for lm in lms_of([o.program for o in observations]) if lm is not self.lm]
+        return [self.lm, *others]
 
     def _descend(self, turns: Sequence[Turn], number: int, power: float) -> list[dict[str, float]]:
         """Leaves the gradients of some observations' losses with the weights; their figures."""
@@ -377,12 +383,14 @@ class Trainer:
         """Figures on held-out observations; keeps the best weights and decides to stop."""
         settings = self.settings
         mine = range(self.workers.rank, len(self.held_out), self.workers.count)
-        self.prepare([self.held_out[k] for k in mine])
-        own = validate(
-            self,
-            {k: self.held_out[k].program for k in mine},
-            settings.validation_samples,
-            settings.temperatures[1] if settings.temperatures[1] > 1.0 else 1.2,
+        taken = {k: self.held_out[k] for k in mine}
+        self.prepare(list(taken.values()))
+        programs = {k: o.program for k, o in taken.items()}
+        hot = settings.temperatures[1] if settings.temperatures[1] > 1.0 else 1.2
+        own = self.memory.suffices_for(
+            lambda: validate(self, programs, settings.validation_samples, hot),
+            self._lms(list(taken.values())),
+            "validation",
         )
         found = Validation.mean(self.workers.gather(own))
         is_better = self.best is None or found.elbo > self.best[0]
@@ -434,8 +442,3 @@ def _shown(figures: Mapping[str, float], history: Any) -> str:
         shown["val_variance"] = variance
     names = ("loss", "log_reward", "elbo", "impossible", "val_elbo", "val_variance")
     return " ".join(f"{k} {shown[k]:.2f}" for k in names if k in shown)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no error type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -8,6 +8,7 @@ does, up to rounding.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -36,6 +37,39 @@ class Workers:
         self._accelerator = accelerator
         self.rank: int = 0 if accelerator is None else accelerator.process_index
         self.count: int = 1 if accelerator is None else accelerator.num_processes
+
+    def check(self, device: torch.device) -> None:
+        """Looks for what an accelerator was asked for and cannot have here.
+
+        Warns of mixed precision and of gradient accumulation, which training takes from elsewhere.
+
+        Args:
+            device: where the LM is.
+
+        Raises:
+            ValueError: if the accelerator is on another device.
+        """
+        own = self._accelerator
+        there = getattr(own, "device", None)
+        if there is not None and not _is_same(torch.device(there), device):
+            raise ValueError(
+                f"the accelerator of process {self.rank} is on {there}, and the LM on {device}; "
+                "make the LM where the process is: LM(name, device=accelerator.device)"
+            )
+        if not self.is_first:
+            return
+        precision = str(getattr(own, "mixed_precision", "no"))
+        if precision != "no":
+            _warn(
+                f"mixed_precision={precision!r} has no effect: training computes in the LM's own "
+                "type; for less memory make LM(name, dtype=torch.bfloat16)"
+            )
+        passes = getattr(own, "gradient_accumulation_steps", 1)
+        if passes > 1:
+            _warn(
+                f"gradient_accumulation_steps={passes} has no effect: each step of the training "
+                f"changes the weights; to spread one over passes give fit(accumulate={passes})"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -71,3 +105,12 @@ class Workers:
         """Returns when all processes are here."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
+
+
+def _is_same(one: torch.device, two: torch.device) -> bool:
+    """Whether two devices are one; without a number, "cuda" may be any."""
+    return one.type == two.type and (None in (one.index, two.index) or one.index == two.index)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"the accelerator's {message}", UserWarning, stacklevel=4)

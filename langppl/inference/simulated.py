@@ -19,6 +19,7 @@ from langppl.inference.importance import BATCH
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, given, score
+from langppl.program.lengths import check_lengths
 from langppl.program.scheduler import run
 
 Pair = tuple[dict[str, Any], Program]
@@ -39,7 +40,7 @@ def simulate_pairs(
 
     Raises:
         ValueError: if the program observes nothing or cannot be simulated, or a length is given
-            for something else than an observed site.
+            for something else than an open string.
     """
     if not program.observed and any(s.kind == "factor" for s in program.sites.values()):
         raise ValueError(
@@ -51,12 +52,7 @@ def simulate_pairs(
             "the program observes nothing, so its posterior is its prior; give it an observed "
             "site (lp.sample(..., obs=...))"
         )
-    unknown = [name for name in lengths or () if name not in program.observed]
-    if unknown:
-        raise ValueError(
-            f"lengths name {unknown[0]!r}, which is no observed site; these are: "
-            f"{', '.join(program.observed)}"
-        )
+    check_lengths([program], lengths)
     pairs: list[Pair] = []
     for first in range(0, n, BATCH):
         numbers = range(first, min(first + BATCH, n))

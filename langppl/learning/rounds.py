@@ -39,6 +39,7 @@ from langppl.learning.likelihood import Factor, factors, views_of
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import TrainableLM
+from langppl.lm.counts import as_pair
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
@@ -105,7 +106,7 @@ def em(
     steps: int = 20,
     observations: int | None = None,
     learning_rate: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     clip: float = 1.0,
     validation: Any = None,
@@ -200,7 +201,7 @@ def em(
             min(DEFAULT_OBSERVATIONS, len(programs)) if observations is None else observations
         ),
         learning_rate=learning_rate,
-        betas=betas,
+        betas=as_pair("betas", betas),
         weight_decay=weight_decay,
         clip=clip,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from langppl.inference.settings import METHODS
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, as_number
 
 WEIGHTS = ("importance", "guide")
 
@@ -32,6 +32,8 @@ class Settings:
             counts["resample"] = self.resample
         for name, value in counts.items():
             object.__setattr__(self, name, as_count(name, value, 1))
+        for name in ("learning_rate", "weight_decay", "clip"):
+            object.__setattr__(self, name, as_number(name, getattr(self, name)))
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; methods are: {', '.join(METHODS)}")
         if self.weights not in WEIGHTS:

@@ -1,8 +1,9 @@
-"""Numbers of things, as they are given to langppl."""
+"""Numbers, of things and others, as they are given to langppl."""
 
 from __future__ import annotations
 
-from numbers import Integral
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -20,3 +21,38 @@ def as_count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number, of any real type.
+
+    Args:
+        name: what it is called in the error.
+        value: the number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def as_pair(name: str, value: Any, said: str = "two numbers") -> tuple[float, float]:
+    """Two numbers, in any sequence.
+
+    Args:
+        name: what they are called in the error.
+        value: the sequence, such as a list that was read from a file.
+        said: what it must be, for the error.
+
+    Raises:
+        ValueError: if it is none of two numbers.
+    """
+    try:
+        if isinstance(value, str | bytes | Mapping):
+            raise TypeError
+        first, second = (as_number(name, v) for v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {said}, got {value!r}") from None
+    return first, second

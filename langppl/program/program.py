@@ -13,7 +13,6 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
-from langppl.lm.counts import as_count
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
 from langppl.program.arguments import arguments_by_place
@@ -30,6 +29,7 @@ from langppl.program.execution import (
     score_all,
 )
 from langppl.program.graph import ProgramGraph
+from langppl.program.lengths import as_lengths, check_lengths
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
 from langppl.program.templates import fill_all, signatures
@@ -288,12 +288,13 @@ class Program:
             For each draw, site → value of its latent and observed sites.
 
         Raises:
-            ValueError: for an open site without a length, and for programs with `factor`,
-                `Tempered`, `truncate="reject"` or a grammar, which are not data-generating
-                processes.
+            ValueError: for an open site without a length, a length of what is no open string, and
+                for programs with `factor`, `Tempered`, `truncate="reject"` or a grammar, which
+                are not data-generating processes.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
+        check_lengths([self], lengths)
         known = self._lengths(lengths)
         return run_many(
             [partial(self._simulate_one, i, as_seed(seed), known) for i in range(n)],
@@ -301,7 +302,7 @@ class Program:
         )
 
     def _lengths(self, lengths: Mapping[str, int] | None) -> dict[str, int]:
-        known = dict(lengths or {})
+        known = as_lengths(lengths)
         for name, site in self.sites.items():
             if site.kind == "observed" and isinstance(site.fn, LMString) and site.fn.is_open:
                 known.setdefault(name, max(len(site.fn.tokens_of(site.value)), 1))
@@ -378,7 +379,7 @@ class Program:
                             f"site {name!r} is an open string; say how long it is to be: "
                             f"simulate(..., lengths={{{name!r}: 10}})"
                         )
-                    length = as_count(f"lengths[{name!r}]", lengths[name], 1)
+                    length = lengths[name]
                     drawn = fn.draw_open((*key, name), length)
                     if drawn is None:
                         raise _EndedEarly(

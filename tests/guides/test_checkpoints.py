@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +107,79 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(
     with pytest.raises(OSError, match=r"cannot write a checkpoint to .*file"):
         guide.fit(program, steps=2, checkpoint=tmp_path / "file", **QUICK)
     assert not guide.history
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: float, total: int = 10**12) -> list[Path]:
+    """A disk with so many free bytes; the folders that it is asked about."""
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return shutil._ntuple_diskusage(total, 0, int(free))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"validation": True}, {"validation": True, "average": 1.0}], ids=str
+)
+def test_a_disk_without_room_for_two_is_an_error_before_the_first_step(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Any] = []
+
+    def trained(folder: Path) -> lp.GFlowNetGuide:
+        lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+
+        def story(obs: str) -> None:
+            z = lp.sample("z", lp.LMString(lm, "ab", stop=".", max_tokens=4))
+            lp.sample("y", lp.LMString(lm, f"ab{z}"), obs=obs)
+
+        # So large that the tensors' names do not count.
+        guide = lp.GFlowNetGuide(lm, rank=128)
+        own = {**options, "validation": [(".",)]} if options else {}
+        return guide.fit(
+            story, [("aab.",)], steps=2, checkpoint=folder, callback=steps.append, **QUICK, **own
+        )
+
+    trained(tmp_path / "plain")
+    (path,) = (tmp_path / "plain").glob("step-*/tensors.safetensors")
+    size = path.stat().st_size
+    assert len(steps) == 2
+    new = tmp_path / "not" / "there"
+    asked = with_free(monkeypatch, 1.9 * size)
+    with pytest.raises(OSError, match=r"checkpoints in .*there need \d+\.\d MB") as said:
+        trained(new)
+    assert said.value.errno == errno.ENOSPC
+    assert f"{1.9 * size / 1e6:.1f} MB are free" in str(said.value)
+    assert (asked, len(steps)) == ([tmp_path], 2) and not new.exists()
+    with_free(monkeypatch, 2.01 * size)
+    trained(new)
+    assert len(steps) == 4
+
+
+def test_what_is_there_already_counts_as_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.write(tmp_path, 1, {}, {"x": torch.zeros(10**5)})
+    with_free(monkeypatch, 3.9e5)
+    with pytest.raises(OSError, match=r"need 0\.4 MB"):
+        checkpoints.check_room(tmp_path, 4 * 10**5)
+    with_free(monkeypatch, 4e5)
+    checkpoints.check_room(tmp_path, 4 * 10**5)
+    # Some folders tell nothing.
+    with_free(monkeypatch, 0, total=0)
+    checkpoints.check_room(tmp_path, 4 * 10**5)
+
+
+def test_a_finished_training_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, guide = program_and_guide()
+    guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+    with_free(monkeypatch, 0)
+    program, guide = program_and_guide()
+    guide.fit(program, steps=2, checkpoint=tmp_path, **QUICK)
+    assert guide.history.rows == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

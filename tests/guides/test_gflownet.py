@@ -287,43 +287,6 @@ def test_baselines_refuse_what_they_cannot_learn_from() -> None:
         GFlowNetGuide(lm, objective="mle").fit(story, [(lm,)])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-    ],
-)
-def test_out_of_memory_it_goes_on_in_smaller_rows(
-    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def trained(most: int) -> list[torch.Tensor]:
-        lm = make_lm()
-        guide = GFlowNetGuide(lm, seed=1)
-        plain = training.policy_scores
-
-        def scores(draws: Any, lm: LM, adapter: Any, with_states: bool) -> Any:
-            if lm.node_budget > most:
-                raise error
-            return plain(draws, lm, adapter, with_states)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(training, "policy_scores", scores)
-            guide.fit(story, [(lm,)], **QUICK)
-        assert lm.node_budget == min(most, 1024)
-        return [p.detach() for n, p in lm.model.named_parameters() if guide.adapter in n]
-
-    expected = trained(10**6)
-    with pytest.warns(UserWarning, match="out of memory: training goes on") as said:
-        found = trained(16)
-    budgets = [str(w.message).split("node_budget = ")[1].split(",")[0] for w in said]
-    assert budgets == ["512", "256", "128", "64", "32", "16"]
-    for p, q in zip(expected, found, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-    with pytest.raises(RuntimeError, match="memory"), pytest.warns(UserWarning):
-        trained(2)
-
-
 def test_what_fit_refuses() -> None:
     lm = make_lm()
     guide = GFlowNetGuide(lm, objective="subtb")
@@ -510,6 +473,8 @@ def test_training_and_raw_draws_are_without_the_defence(tmp_path: Path) -> None:
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match="defensive must be at least 0 and below 1"):
             guides[0].defensive = share
+    with pytest.raises(ValueError, match=r"defensive must be a number, got '0.1'"):
+        guides[0].defensive = "0.1"
 
 
 def test_maximum_likelihood_heeds_a_posteriors_weights() -> None:

@@ -51,6 +51,12 @@ def test_powers_out_of_range(value: float) -> None:
             RewardSchedule(**{name: value})
 
 
+def test_powers_that_are_no_numbers() -> None:
+    for name in ("start", "until", "end"):
+        with pytest.raises(ValueError, match=f"{name} must be a number, got '0.5'"):
+            RewardSchedule(**{name: "0.5"})  # type: ignore[arg-type]
+
+
 def test_no_steps() -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         RewardSchedule().powers(0)

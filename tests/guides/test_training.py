@@ -591,12 +591,69 @@ def test_the_temperature_is_drawn_from_a_range(monkeypatch: pytest.MonkeyPatch) 
         ({"validate_every": 0}, "validate_every must be an integer of at least 1, got 0"),
         ({"validation": []}, "data is empty"),
         ({"objective": "best"}, "unknown objective 'best'; objectives are: auto, subtb, db"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
+        ({"tempered_share": "a"}, "tempered_share must be a number, got 'a'"),
+        ({"clip": None}, "clip must be a number, got None"),
+        ({"average": True}, "average must be a number, got True"),
+        ({"replay_distance": "a"}, "replay_distance must be a number, got 'a'"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, "b")}, r"betas must be two numbers, got \(0.9, 'b'\)"),
+        ({"betas": [0.9, 0.99, 0.999]}, "betas must be two numbers, got .0.9, 0.99, 0.999."),
+        ({"sampling_temperature": "hot"}, r"must be a number, or two \(low, high\), got 'hot'"),
+        ({"sampling_temperature": [1.0]}, r"must be a number, or two \(low, high\), got .1.0."),
+        ({"sampling_temperature": [2.0, 1.0]}, "above 0, or a range .*, got .2.0, 1.0."),
+        ({"lengths": {"ending": 2.5}}, r"lengths\['ending'\] must be an integer of at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     lm = make_lm()
     with pytest.raises(ValueError, match=message):
         lp.GFlowNetGuide(lm, rank=2).fit(story, rows_of(lm), **options)
+
+
+def test_numbers_of_other_types_are_taken_as_from_a_file(tmp_path: Path) -> None:
+    def trained(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+        lm = make_lm()
+        guide = lp.GFlowNetGuide(lm, rank=2)
+        plain = {"steps": 2, "batch": 4, "checkpoint": folder, "progress": False}
+        return weights_of(guide.fit(story, rows_of(lm), **plain, **options))
+
+    own: dict[str, Any] = {"sampling_temperature": (1.0, 2.0), "betas": (0.5, 0.75), "clip": 1.0}
+    found = trained(tmp_path / "plain", learning_rate=0.25, lengths={"ending": 2}, **own)
+    read = json.loads(json.dumps(own))
+    read |= {"learning_rate": np.float32(0.25), "lengths": {"ending": np.int64(2)}, "clip": 1}
+    assert equal(found, trained(tmp_path / "read", **read))
+    assert equal(found, trained(tmp_path / "arrays", **{**read, "betas": np.array([0.5, 0.75])}))
+
+
+def test_weights_that_are_no_numbers() -> None:
+    lm = make_lm()
+    pairs = [(story, rows_of(lm)), (beginning, rows_of(lm))]
+    with pytest.raises(ValueError, match="each of weights must be a number, got 'a'"):
+        lp.GFlowNetGuide(lm, rank=2).fit(pairs, weights=[1.0, "a"], observations=1)
+
+
+def test_lengths_of_what_is_no_open_string() -> None:
+    lm = make_lm()
+
+    def trained(model: Any, data: Any, lengths: Any) -> lp.GFlowNetGuide:
+        guide = lp.GFlowNetGuide(lm, rank=2, objective="forward_kl")
+        return guide.fit(model, data, lengths=lengths, steps=1, batch=2, progress=False)
+
+    said = r"lengths name 'nope', which is no open string; these are: 'ending'"
+    with pytest.raises(ValueError, match=said):
+        trained(story, rows_of(lm), {"nope": 9})
+    with pytest.raises(ValueError, match="lengths name 'middle', which is no open string"):
+        trained(story, rows_of(lm), {"middle": 2})
+    with pytest.raises(TypeError, match="lengths must be a mapping from the names of open"):
+        trained(story, rows_of(lm), 9)
+    # Of several programs one may have it, and of several rows one may have more turns.
+    both = [(story, rows_of(lm)), (turns_of, [(lm, 1), (lm, 2)])]
+    with pytest.raises(ValueError, match=r"lengths name 'said_0', which .*: 'ending', 'heard_0'"):
+        trained(both, None, {"said_0": 1})
+    trained(both, None, {"ending": 2, "heard_1": 1})
+    with pytest.raises(ValueError, match="lengths name 'heard_1'"):
+        trained(turns_of, [(lm, 1)], {"heard_1": 1})
 
 
 # -- which latents a guide knows -----------------------------------------------------------------

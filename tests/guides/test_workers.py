@@ -7,11 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from langppl import GFlowNetGuide, LMString, sample
 from langppl.guides.workers import Workers
@@ -78,3 +83,73 @@ def test_each_process_needs_an_observation() -> None:
 
     with pytest.raises(ValueError, match="each of the 2 processes needs an observation"):
         GFlowNetGuide(lm).fit(story, [()], accelerator=Two(), progress=False)
+
+
+@pytest.fixture
+def one_accelerator() -> Iterator[None]:
+    """All accelerators of a process share their state, which outlives them."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def fit(accelerator: Any) -> GFlowNetGuide:
+    lm = tiny_lm(["a", "b", "."])
+
+    def story() -> None:
+        z = sample("z", LMString(lm, "a", max_tokens=2))
+        sample("y", LMString(lm, f"a{z}"), obs=".")
+
+    guide = GFlowNetGuide(lm, rank=2)
+    return guide.fit(story, [()], steps=1, batch=2, accelerator=accelerator, progress=False)
+
+
+@pytest.mark.usefixtures("one_accelerator")
+def test_an_accelerator_s_own_settings_are_not_silently_left_out() -> None:
+    with pytest.warns(UserWarning) as said:
+        fit(Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision="bf16"))
+    assert [w.filename for w in said] == [__file__] * 2
+    assert [str(w.message) for w in said] == [
+        "the accelerator's mixed_precision='bf16' has no effect: training computes in the LM's own "
+        "type; for less memory make LM(name, dtype=torch.bfloat16)",
+        "the accelerator's gradient_accumulation_steps=4 has no effect: each step of the training "
+        "changes the weights; to spread one over passes give fit(accumulate=4)",
+    ]
+
+
+@pytest.mark.usefixtures("one_accelerator")
+def test_a_plain_accelerator_is_taken_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(Accelerator(cpu=True))
+
+
+def test_an_accelerator_on_another_device_is_an_error() -> None:
+    class Elsewhere:
+        process_index, num_processes, device = 0, 1, torch.device("cuda", 1)
+
+    with pytest.raises(ValueError, match=r"process 0 is on cuda:1, and the LM on cpu"):
+        fit(Elsewhere())
+
+
+@pytest.mark.parametrize(
+    ("there", "lm", "same"),
+    [
+        ("cuda:1", "cuda:1", True),
+        ("cuda", "cuda:0", True),
+        ("cuda:1", "cuda", True),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cpu", True),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_devices_are_compared_by_type_and_number(there: str, lm: str, same: bool) -> None:
+    class Placed:
+        process_index, num_processes, device = 1, 2, torch.device(there)
+
+    workers = Workers(Placed())
+    if same:
+        workers.check(torch.device(lm))
+        return
+    with pytest.raises(ValueError, match=f"of process 1 is on {there}, and the LM on {lm}"):
+        workers.check(torch.device(lm))

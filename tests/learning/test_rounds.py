@@ -458,6 +458,8 @@ def test_bad_arguments_say_what_to_do():
         (lambda: lp.em(model, DATA, "prior", learning_rate=0.0), "learning_rate must be above 0"),
         (lambda: lp.em(model, DATA, "prior", clip=0.0), "clip must be above 0"),
         (lambda: lp.em(model, DATA, "prior", betas=(1.0, 0.9)), "betas must be"),
+        (lambda: lp.em(model, DATA, "prior", betas=0.9), "betas must be two numbers, got 0.9"),
+        (lambda: lp.em(model, DATA, "prior", clip="a"), "clip must be a number, got 'a'"),
         (lambda: lp.em(model, DATA, "prior", weight_decay=-1.0), "weight_decay must be"),
         (lambda: lp.em(model, DATA, "prior", trainable=[]), "trainable is empty"),
         (lambda: lp.em(model, [], "prior"), "data is empty"),

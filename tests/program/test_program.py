@@ -308,6 +308,37 @@ def test_an_open_string_that_no_run_has_met_needs_a_length() -> None:
         lp.compile(model).simulate(30)
 
 
+def test_a_length_of_what_is_no_open_string() -> None:
+    def plain() -> None:
+        x = lp.sample("x", short())
+        lp.sample("ending", goes_on(x), obs="a")
+
+    program = lp.compile(plain)
+    for name in ("endng", "x"):
+        said = f"lengths name '{name}', which is no open string; these are: 'ending'"
+        with pytest.raises(ValueError, match=said):
+            program.simulate(1, lengths={"ending": 2, name: 3})
+
+    def latent() -> None:
+        lp.sample("x", goes_on("a"))
+
+    assert len(lp.compile(latent).simulate(1, lengths={"x": 2})[0]["x"].ids) == 2
+
+    def looks_inside() -> None:
+        x = lp.sample("x", short())
+        if x.startswith("a"):
+            lp.sample("more", short())
+        lp.sample("ending", goes_on(x), obs="a")
+
+    # Where the sites depend on the latents, another run may meet it.
+    program = lp.compile(looks_inside)
+    with pytest.warns(UserWarning, match="lengths name 'endng', .* as far as runs") as said_once:
+        program.simulate(1, lengths={"endng": 2})
+    assert said_once[0].filename == __file__
+    with pytest.raises(ValueError, match="lengths name 'more', which is no open string"):
+        program.simulate(1, lengths={"more": 2})
+
+
 def test_a_length_that_the_lm_does_not_reach() -> None:
     def model() -> None:
         lp.sample("ending", goes_on("a"), obs="a")

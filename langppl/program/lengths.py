@@ -1,0 +1,63 @@
+"""Lengths of open strings that are to be simulated, as they are asked for by name."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langppl.distributions import LMString
+from langppl.lm.counts import as_count
+
+if TYPE_CHECKING:
+    from langppl.program.program import Program
+
+
+def as_lengths(lengths: Any) -> dict[str, int]:
+    """Lengths as plain numbers; None for none.
+
+    Raises:
+        TypeError: if they are no mapping.
+        ValueError: if one is no integer of at least 1.
+    """
+    if lengths is not None and not isinstance(lengths, Mapping):
+        raise TypeError(
+            f"lengths must be a mapping from the names of open strings to numbers of tokens, got "
+            f"{lengths!r}"
+        )
+    return {name: as_count(f"lengths[{name!r}]", n, 1) for name, n in (lengths or {}).items()}
+
+
+def check_lengths(
+    programs: Sequence[Program], lengths: Mapping[str, int] | None, loosely: bool = False
+) -> None:
+    """Looks for names that are no open string in any of some programs.
+
+    A name that no run has met may still be one where the sites depend on the latents, and is a
+    warning there.
+
+    Args:
+        programs: the programs.
+        lengths: tokens of each open string.
+        loosely: whether numbers in names do not count, as other arguments may make more turns of
+            a loop.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    sites = {n: s for p in programs for n, s in p.sites.items()}
+    opens = [n for n, s in sites.items() if isinstance(s.fn, LMString) and s.fn.is_open]
+    patterns = {_pattern(n) for n in opens} if loosely else set(opens)
+    for name in lengths or ():
+        if (_pattern(str(name)) if loosely else name) in patterns:
+            continue
+        said = f"lengths name {name!r}, which is no open string; these are: "
+        said += ", ".join(map(repr, opens)) or "none"
+        if name in sites or all(p.is_static for p in programs):
+            raise ValueError(said)
+        warnings.warn(f"{said}, as far as runs of the model have met them", UserWarning, 3)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
