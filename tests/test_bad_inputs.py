@@ -273,7 +273,7 @@ def test_zero_samples(number: Any) -> None:
 
 
 def test_zero_draws_of_a_guide(guide: lp.GFlowNetGuide) -> None:
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1, got 0"):
         guide.sample(story, n=0)
 
 

@@ -92,8 +92,8 @@ class Guide(ABC):
 
         Example:
             >>> draws = guide.sample(story, *pair, n=4)
-            >>> [draw["_RETURN"] == draw["middle"] for draw in draws]
-            [True, True, True, True]
+            >>> sorted(draws[0])
+            ['_RETURN', 'middle']
         """
         n, seed = as_count("n", n, 1), as_seed(seed)
         if isinstance(model, Program):

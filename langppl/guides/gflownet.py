@@ -42,7 +42,7 @@ from langppl.lm.requests import StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
-from langppl.program import Program
+from langppl.program import Program, compile
 from langppl.program.arguments import ModelOrProgram, pairs_of
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 from langppl.lm.model import LM
+from langppl.warn import warn
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Memory:
             # Only here, where the error no longer holds the tensors of its frames.
             undo()
 
-    def say(self, stacklevel: int) -> None:
+    def say(self) -> None:
         """Warns, once in a training, if anything was halved."""
         if self._is_said or not self._first:
             return
@@ -63,11 +63,9 @@ class Memory:
             f"{lm!r}.{name} = {getattr(lm, name)} (it was {was})"
             for (lm, name), was in self._first.items()
         ]
-        warnings.warn(
+        warn(
             f"out of memory: training goes on in smaller passes, with {', '.join(budgets)}; they "
             "stay like that, and go on being halved where need be without another word",
-            UserWarning,
-            stacklevel=stacklevel + 1,
         )
 
     def _halve(self, lms: Sequence[LM], gradients: bool) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.program import lms_of
 from langppl.progress import bar
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     from langppl.guides.gflownet import GFlowNetGuide
@@ -178,7 +178,7 @@ class Trainer:
                         break
                     started, self._tokens = time.monotonic(), 0
                     figures = self.step(step)
-                    self.memory.say(stacklevel=3)
+                    self.memory.say()
                     guide.history.add(figures)
                     keeper.report(figures)
                     if callback is not None:
@@ -192,11 +192,9 @@ class Trainer:
                         keeper.write(self, step + 1)
         except KeyboardInterrupt:
             guide.was_interrupted = True
-            warnings.warn(
+            warn(
                 f"training was interrupted after {guide.history.rows - self.done} of "
                 f"{settings.steps} steps; the guide keeps what it has learned",
-                UserWarning,
-                stacklevel=3,
             )
         finally:
             keeper.close()

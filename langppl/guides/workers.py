@@ -8,11 +8,12 @@ does, up to rounding.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+
+from langppl.warn import warn
 
 T = TypeVar("T")
 
@@ -113,4 +114,4 @@ def _is_same(one: torch.device, two: torch.device) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"the accelerator's {message}", UserWarning, stacklevel=4)
+    warn(f"the accelerator's {message}")

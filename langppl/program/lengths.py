@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langppl.distributions import LMString
 from langppl.lm.counts import as_count
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     from langppl.program.program import Program
@@ -56,7 +56,7 @@ def check_lengths(
         said += ", ".join(map(repr, opens)) or "none"
         if name in sites or all(p.is_static for p in programs):
             raise ValueError(said)
-        warnings.warn(f"{said}, as far as runs of the model have met them", UserWarning, 3)
+        warn(f"{said}, as far as runs of the model have met them")
 
 
 def _pattern(name: str) -> str:

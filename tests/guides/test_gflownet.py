@@ -238,10 +238,10 @@ def test_sample_gives_raw_draws() -> None:
     lm = make_lm()
     guide = GFlowNetGuide(lm)
     draws = guide.sample(story, lm, n=5, seed=2)
-    assert [set(d) for d in draws] == [{"middle"}] * 5
+    assert [set(d) for d in draws] == [{"middle", "_RETURN"}] * 5
     assert draws == guide.sample(story, lm, n=5, seed=2)
     assert draws != guide.sample(story, lm, n=5, seed=3)
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1"):
         guide.sample(story, lm, n=0)
 
 
