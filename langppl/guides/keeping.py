@@ -93,8 +93,8 @@ class Keeper:
         if self.folder is None:
             return
         _forget_scores(trainer)
-        own = [(k, _state_of(o)) for k, o in enumerate(trainer.observations) if o.is_visited]
-        visited = trainer.workers.gather(own)
+        own = [(k, _state_of(trainer.observations[k])) for k in _owned(trainer)]
+        visited = sorted(trainer.workers.gather(own), key=lambda pair: pair[0])
         if trainer.workers.is_first:
             tensors = checkpoints.state_of(trainer.all_named(), trainer.optimiser)
             for n, b in trainer.guide.heads.named_buffers():
@@ -165,6 +165,7 @@ class Keeper:
             observation = trainer.observations[int(k)]
             trainer.note(observation.program)
             _restore(observation, state, trainer.lm.device)
+            observation.taken = -1
         _forget_scores(trainer)
         return step
 
@@ -202,6 +203,21 @@ class Keeper:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))
         return found
+
+
+def _owned(trainer: Trainer) -> list[int]:
+    """The rows whose state this process has: after a resume all have one, and most grow old."""
+    workers = trainer.workers
+    taken = [
+        (k, o.taken, workers.rank)
+        for k, o in enumerate(trainer.observations)
+        if o.taken is not None
+    ]
+    newest: dict[int, tuple[int, int]] = {}
+    for k, step, rank in workers.gather(taken):
+        if k not in newest or step > newest[k][0]:
+            newest[k] = step, rank
+    return [k for k, (_, rank) in newest.items() if rank == workers.rank]
 
 
 def _forget_scores(trainer: Trainer) -> None:

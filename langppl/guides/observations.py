@@ -121,6 +121,8 @@ class Observation:
         given: draws from elsewhere that do; None while they were not looked at.
         again: draws that are given once more when these are used up.
         share: how much its loss counts in a step, 1 where all are taken equally often.
+        taken: the step, counted over all calls of `fit`, in which this process took it last; −1 for
+            what a checkpoint had, None if there is nothing to keep.
         anchors: for each independent piece of the program, power of the reward and the estimate of
             log Z (nats) that given draws are held to.
     """
@@ -135,6 +137,7 @@ class Observation:
         self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
         self._program: Program | None = None
         self.share = 1.0
+        self.taken: int | None = None
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []

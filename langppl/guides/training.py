@@ -210,6 +210,8 @@ class Trainer:
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
         chosen = [(j, self.observations[self.pick(j, number)]) for j in mine]
+        for _, observation in chosen:
+            observation.taken = number
         self.optimiser.zero_grad(set_to_none=True)
         self.prepare([o for _, o in chosen])
         turns = self.drawing.turns(chosen, number)
