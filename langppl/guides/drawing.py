@@ -14,7 +14,7 @@ from langppl.distributions import LMString
 from langppl.guides.base import Key
 from langppl.guides.observations import GivenLatents, Observation, Turn
 from langppl.guides.policy import Policy, Proposer
-from langppl.guides.settings import BALANCE, Settings
+from langppl.guides.settings import BALANCE, LEAST_NEW, Settings
 from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
 from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
@@ -78,6 +78,7 @@ class Drawing:
             simulated = settings.batch
         room = settings.batch - simulated
         replayed = min(int(settings.batch * settings.replay_share), len(observation.buffer))
+        replayed = max(min(replayed, room - LEAST_NEW), 0)
         count = max(room - replayed, 0)
         if settings.objective == "mle":
             count = min(count, len(observation.again))

@@ -532,6 +532,39 @@ def test_simulated_pairs_are_a_share_of_the_batch(monkeypatch: pytest.MonkeyPatc
     assert losses == pytest.approx([0.0] * 3, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("simulated", "replay", "expected"),
+    [(0.0, 0.25, (8, 6)), (0.5, 0.5, (4, 2)), (0.5, 0.9, (4, 2)), (0.0, 0.95, (8, 2))],
+)
+def test_replay_leaves_two_new_draws(
+    simulated: float, replay: float, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    plain = drawing.Drawing.turns
+
+    def turns(self: Any, chosen: Any, number: int) -> list[Turn]:
+        found = plain(self, chosen, number)
+        seen.extend((len(t.own), t.fresh) for t in found)
+        return found
+
+    monkeypatch.setattr(drawing.Drawing, "turns", turns)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(
+        story,
+        rows_of(lm)[:1],
+        steps=5,
+        batch=8,
+        objective="vargrad",
+        simulated_share=simulated,
+        replay_share=replay,
+        replay_distance=0.0,
+        progress=False,
+    )
+    assert seen[0] == (expected[0], expected[0]) and seen[-1] == expected
+    assert not any(map(math.isnan, guide.history["elbo"]))
+
+
 def test_each_observation_learns_from_its_own_given_latents() -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=8, objective="mle", seed=1)
@@ -591,6 +624,22 @@ def test_the_temperature_is_drawn_from_a_range(monkeypatch: pytest.MonkeyPatch) 
         ({"validate_every": 0}, "validate_every must be an integer of at least 1, got 0"),
         ({"validation": []}, "data is empty"),
         ({"objective": "best"}, "unknown objective 'best'; objectives are: auto, subtb, db"),
+        *(
+            (
+                {"batch": 4, "simulated_share": 0.75, "objective": objective},
+                f"leaves 1 of the guide's own draws, and objective='{objective}' needs at least 2",
+            )
+            for objective in ("tb", "reverse_kl", "rao_blackwell", "rws")
+        ),
+        (
+            {
+                "batch": 2,
+                "simulated_share": 0.75,
+                "objective": "mle",
+                "given": [[{"middle": "a"}]] * 2,
+            },
+            "leaves 0 of given draws, and objective='mle' needs at least 1",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
