@@ -155,9 +155,10 @@ class Drawing:
 
     def _takes_prefixes(self, program: Program, contexts: Sequence[Contexts]) -> bool:
         """Whether the objective is a balance over prefixes: one latent, a string of this LM."""
-        names = {n for c in contexts for n in c}
-        single = self.is_single(program) and names == set(program.latents)
-        return single and self.settings.objective in ("auto", "subtb", "db")
+        if not self.is_single(program) or self.settings.objective not in ("auto", "subtb", "db"):
+            return False
+        # A rare string may lead to further latents, after it.
+        return all(next(iter(c)) == program.latents[0] for c in contexts)
 
     def _score_given(self, observation: Observation) -> None:
         """Latents from elsewhere as draws, scored unless the posterior knows enough."""
