@@ -46,7 +46,13 @@ class Drawing:
 
     def turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
         """The draws of a step."""
-        plans = [self._plan(slot, observation, number) for slot, observation in chosen]
+        plans: list[_Plan] = []
+        # With weights a row may have several slots of a step, and draws that wait serve one.
+        waiting: dict[int, int] = {}
+        for slot, observation in chosen:
+            ready = waiting.get(id(observation), len(observation.ready))
+            plans.append(plan := self._plan(slot, observation, number, ready))
+            waiting[id(observation)] = ready + plan.wanted - plan.own
         self._draw_fresh([p for p in plans if p.wanted], number)
         simulated = self._simulate(plans, number)
         turns = []
@@ -69,7 +75,7 @@ class Drawing:
             turns.append(Turn(observation, own, len(fresh), pairs))
         return turns
 
-    def _plan(self, slot: int, observation: Observation, number: int) -> _Plan:
+    def _plan(self, slot: int, observation: Observation, number: int, ready: int) -> _Plan:
         settings = self.settings
         self._score_given(observation)
         assert observation.given is not None
@@ -91,7 +97,7 @@ class Drawing:
         given = observation.given[:taken]
         observation.given = observation.given[taken:]
         own = count - taken
-        wanted = own * settings.draw_ahead if len(observation.ready) < own else 0
+        wanted = own * settings.draw_ahead if ready < own else 0
         return _Plan(observation, suffix, given, own, replayed, simulated, wanted)
 
     def _draw_fresh(self, plans: Sequence[_Plan], number: int) -> None:

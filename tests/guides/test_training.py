@@ -565,6 +565,18 @@ def test_replay_leaves_two_new_draws(
     assert not any(map(math.isnan, guide.history["elbo"]))
 
 
+def test_a_row_with_two_slots_of_a_step_has_draws_for_both() -> None:
+    lm = make_lm()
+    program = lp.compile(story, lm)
+    trainer = trainer_of(lp.GFlowNetGuide(lm, rank=2), program, [()], batch=4, draw_ahead=2)
+    (row,) = trainer.observations
+    row.buffer.capacity = 0
+    for number, slots in enumerate([(0,), (0, 1), (0, 1), (0, 1)]):
+        turns = trainer.drawing.turns([(slot, row) for slot in slots], number)
+        assert [len(t.own) for t in turns] == [4] * len(slots)
+        assert len({id(d) for t in turns for d in t.own}) == 4 * len(slots)
+
+
 def test_each_observation_learns_from_its_own_given_latents() -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=8, objective="mle", seed=1)
