@@ -139,10 +139,14 @@ class Trainer:
                 needed.update(f for f in found if f is not None)
             if self._flows(program):
                 needed[FLOW] = 1
-        # Every process must have the same heads, whichever observations it takes.
-        for several in self.workers.gather([needed]):
+        # Every process must have the same heads and know the same latents, whichever observations
+        # it takes.
+        guide = self.guide
+        for several, learned, flows in self.workers.gather([(needed, guide.learned, guide.flows)]):
+            guide.learned |= learned
+            guide.flows |= flows
             for name, count in sorted(several.items()):
-                is_new = self.guide.heads.ensure(name, count)
+                is_new = guide.heads.ensure(name, count)
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()

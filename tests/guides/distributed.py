@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 
 import langppl as lp
+from langppl.guides.workers import Workers
 from langppl.testing import tiny_lm
 
 
@@ -50,6 +51,25 @@ def train(accelerator: Accelerator, kind: str) -> dict[str, Any]:
     weights = [p.detach().flatten() for _, p in named]
     weights += [p.detach().flatten() for p in guide.heads.parameters()]
     return {"history": dict(guide.history), "weights": torch.cat(weights).tolist()}
+
+
+def share(accelerator: Accelerator) -> list[list[list[str]]]:
+    """Two programs, one for each of two processes; what each guide says it has learned."""
+    lm = tiny_lm(["a", "b", "."], seed=2)
+
+    def story() -> None:
+        z = lp.sample("z", lp.LMString(lm, "a", stop=".", max_tokens=2))
+        lp.sample("e", lp.LMString(lm, f"a{z}"), obs="b")
+
+    def chain() -> None:
+        x = lp.sample("x", lp.LMString(lm, "b", max_tokens=2))
+        y = lp.sample("y", lp.LMString(lm, f"b{x}", stop=".", max_tokens=2))
+        lp.sample("e", lp.LMString(lm, f"b{y}"), obs="a")
+
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="subtb")
+    programs: Any = [(story, [()]), (chain, [()])]
+    guide.fit(programs, steps=2, batch=4, accelerator=accelerator, progress=False)
+    return Workers(accelerator).gather([[sorted(guide.learned), sorted(guide.flows)]])
 
 
 class PowerCut(Exception):
@@ -107,7 +127,8 @@ def killed(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    found = {kind: train(accelerator, kind) for kind in ("subtb", "tb")}
+    found: dict[str, Any] = {kind: train(accelerator, kind) for kind in ("subtb", "tb")}
+    found["shared"] = share(accelerator)
     found["killed"] = killed(accelerator, Path(sys.argv[1]).with_suffix(".checkpoints"))
     found["processes"] = accelerator.num_processes
     if accelerator.is_main_process:

@@ -78,6 +78,13 @@ def test_two_processes_that_are_killed_go_on_with_what_each_row_has(two: dict[st
     assert all(later[row][0] < first[row][0] for row in first)
 
 
+def test_each_process_knows_what_the_others_learned(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    known = [["x", "y", "z"], ["x", "y"]]
+    assert one["shared"] == [known] and two["shared"] == [known] * 2
+
+
 def test_alone_nothing_is_gathered_or_added() -> None:
     workers = Workers()
     assert (workers.rank, workers.count, workers.is_first) == (0, 1, True)
