@@ -159,6 +159,15 @@ class Drawing:
             batches.append(Batch(program, ran, contexts, takes, known, self.settings.every))
         return make_draws(batches)
 
+    def glimpses(self, observations: Sequence[Observation]) -> list[Draw]:
+        """A draw of each of some rows without its reward, which shows what the policy reads."""
+        programs = [o.program for o in observations]
+        policies = [
+            Policy(self.proposer, program, (self.seed, "glimpse", k))
+            for k, program in enumerate(programs)
+        ]
+        return self._unscored(programs, policies)
+
     def _takes_prefixes(self, program: Program, contexts: Sequence[Contexts]) -> bool:
         """Whether the objective is a balance over prefixes: one latent, a string of this LM."""
         if not self.is_single(program) or self.settings.objective not in ("auto", "subtb", "db"):

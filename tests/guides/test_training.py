@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from collections import Counter
@@ -187,6 +188,43 @@ def test_accumulated_gradients_are_the_same() -> None:
         for n, p in found[0].items():
             torch.testing.assert_close(other[n], p, atol=1e-5, rtol=1e-3)
     assert max(float((found[0][n] - p).abs().max()) for n, p in untrained.items()) > 1e-4
+
+
+@pytest.mark.parametrize("objective", ["tb", "subtb"])
+def test_heads_begin_alike_however_a_step_is_spread(objective: str) -> None:
+    losses, centres, biases = [], [], []
+    for accumulate in (1, 2, 4):
+        lm = make_lm()
+        guide = lp.GFlowNetGuide(lm, rank=2, objective=objective, seed=1)
+        model = story if objective == "tb" else ending_of_two
+        rows = rows_of(lm, ("aab.", "...", "bb.", "a"))
+        options: dict[str, Any] = {"observations": 4, "accumulate": accumulate, "batch": 6}
+        guide.fit(model, rows, steps=3, replay_share=0.0, progress=False, **options)
+        losses.append(guide.history["loss"])
+        centres.append(guide.heads.centre)
+        last: Any = guide.heads.made["flow"][-1]  # type: ignore[index]
+        biases.append(float(last.bias.detach()))
+    for k in (1, 2):
+        assert losses[k] == pytest.approx(losses[0], rel=1e-3)
+        torch.testing.assert_close(centres[k], centres[0], atol=1e-5, rtol=1e-4)
+        assert biases[k] == pytest.approx(biases[0], rel=1e-3)
+
+
+def ending_of_two(lm: LM, ending: str) -> None:
+    one = lp.sample("one", lp.LMString(lm, "a", max_tokens=2))
+    two = lp.sample("two", lp.LMString(lm, f"b{one}", stop=".", max_tokens=2))
+    lp.sample("seen", lp.LMString(lm, f"{one}{two}"), obs=ending)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_step_of_one_row_shows_heads_how_rows_differ(count: int) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb", seed=1)
+    endings = ["".join(e) for e in itertools.product("ab.", repeat=3)][:count]
+    options: dict[str, Any] = {"observations": 1, "batch": 4, "progress": False}
+    guide.fit(story, rows_of(lm, endings), steps=1, **options)
+    assert bool(guide.heads.is_centred)
+    assert bool((guide.heads.spread != 1.0).all()) == (count > 1)
 
 
 def test_four_observations_are_taken_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
