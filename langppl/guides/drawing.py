@@ -14,7 +14,7 @@ from langppl.distributions import LMString
 from langppl.guides.base import Key
 from langppl.guides.observations import GivenLatents, Observation, Turn
 from langppl.guides.policy import Policy, Proposer
-from langppl.guides.settings import BALANCE, Settings
+from langppl.guides.settings import BALANCE, LEAST_NEW, Settings
 from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
 from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
@@ -56,7 +56,13 @@ class Drawing:
             raise
 
     def _turns(self, chosen: Sequence[tuple[int, Observation]], number: int) -> list[Turn]:
-        plans = [self._plan(slot, observation, number) for slot, observation in chosen]
+        plans: list[_Plan] = []
+        # With weights a row may have several slots of a step, and draws that wait serve one.
+        waiting: dict[int, int] = {}
+        for slot, observation in chosen:
+            ready = waiting.get(id(observation), len(observation.ready))
+            plans.append(plan := self._plan(slot, observation, number, ready))
+            waiting[id(observation)] = ready + plan.wanted - plan.own
         self._draw_fresh([p for p in plans if p.wanted], number)
         simulated = self._simulate(plans, number)
         turns = []
@@ -79,7 +85,7 @@ class Drawing:
             turns.append(Turn(observation, own, len(fresh), pairs))
         return turns
 
-    def _plan(self, slot: int, observation: Observation, number: int) -> _Plan:
+    def _plan(self, slot: int, observation: Observation, number: int, ready: int) -> _Plan:
         settings = self.settings
         self._score_given(observation)
         assert observation.given is not None
@@ -88,6 +94,7 @@ class Drawing:
             simulated = settings.batch
         room = settings.batch - simulated
         replayed = min(int(settings.batch * settings.replay_share), len(observation.buffer))
+        replayed = max(min(replayed, room - LEAST_NEW), 0)
         count = max(room - replayed, 0)
         if settings.objective == "mle":
             count = min(count, len(observation.again))
@@ -100,7 +107,7 @@ class Drawing:
         given = observation.given[:taken]
         observation.given = observation.given[taken:]
         own = count - taken
-        wanted = own * settings.draw_ahead if len(observation.ready) < own else 0
+        wanted = own * settings.draw_ahead if ready < own else 0
         return _Plan(observation, suffix, given, own, replayed, simulated, wanted)
 
     def _draw_fresh(self, plans: Sequence[_Plan], number: int) -> None:
@@ -162,11 +169,21 @@ class Drawing:
             batches.append(Batch(program, ran, contexts, takes, known, self.settings.every))
         return make_draws(batches)
 
+    def glimpses(self, observations: Sequence[Observation]) -> list[Draw]:
+        """A draw of each of some rows without its reward, which shows what the policy reads."""
+        programs = [o.program for o in observations]
+        policies = [
+            Policy(self.proposer, program, (self.seed, "glimpse", k))
+            for k, program in enumerate(programs)
+        ]
+        return self._unscored(programs, policies)
+
     def _takes_prefixes(self, program: Program, contexts: Sequence[Contexts]) -> bool:
         """Whether the objective is a balance over prefixes: one latent, a string of this LM."""
-        names = {n for c in contexts for n in c}
-        single = self.is_single(program) and names == set(program.latents)
-        return single and self.settings.objective in ("auto", "subtb", "db")
+        if not self.is_single(program) or self.settings.objective not in ("auto", "subtb", "db"):
+            return False
+        # A rare string may lead to further latents, after it.
+        return all(next(iter(c)) == program.latents[0] for c in contexts)
 
     def _score_given(self, observation: Observation) -> None:
         """Latents from elsewhere as draws, scored unless the posterior knows enough."""

@@ -361,7 +361,7 @@ class GFlowNetGuide(Guide):
             sampling_temperature: divides the policy's logits for those draws; a range (low, high)
                 to draw one for each (log-uniformly).
             replay_share: share of the batch taken from the draws so far, in proportion to their
-                importance weights.
+                importance weights; at least two of the others are new.
             replay_size: how many of those are kept for each observation; fewer where there are
                 so many observations that all would hold more than 16,384.
             replay_distance: two of them differ in more than this share of their tokens (edit
@@ -378,7 +378,8 @@ class GFlowNetGuide(Guide):
             given_share: share of a batch's new draws that are given ones, while these last. With
                 1 the guide learns from them first; a small share spreads them over the training.
             simulated_share: share of the batch that are latents and data drawn from the model,
-                learned by maximum likelihood beside the objective.
+                learned by maximum likelihood beside the objective; two of the others must be left
+                (one under `mle`).
             lengths: tokens of each open string that is simulated; as long as what is observed by
                 default.
             weights: for several programs, how often each is taken, relative to the others; needs

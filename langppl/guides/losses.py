@@ -47,7 +47,7 @@ def loss_of(
     if objective in OF_WHOLE_DRAWS:
         return OF_WHOLE_DRAWS[objective](reward, total)
     if draws[0].ends:
-        return _over_prefixes(turn, scores, settings, power)
+        return _over_prefixes(turn, scores, log_qs, settings, power)
     if objective in ("subtb", "db"):
         return _over_sites(turn, scores, log_qs, settings, heads, power)
     learned = heads if objective == "tb" else None
@@ -105,9 +105,16 @@ def _balance(
 
 
 def _over_prefixes(
-    turn: Turn, scores: Sequence[Found], settings: Settings, power: float
+    turn: Turn,
+    scores: Sequence[Found],
+    log_qs: Sequence[torch.Tensor],
+    settings: Settings,
+    power: float,
 ) -> torch.Tensor:
-    paths = [trajectory(d, f[0][0], power) for d, f in zip(turn.own, scores, strict=True)]
+    paths = [
+        trajectory(d, f[0][0], power, q[1:].sum())
+        for d, f, q in zip(turn.own, scores, log_qs, strict=True)
+    ]
     log_z = turn.observation.estimate(
         0,
         objectives.root_gaps(paths[: turn.fresh] or paths),

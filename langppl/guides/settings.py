@@ -35,6 +35,8 @@ OF_WHOLE_DRAWS = {
 }
 """Those of ON_POLICY that need nothing but log R and log q."""
 
+LEAST_NEW = 2
+"""New draws of an observation in a step: log Z and the baselines are of these, not of replay."""
 
 _COUNTS = {
     "steps": 1,
@@ -143,10 +145,14 @@ class Settings:
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
         own = self.batch - round(self.batch * self.simulated_share)
-        if self.objective in BALANCE and own < 2:
+        # Maximum likelihood compares no draws with each other.
+        least = {"mle": 1, "forward_kl": 0}.get(self.objective, LEAST_NEW)
+        if own < least:
+            kind = "given" if self.objective == "mle" else "the guide's own"
             raise ValueError(
-                f"simulated_share={self.simulated_share} of batch={self.batch} leaves {own} of the "
-                "guide's own draws, and a balance needs at least 2"
+                f"simulated_share={self.simulated_share} of batch={self.batch} leaves {own} of "
+                f"{kind} draws, and objective={self.objective!r} needs at least {least}; take a "
+                "smaller share or a larger batch"
             )
         low, high = self.temperatures
         if not 0.0 < low <= high < math.inf:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 Callback = Callable[[Mapping[str, float]], Any]
 """Told of each step's figures; True ends the training."""
 
+GLIMPSES = 8
+"""Rows whose states heads are centred on where a step takes a single one."""
+
 
 class Trainer:
     """Trains a guide's adapter and heads.
@@ -140,10 +143,14 @@ class Trainer:
                 needed.update(f for f in found if f is not None)
             if self._flows(program):
                 needed[FLOW] = 1
-        # Every process must have the same heads, whichever observations it takes.
-        for several in self.workers.gather([needed]):
+        # Every process must have the same heads and know the same latents, whichever observations
+        # it takes.
+        guide = self.guide
+        for several, learned, flows in self.workers.gather([(needed, guide.learned, guide.flows)]):
+            guide.learned |= learned
+            guide.flows |= flows
             for name, count in sorted(several.items()):
-                is_new = self.guide.heads.ensure(name, count)
+                is_new = guide.heads.ensure(name, count)
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()
@@ -220,6 +227,9 @@ class Trainer:
         )
         self._tokens += sum(len(d.tokens) for t in turns for d in (*t.own, *t.simulated))
         size = math.ceil(len(turns) / settings.accumulate)
+        self.memory.suffices_for(
+            lambda: self._start_heads(turns, size), [self.lm], "a gradient", gradients=True
+        )
         reported: list[dict[str, float]] = []
         for at in range(0, len(turns), size):
             reported += self._descend_within_memory(turns[at : at + size], number, power)
@@ -295,11 +305,6 @@ class Trainer:
         scores = policy_scores(draws, self.lm, self.guide.adapter, with_states)
         heads = self.guide.heads
         log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
-        if heads.made and not bool(heads.is_centred):
-            self._centre(scores)
-            log_qs = [log_q(d, f, heads) for d, f in zip(draws, scores, strict=True)]
-        if self._flow_is_new:
-            self._start_flow(turns, log_qs)
         actions = self._actions(turns, scores, log_qs) if with_states else None
         losses: list[torch.Tensor] = []
         own_log_qs: list[list[float]] = []
@@ -347,6 +352,35 @@ class Trainer:
         draws = [d for t in turns for d in t.own]
         own_scores, own_log_qs = [scores[k] for k in places], [log_qs[k] for k in places]
         return iter(actions_of(draws, own_scores, own_log_qs, self.lm))
+
+    @torch.no_grad()
+    def _start_heads(self, turns: Sequence[Turn], size: int) -> None:
+        """Centres heads and lets a flow begin where that is due, by all draws of a step.
+
+        Args:
+            turns: the draws.
+            size: how many turns a backward pass takes; what heads see must not depend on it.
+        """
+        heads = self.guide.heads
+        is_due = len(heads.made) > 0 and not bool(heads.is_centred)
+        if not (is_due or self._flow_is_new):
+            return
+        draws = [
+            [d for t in turns[at : at + size] for d in (*t.own, *t.simulated)]
+            for at in range(0, len(turns), size)
+        ]
+        scores = [f for own in draws for f in policy_scores(own, self.lm, self.guide.adapter)]
+        if is_due:
+            seen = scores
+            if len(self.pools) == 1 < len(self.observations):
+                # One row does not show how rows differ.
+                rows = self.observations[:: math.ceil(len(self.observations) / GLIMPSES)]
+                others = self.drawing.glimpses(rows)
+                seen = [*scores, *policy_scores(others, self.lm, self.guide.adapter)]
+            self._centre(seen)
+        if self._flow_is_new:
+            flat = itertools.chain.from_iterable(draws)
+            self._start_flow(turns, [log_q(d, f, heads) for d, f in zip(flat, scores, strict=True)])
 
     def _centre(self, scores: Sequence[Found]) -> None:
         """Lets the heads see how the states of a first batch differ."""

@@ -19,7 +19,15 @@ from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.program import Program
-from langppl.program.execution import Execution, Site, given, is_plain, score_all
+from langppl.program.execution import (
+    Choice,
+    Execution,
+    Pause,
+    Site,
+    given,
+    is_plain,
+    score_all,
+)
 from langppl.program.scheduler import run
 from langppl.program.statements import hashable
 from langppl.records import decode, encode
@@ -87,8 +95,8 @@ class Draw:
         parts: the latents that the guide covers.
         log_prior: nats; of those latents under the model.
         log_rest: nats; of all other factors, what the guide does not cover cancelled.
-        ends: for SubTB over prefixes, the end points (position, log prior, log rest), the real
-            one last.
+        ends: for SubTB over prefixes, the end points (position, log prior, log rest) of the first
+            part, the real one last; latents that are met after it belong to that one.
         stages: after each part, log prior and log rest so far: of the factors that are known by
             then.
         pieces: the independent pieces of a draw that has several.
@@ -154,7 +162,8 @@ class Batch:
         program: the program.
         executions: unscored runs.
         contexts: for each, the ids that the policy read before each latent it covers.
-        prefixes: whether to score every prefix of the (one) latent string as well.
+        prefixes: whether to score every prefix of the first latent, a string, as well: of the one
+            that the program is known to have.
         log_joints: where the log joints are known and need not be told apart (the guide covers
             all latents, and the rewards are not tempered), nats.
         every: which prefixes are scored: those of a multiple of so many tokens.
@@ -318,20 +327,27 @@ def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list
 
 
 class _Prefixes:
-    """What is to be scored for the rewards at every prefix of one latent string."""
+    """What is to be scored for the rewards at every prefix of one latent string.
+
+    A rare string may lead to latents that the program was not known to have. What a prefix that
+    leads there is worth depends on their values, so it is no end point; a whole draw has them.
+    """
 
     def __init__(self, batch: Batch) -> None:
-        (self.name,) = batch.contexts[0]
+        (self.name,) = batch.program.latents
         self.batch = batch
         self.parts = [
             Part(e.sites[self.name], c[self.name])
             for e, c in zip(batch.executions, batch.contexts, strict=True)
         ]
+        self.further = [e for e in batch.executions if len(e.latents) > 1]
         self.requests = [p.site.fn.request(p.site.value) for p in self.parts]
         # Each distinct prefix is scored once, whatever number of draws begins with it.
         self.values: dict[object, Text] = {}
         self.plans: list[list[tuple[int, object]]] = []
-        for part, request in zip(self.parts, self.requests, strict=True):
+        for execution, part, request in zip(
+            batch.executions, self.parts, self.requests, strict=True
+        ):
             plan: list[tuple[int, object]] = []
             if request is not None:
                 path = request.path
@@ -341,7 +357,7 @@ class _Prefixes:
                         self.values.setdefault(value.ids, value)
                         plan.append((t, value.ids))
                 key: object = (part.site.fn.tokens_of(part.site.value), "whole")
-                if not path.rejected:
+                if not path.rejected and len(execution.latents) == 1:
                     self.values.setdefault(key, part.site.value)
                 plan.append((len(path.tokens), key))
             self.plans.append(plan)
@@ -350,19 +366,32 @@ class _Prefixes:
         return perform([r for r in self.requests if r is not None])
 
     def rest(self) -> Sequence[Any]:
+        def pause(name: str, fn: Any, _: Execution) -> Choice:
+            raise Pause(name, fn)
+
         assignments = [{self.name: v} for v in self.values.values()]
-        return self.batch.program.executions(assignments, lambda s: s.name != self.name)
+        score_all(self.further)
+        return self.batch.program.executions(assignments, lambda s: s.name != self.name, pause)
 
     def draws(self, replies: Sequence[Any], scored: Sequence[Any]) -> list[Draw]:
-        log_rest: dict[object, float] = {}
+        log_rest: dict[object, float | None] = {}
         for key, execution in zip(self.values, scored, strict=True):
             terms = [s.log_prob for s in execution.sites.values() if s.name != self.name]
-            log_rest[key] = float(sum(t for t in terms if t is not None))
+            known = float(sum(t for t in terms if t is not None))
+            log_rest[key] = known if execution.pause is None else None
         found = iter(replies)
         draws = []
-        for execution, part, request, plan in zip(
-            self.batch.executions, self.parts, self.requests, self.plans, strict=True
+        graph = self.batch.program.graph
+        above = {name: graph.latents_above(name) for name in graph}
+        for execution, context, part, request, plan in zip(
+            self.batch.executions,
+            self.batch.contexts,
+            self.parts,
+            self.requests,
+            self.plans,
+            strict=True,
         ):
+            parts = [Part(execution.sites[name], ids) for name, ids in context.items()]
             ends: list[tuple[int, float, float]] = []
             if request is not None:
                 reply: ScoreReply = next(found)
@@ -370,12 +399,17 @@ class _Prefixes:
                 log_priors = [float(before[t] + reply.canonical[t]) for t, _ in plan]
                 log_priors[-1] = -math.inf if request.path.rejected else reply.log_prob
                 log_priors = [part.site.counted(p) for p in log_priors]
+                rests = [log_rest.get(key, -math.inf) for _, key in plan]
+                if len(execution.latents) > 1:
+                    whole = _sums(_terms(above, execution, parts).values())
+                    log_priors[-1], rests[-1] = whole
                 ends = [
-                    (t, log_prior, log_rest.get(key, -math.inf))
-                    for (t, key), log_prior in zip(plan, log_priors, strict=True)
+                    (t, log_prior, rest)
+                    for (t, _), log_prior, rest in zip(plan, log_priors, rests, strict=True)
+                    if rest is not None
                 ]
             _, log_prior, last = ends[-1] if ends else (0, -math.inf, -math.inf)
-            draws.append(Draw(key_of([part], execution), [part], log_prior, last, ends))
+            draws.append(Draw(key_of(parts, execution), parts, log_prior, last, ends))
         return draws
 
 
@@ -486,8 +520,17 @@ def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:
     return torch.stack([p.log_q(f, heads) for p, f in zip(draw.parts, found, strict=True)])
 
 
-def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
-    """A draw of one string as SubTB over prefixes sees it, its reward tempered."""
+def trajectory(
+    draw: Draw, found: PathLogProbs, power: float, further: torch.Tensor | float = 0.0
+) -> Trajectory:
+    """A draw of one string as SubTB over prefixes sees it, its reward tempered.
+
+    Args:
+        draw: the draw.
+        found: what the policy said of the string.
+        power: of the reward.
+        further: log q of latents that this string led to, nats.
+    """
     device = found.tokens.device
     positions = [t for t, _, _ in draw.ends]
     inner = found.canonical[torch.tensor(positions[:-1], dtype=torch.long, device=device)]
@@ -495,7 +538,7 @@ def trajectory(draw: Draw, found: PathLogProbs, power: float) -> Trajectory:
     return Trajectory(
         log_q=found.tokens,
         ends=torch.tensor(positions, dtype=torch.long, device=device),
-        log_q_end=torch.cat([inner, found.ending[None]]),
+        log_q_end=torch.cat([inner, (found.ending + further)[None]]),
         log_reward=torch.tensor(rewards, dtype=found.tokens.dtype, device=device),
     )
 

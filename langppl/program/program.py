@@ -187,6 +187,7 @@ class Program:
         self,
         assignments: Sequence[Mapping[str, Any]],
         only: Callable[[Site], bool] = lambda _: True,
+        otherwise: Chooser | None = None,
     ) -> list[Execution]:
         """Executions with given latents, scored.
 
@@ -195,23 +196,27 @@ class Program:
 
         Args:
             assignments: latent → value, one mapping for each execution.
-            only: the sites to score.
+            only: the sites to score; of an execution that was paused, none are.
+            otherwise: decides latents that have no value and are met in a run; None to make them
+                an error.
 
         Raises:
             ValueError: if a latent has no value, or a log-probability is NaN.
         """
         if not assignments:
             return []
-        if self._is_static and self._row_agrees(assignments):
+        if self._is_static and self._row_agrees(assignments, otherwise):
             assert self.templates is not None
             filled = [fill_all(self.templates, values) for values in assignments]
             score_all(filled, only)
             return filled
-        found = self.run([given(v) for v in assignments])
-        score_all(found, only)
+        found = self.run([given(v, otherwise) for v in assignments])
+        score_all([e for e in found if e.pause is None], only)
         return found
 
-    def _row_agrees(self, assignments: Sequence[Mapping[str, Any]]) -> bool:
+    def _row_agrees(
+        self, assignments: Sequence[Mapping[str, Any]], otherwise: Chooser | None
+    ) -> bool:
         assert self.templates is not None
         for values in assignments:
             missing = [name for name in self.latents if name not in values]
@@ -219,7 +224,7 @@ class Program:
                 raise ValueError(f"latent site {missing[0]!r} has no value")
         row = assignments[self._checks % len(assignments)]
         self._checks += 1
-        (ran,) = self.run([given(row)])
+        (ran,) = self.run([given(row, otherwise)])
         expected, found = signatures(fill_all(self.templates, row)), signatures(ran)
         if list(expected.items()) == list(found.items()):
             return True

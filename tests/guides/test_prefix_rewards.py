@@ -1,9 +1,13 @@
 """Rewards of prefixes: those of the program, of every k-th prefix, all from one pass of the LM."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
+import torch
 from pyro import poutine
 
 import langppl as lp
@@ -117,3 +121,87 @@ def test_exact_divergences_are_not_those_of_scaled_strings() -> None:
     log_q = guide.log_q(lp.compile(scaled), rows)
     log_posterior = np.array(exact.log_joint) - exact.log_evidence
     assert float((np.exp(log_q) * (log_q - log_posterior)).sum()) < 0.06
+
+
+def surprising(own: lp.LM, known: bool) -> lp.Program:
+    """A program with a latent `w` that was not met when it was compiled."""
+    armed = False
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(own, "a", stop=".", max_tokens=3))
+        w = "a"
+        if z.count("b") == 1 and armed:
+            if known:
+                w = lp.sample("w", lp.LMChoice(own, "b", ["a", "b"]))
+            else:
+                w = "ab"[int(lp.sample("w", dist.Bernoulli(0.3)))]
+        lp.sample("y", lp.LMString(own, f"a{z}{w}"), obs="ab")
+
+    program = lp.compile(model)
+    armed = True
+    assert program.latents == ("z",)
+    return program
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_latent_that_was_not_known_is_of_the_whole_draw_alone(known: bool) -> None:
+    own = tiny_lm("ab.", seed=1, merged=["ab", "b."], sharpness=0.25)
+    program = surprising(own, known)
+    w = "b" if known else torch.tensor(1.0)
+    rows = [{"z": "ba.", "w": w}, {"z": "ab.", "w": w}, {"z": "ababab"}, {"z": "aa."}]
+    executions = program.run([given(row) for row in rows])
+    ids = own.encode_prompt("a")
+    names = ("z", "w") if known else ("z",)
+    contexts = [{n: ids for n in names if n in row} for row in rows]
+    (draws,) = make_draws([Batch(program, executions, contexts, prefixes=True)])
+    expected = program.log_joint(rows)
+    for draw, row, log_joint in zip(draws, rows, expected, strict=True):
+        fn, value = draw.parts[0].site.fn, draw.parts[0].site.value
+        path = fn.request(value).path
+        # A number that the guide does not cover is drawn from the prior, and counts as such.
+        less = 0.0 if known or "w" not in row else math.log(0.3)
+        assert draw.log_reward == pytest.approx(float(log_joint) - less, abs=1e-5)
+        assert [p.site.name for p in draw.parts] == [n for n in names if n in row]
+        cuts = [str(prefix_value(fn, path, t)) for t, _, _ in draw.ends[:-1]]
+        assert not any(c.count("b") == 1 for c in cuts)
+        assert len(cuts) == {"ba.": 0, "ab.": 0, "ababab": 1, "aa.": 1}[value]
+
+
+@pytest.mark.parametrize("objective", ["auto", "db"])
+def test_a_guide_learns_latents_that_were_not_known(objective: str, tmp_path: Path) -> None:
+    own = tiny_lm("ab.", seed=1, merged=["ab", "b."], sharpness=0.25)
+    program = surprising(own, True)
+    truth = lp.infer(program, method="exact", progress=False)
+    p = truth.weights
+    has = np.array(["w" in row for row in truth.samples])
+    assert 0.2 < p[has].sum() < 0.8
+    guide = lp.GFlowNetGuide(own, objective=objective, seed=1)
+
+    def divergence() -> float:
+        log_q = guide.log_q(program, truth.samples)
+        assert np.exp(log_q).sum() == pytest.approx(1.0, abs=1e-4)
+        return float(p @ (np.log(p) - log_q))
+
+    before = divergence()
+    options: dict[str, Any] = {"batch": 16, "learning_rate": 3e-3, "progress": False}
+    guide.fit(program, steps=100, checkpoint=tmp_path, checkpoint_every=50, **options)
+    assert divergence() < 0.05 < 0.2 < before
+    resumed = lp.GFlowNetGuide(own, objective=objective, seed=1)
+    resumed.fit(program, steps=100, checkpoint=tmp_path, checkpoint_every=50, **options)
+    assert resumed.history == guide.history
+
+
+def test_a_guide_survives_a_number_that_was_not_known() -> None:
+    own = tiny_lm("ab.", seed=1, merged=["ab", "b."], sharpness=0.25)
+    guide = lp.GFlowNetGuide(own, seed=1)
+    guide.fit(surprising(own, False), steps=5, batch=8, progress=False)
+    assert np.isfinite(guide.history["loss"]).all()
+
+
+def test_a_static_program_that_is_none_after_all() -> None:
+    own = tiny_lm("ab.", seed=1, merged=["ab", "b."], sharpness=0.25)
+    program = surprising(own, True)
+    program._is_static, program.templates = True, tuple(program.sites.values())
+    guide = lp.GFlowNetGuide(own, seed=1)
+    with pytest.warns(lp.StaticMismatchWarning):
+        guide.fit(program, steps=8, batch=8, progress=False)

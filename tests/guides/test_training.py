@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from collections import Counter
@@ -187,6 +188,43 @@ def test_accumulated_gradients_are_the_same() -> None:
         for n, p in found[0].items():
             torch.testing.assert_close(other[n], p, atol=1e-5, rtol=1e-3)
     assert max(float((found[0][n] - p).abs().max()) for n, p in untrained.items()) > 1e-4
+
+
+@pytest.mark.parametrize("objective", ["tb", "subtb"])
+def test_heads_begin_alike_however_a_step_is_spread(objective: str) -> None:
+    losses, centres, biases = [], [], []
+    for accumulate in (1, 2, 4):
+        lm = make_lm()
+        guide = lp.GFlowNetGuide(lm, rank=2, objective=objective, seed=1)
+        model = story if objective == "tb" else ending_of_two
+        rows = rows_of(lm, ("aab.", "...", "bb.", "a"))
+        options: dict[str, Any] = {"observations": 4, "accumulate": accumulate, "batch": 6}
+        guide.fit(model, rows, steps=3, replay_share=0.0, progress=False, **options)
+        losses.append(guide.history["loss"])
+        centres.append(guide.heads.centre)
+        last: Any = guide.heads.made["flow"][-1]  # type: ignore[index]
+        biases.append(float(last.bias.detach()))
+    for k in (1, 2):
+        assert losses[k] == pytest.approx(losses[0], rel=1e-3)
+        torch.testing.assert_close(centres[k], centres[0], atol=1e-5, rtol=1e-4)
+        assert biases[k] == pytest.approx(biases[0], rel=1e-3)
+
+
+def ending_of_two(lm: LM, ending: str) -> None:
+    one = lp.sample("one", lp.LMString(lm, "a", max_tokens=2))
+    two = lp.sample("two", lp.LMString(lm, f"b{one}", stop=".", max_tokens=2))
+    lp.sample("seen", lp.LMString(lm, f"{one}{two}"), obs=ending)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_step_of_one_row_shows_heads_how_rows_differ(count: int) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="tb", seed=1)
+    endings = ["".join(e) for e in itertools.product("ab.", repeat=3)][:count]
+    options: dict[str, Any] = {"observations": 1, "batch": 4, "progress": False}
+    guide.fit(story, rows_of(lm, endings), steps=1, **options)
+    assert bool(guide.heads.is_centred)
+    assert bool((guide.heads.spread != 1.0).all()) == (count > 1)
 
 
 def test_four_observations_are_taken_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,6 +570,51 @@ def test_simulated_pairs_are_a_share_of_the_batch(monkeypatch: pytest.MonkeyPatc
     assert losses == pytest.approx([0.0] * 3, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("simulated", "replay", "expected"),
+    [(0.0, 0.25, (8, 6)), (0.5, 0.5, (4, 2)), (0.5, 0.9, (4, 2)), (0.0, 0.95, (8, 2))],
+)
+def test_replay_leaves_two_new_draws(
+    simulated: float, replay: float, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    plain = drawing.Drawing.turns
+
+    def turns(self: Any, chosen: Any, number: int) -> list[Turn]:
+        found = plain(self, chosen, number)
+        seen.extend((len(t.own), t.fresh) for t in found)
+        return found
+
+    monkeypatch.setattr(drawing.Drawing, "turns", turns)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(
+        story,
+        rows_of(lm)[:1],
+        steps=5,
+        batch=8,
+        objective="vargrad",
+        simulated_share=simulated,
+        replay_share=replay,
+        replay_distance=0.0,
+        progress=False,
+    )
+    assert seen[0] == (expected[0], expected[0]) and seen[-1] == expected
+    assert not any(map(math.isnan, guide.history["elbo"]))
+
+
+def test_a_row_with_two_slots_of_a_step_has_draws_for_both() -> None:
+    lm = make_lm()
+    program = lp.compile(story, lm)
+    trainer = trainer_of(lp.GFlowNetGuide(lm, rank=2), program, [()], batch=4, draw_ahead=2)
+    (row,) = trainer.observations
+    row.buffer.capacity = 0
+    for number, slots in enumerate([(0,), (0, 1), (0, 1), (0, 1)]):
+        turns = trainer.drawing.turns([(slot, row) for slot in slots], number)
+        assert [len(t.own) for t in turns] == [4] * len(slots)
+        assert len({id(d) for t in turns for d in t.own}) == 4 * len(slots)
+
+
 def test_each_observation_learns_from_its_own_given_latents() -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=8, objective="mle", seed=1)
@@ -603,6 +686,22 @@ def test_the_temperature_is_drawn_from_a_range(monkeypatch: pytest.MonkeyPatch) 
         ({"sampling_temperature": [1.0]}, r"must be a number, or two \(low, high\), got .1.0."),
         ({"sampling_temperature": [2.0, 1.0]}, "above 0, or a range .*, got .2.0, 1.0."),
         ({"lengths": {"ending": 2.5}}, r"lengths\['ending'\] must be an integer of at least 1"),
+        *(
+            (
+                {"batch": 4, "simulated_share": 0.75, "objective": objective},
+                f"leaves 1 of the guide's own draws, and objective='{objective}' needs at least 2",
+            )
+            for objective in ("tb", "reverse_kl", "rao_blackwell", "rws")
+        ),
+        (
+            {
+                "batch": 2,
+                "simulated_share": 0.75,
+                "objective": "mle",
+                "given": [[{"middle": "a"}]] * 2,
+            },
+            "leaves 0 of given draws, and objective='mle' needs at least 1",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -45,14 +45,22 @@ def trained(launcher: list[str], out: Path) -> dict[str, Any]:
     return found
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    one = trained([], tmp_path / "one.json")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return trained([], tmp_path_factory.mktemp("one") / "one.json")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # What `accelerate launch --num_processes 2` runs on a machine with two GPUs; here the script
     # asks for the CPU, so that the processes speak through gloo.
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    two = trained(launcher, tmp_path / "two.json")
+    return trained(launcher, tmp_path_factory.mktemp("two") / "two.json")
+
+
+def test_two_processes_equal_one(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert (one["processes"], two["processes"]) == (1, 2)
     for kind in ("subtb", "tb"):
         a, b = one[kind], two[kind]
@@ -62,6 +70,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 a["history"][figure], b["history"][figure], rtol=1e-4, atol=1e-4
             )
         np.testing.assert_allclose(a["weights"], b["weights"], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_that_are_killed_go_on_with_what_each_row_has(two: dict[str, Any]) -> None:
+    whole, again = two["killed"]["whole"], two["killed"]["again"]
+    for unbroken, resumed in zip(whole, again, strict=True):
+        assert resumed["left"] == unbroken["left"]
+    assert again[-1]["history"] == whole[-1]["history"]
+    # The given draws are used up as the steps go on, of every row.
+    first, later, _ = (kept["left"] for kept in again)
+    assert first.keys() == later.keys() == {"0", "1", "2"}
+    assert all(later[row][0] < first[row][0] for row in first)
+
+
+def test_each_process_knows_what_the_others_learned(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    known = [["x", "y", "z"], ["x", "y"]]
+    assert one["shared"] == [known] and two["shared"] == [known] * 2
 
 
 def test_alone_nothing_is_gathered_or_added() -> None:
