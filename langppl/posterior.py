@@ -39,6 +39,7 @@ from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.lm.seeds import as_seed
+from langppl.parts import Part
 from langppl.program import Program
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
@@ -102,6 +103,9 @@ class Posterior(Report):
         moves: Metropolis–Hastings moves of all of them on the way, and how many were accepted.
         chains: what is known of the Markov chains behind the samples, which are then equally
             weighted.
+        parts: independent parts of the program, whose draws were each resampled by their own
+            weights and then put together; the samples are then equally weighted. ESS and Pareto k
+            are those of the worst part.
 
     Raises:
         ValueError: if there are no samples, lengths differ, or a log weight is NaN or +inf.
@@ -129,6 +133,8 @@ class Posterior(Report):
     """Its standard error, nats; to be trusted where `.reliable`. None if there is no estimate."""
     chains: Chains | None
     """The Markov chains behind the samples, None if these are independent."""
+    parts: tuple[Part, ...]
+    """The independent parts of the program that were resampled each on its own, if any."""
 
     def __init__(
         self,
@@ -153,9 +159,11 @@ class Posterior(Report):
         resampled: int = 0,
         moves: tuple[int, int] = (0, 0),
         chains: Chains | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         """Checks the arguments; see the class."""
         self.chains = chains
+        self.parts = tuple(parts)
         self.samples = [dict(sample) for sample in samples]
         self.method = method
         self.guide = guide
@@ -249,6 +257,8 @@ class Posterior(Report):
             return math.inf
         if self.chains is not None:
             return self.chains.ess
+        if self.parts:
+            return min(part.ess for part in self.parts)
         return diagnostics.effective_sample_size(self._independent)
 
     @functools.cached_property
@@ -261,6 +271,8 @@ class Posterior(Report):
             return -math.inf
         if self.chains is not None:
             return math.nan
+        if self.parts:
+            return float(np.max([part.pareto_k for part in self.parts]))
         return diagnostics.pareto_k(self._independent)
 
     @property
@@ -299,6 +311,9 @@ class Posterior(Report):
             return None
         if self._exact:
             return self.log_evidence
+        if self.parts:
+            assert self.log_evidence is not None
+            return self.log_evidence + math.fsum(p.elbo - p.log_evidence for p in self.parts)
         possible = self.log_weights[self.log_weights > -np.inf]
         return float(possible.mean()) if possible.size else -math.inf
 
@@ -310,6 +325,8 @@ class Posterior(Report):
         """
         if self._exact:
             return 0.0 if self._possible else 1.0
+        if self.parts:
+            return 1.0 - math.prod(1.0 - part.impossible_share for part in self.parts)
         return float((self.log_weights == -np.inf).mean())
 
     def probabilities(self, site: str) -> dict[Any, float]:
@@ -580,6 +597,7 @@ class Posterior(Report):
             "site_log_probs": {k: numbers(v) for k, v in self.site_log_probs.items()},
             "returns": encoded_returns,
             # Files of posteriors that have none are as they were before there were any.
+            **({"parts": [part.to_json() for part in self.parts]} if self.parts else {}),
             **({"computed": computed} if self.computed_sites else {}),
             "samples": [
                 {site: encode(value) for site, value in sample.items()} for sample in self.samples
@@ -660,6 +678,7 @@ class Posterior(Report):
                 resampled=content.get("resampled", 0),
                 moves=tuple(content.get("moves", (0, 0))),
                 chains=None if chains is None else Chains.from_json(chains),
+                parts=[Part.from_json(part) for part in content.get("parts", ())],
             )
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

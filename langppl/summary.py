@@ -110,6 +110,11 @@ def _lines(posterior: Posterior) -> list[str]:
                 f"resampled {posterior.resampled} times: the samples descend from {left} of "
                 f"{posterior.num_samples} first particles, which is what ESS counts"
             )
+        if posterior.parts:
+            lines.append(
+                f"{len(posterior.parts)} independent parts, each resampled on its own and paired; "
+                "ESS and Pareto k are the worst part's"
+            )
         tried, accepted = posterior.moves
         if tried:
             lines.append(f"{accepted} of {tried} Metropolis–Hastings moves were accepted")

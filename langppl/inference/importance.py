@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
+from langppl.inference.pairing import paired, part_of_sites
 from langppl.inference.sites import site_log_probs
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -32,17 +34,22 @@ def importance(
         progress: whether to show a bar.
 
     Returns:
-        The weighted samples. Interrupted (Ctrl-C), those that were finished, with a warning.
+        The weighted samples; of a program of several independent parts, equally weighted ones,
+        each part resampled on its own (`langppl.inference.pairing`). Interrupted (Ctrl-C), those
+        that were finished, with a warning.
     """
     started = time.monotonic()
     guide.check(program)
+    part_of = part_of_sites(program)
+    # An impossible part says nothing of the others.
+    end = score if part_of is None else partial(score, whole=True)
     executions: list[Execution] = []
     try:
         with bar(f"sampling from {guide.name}", num_samples, progress) as advance:
             for first in range(0, num_samples, BATCH):
                 rows = range(first, min(first + BATCH, num_samples))
                 choosers = [guide.chooser(program, (seed, "infer", i)) for i in rows]
-                executions += program.run(choosers, score)
+                executions += program.run(choosers, end)
                 advance(len(rows))
     except KeyboardInterrupt:
         if not executions:
@@ -52,6 +59,11 @@ def importance(
             f"{num_samples}",
             InferenceWarning,
         )
+    if part_of is not None:
+        found = paired(program, guide, executions, part_of, seed)
+        if found is not None:
+            found.elapsed = time.monotonic() - started
+            return found
     return as_posterior(program, guide, executions, time.monotonic() - started)
 
 

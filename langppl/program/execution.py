@@ -341,9 +341,11 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def score(execution: Execution, only: Callable[[Site], bool] = lambda _: True) -> Execution:
+def score(
+    execution: Execution, only: Callable[[Site], bool] = lambda _: True, *, whole: bool = False
+) -> Execution:
     """Fills in the sites' log-probabilities; see `score_all`."""
-    score_all([execution], only)
+    score_all([execution], only, whole=whole)
     return execution
 
 

@@ -1,0 +1,127 @@
+"""Parts of a program that are independent: each is weighted and resampled on its own.
+
+Given the observations, latents that nothing connects are independent (`ProgramGraph.independent`),
+so the evidence is a product, and a draw of one part may stand beside any draw of another. A weight
+of the whole is the product of the parts' weights: with many parts all but a few draws lose theirs,
+though each part by itself has plenty of good ones. So each part's draws are resampled by the part's
+own weights, and what comes out is put together anew.
+
+Only for static programs, whose graph is known: a dependence that an experiment did not show would
+make the result wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from langppl.diagnostics import Array, normalized_weights
+from langppl.guides.base import Guide
+from langppl.inference.failures import failures
+from langppl.inference.resampling import resample
+from langppl.inference.sites import site_log_probs
+from langppl.lm.seeds import generator
+from langppl.parts import Part
+from langppl.posterior import Posterior
+from langppl.program import Program
+from langppl.program.execution import Execution, given
+
+_EVEN = 1e-9
+"""Nats by which weights may differ and still count as equal."""
+
+
+def part_of_sites(program: Program) -> dict[str, int] | None:
+    """The number of the independent part that each site is of; −1 for none.
+
+    Returns:
+        None if there are not two parts that are known to be independent.
+    """
+    if not program.is_static:
+        return None
+    groups = program.graph.independent()
+    if len(groups) < 2:
+        return None
+    number = {name: k for k, group in enumerate(groups) for name in group}
+    found = {}
+    for name in program.graph.nodes:
+        above = {number[n] for n in (*program.graph.latents_above(name), name) if n in number}
+        if len(above) > 1:
+            return None
+        found[name] = above.pop() if above else -1
+    return found
+
+
+def paired(
+    program: Program,
+    guide: Guide,
+    executions: Sequence[Execution],
+    part_of: dict[str, int],
+    seed: int,
+) -> Posterior | None:
+    """The posterior of a program of independent parts.
+
+    Args:
+        program: the program.
+        guide: what proposed the latents.
+        executions: of the program, every site scored.
+        part_of: site → number of its part.
+        seed: of the resampling.
+
+    Returns:
+        Equally weighted samples; None where there is nothing to gain: fewer than two parts have
+        weights that differ, or a part has none that is above zero.
+    """
+    if not program.is_static or any(e.sites.keys() != part_of.keys() for e in executions):
+        return None
+    weights = _log_weights(executions, part_of)
+    if any(not (w > -np.inf).any() for w in weights.values()):
+        return None
+    if sum(k >= 0 and float(np.ptp(w)) > _EVEN for k, w in weights.items()) < 2:
+        return None
+    n = len(executions)
+    rows: dict[int, Any] = {-1: np.arange(n)}
+    parts = []
+    for k in range(max(part_of.values()) + 1):
+        rng = generator((seed, "pairing", k))
+        chosen = resample(normalized_weights(weights[k]), "systematic", rng)
+        # Neighbours are copies of one draw: mixed, each meets different draws of other parts.
+        rows[k] = rng.permutation(chosen)
+        latents = [s for s in program.latents if part_of[s] == k]
+        parts.append(Part.of(latents, weights[k]))
+    order = list(executions[0].sites)
+    put_together = [
+        Execution({s: executions[rows[part_of[s]][i]].sites[s] for s in order}) for i in range(n)
+    ]
+    ran = program.run([given(e.latents) for e in put_together])
+    rest = float(weights[-1][0]) if -1 in weights else 0.0
+    evidence = math.fsum(p.log_evidence for p in parts) + rest
+    return Posterior(
+        [e.latents for e in put_together],
+        np.full(n, evidence),
+        log_evidence=evidence,
+        log_evidence_error=math.sqrt(math.fsum(p.log_evidence_error**2 for p in parts)),
+        method="importance",
+        guide=guide.name,
+        guide_object=guide,
+        sites=program.latents,
+        returns=[e.returned for e in ran],
+        computed=[e.computed for e in ran],
+        log_joint=[e.log_joint for e in put_together],
+        log_q=[e.log_q for e in put_together],
+        site_log_probs=site_log_probs(put_together),
+        failed_sites=failures(program, executions)[0],
+        parts=parts,
+    )
+
+
+def _log_weights(executions: Sequence[Execution], part_of: dict[str, int]) -> dict[int, Array]:
+    """Of each part, the log weights (nats) of its draws."""
+    found = {k: np.zeros(len(executions)) for k in part_of.values()}
+    for i, execution in enumerate(executions):
+        for name, site in execution.sites.items():
+            # Rejected, a string has a finite log q, and no weight all the same.
+            found[part_of[name]][i] += (site.log_prob or 0.0) - (site.log_q or 0.0)
+    return found
