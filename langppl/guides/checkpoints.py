@@ -7,6 +7,7 @@ whenever a process dies, the newest whole folder is the state after some step, n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -70,6 +71,38 @@ def write(
     for other in folder.glob("step-*"):
         if other != whole and _NAME.fullmatch(other.name.removesuffix(".partial")):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Looks whether the disk has room for checkpoints of a size.
+
+    A new one is whole before the old one is removed, so it takes room for two.
+
+    Args:
+        folder: where they are to be kept; it need not be there.
+        size: bytes of one.
+
+    Raises:
+        OSError: if there is less, with `errno.ENOSPC`; names the folder.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    disk = shutil.disk_usage(there)
+    kept = sum(
+        file.stat().st_size
+        for path in folder.glob("step-*")
+        if _NAME.fullmatch(path.name)
+        for file in path.glob("*")
+    )
+    needed = 2 * size - kept
+    # Some network folders tell nothing.
+    if disk.total and disk.free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"checkpoints in {folder} need {needed / 1e6:.1f} MB, as one is kept until the next is "
+            f"written, and {disk.free / 1e6:.1f} MB are free; give a folder on another disk",
+        )
 
 
 def _flush(path: Path) -> None:

@@ -419,7 +419,8 @@ class GFlowNetGuide(Guide):
                 a setting out of range, a length of what is no open string, or an accelerator on
                 another device than the LM's.
             FloatingPointError: if a loss or reward is NaN; names the step and the site.
-            OSError: if a checkpoint cannot be written, before the first step.
+            OSError: if a checkpoint cannot be written, or the disk has no room for two, before the
+                first step.
             torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before
                 that the LM's token budgets are halved, with one warning.
         """

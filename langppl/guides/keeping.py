@@ -117,6 +117,21 @@ class Keeper:
             checkpoints.write(self.folder, step, record, tensors)
         trainer.workers.wait()
 
+    def check_room(self, trainer: Trainer) -> None:
+        """Looks whether the disk has room for the checkpoints that come.
+
+        The first has no moments yet, so a disk that takes it may be too small for the others.
+
+        Raises:
+            OSError: if it has not.
+        """
+        if self.folder is None or not trainer.workers.is_first:
+            return
+        weights = sum(p.numel() * p.element_size() for p in trainer.all_named().values())
+        # Each with its two moments; the best of a validation, and the mean of the last.
+        copies = 3 + bool(trainer.held_out) + bool(trainer.settings.average)
+        checkpoints.check_room(self.folder, copies * weights)
+
     def resume(self, trainer: Trainer) -> int:
         """Reads the newest checkpoint, if there is one; returns the steps done.
 

@@ -175,6 +175,8 @@ class Trainer:
         guide.was_interrupted = False
         first = keeper.resume(self)
         self.done = guide.history.rows - first
+        if first < settings.steps and not self.is_over:
+            keeper.check_room(self)
         if not first:
             keeper.write(self, 0)  # a folder that cannot be written to is found out now
         try:
