@@ -487,7 +487,7 @@ class GFlowNetGuide(Guide):
             raise ValueError(f"patience={patience} counts validations, and validation is None")
         held_out = _held_out(pairs, validation)
         trainer = Trainer(self, prepared, _shares(pairs, weights), settings, workers, held_out)
-        trainer.run(Keeper(checkpoint, tensorboard), progress, callback)
+        trainer.run(Keeper(checkpoint, tensorboard, workers.is_first), progress, callback)
         return self
 
     # -- using --------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Keeper:
     Args:
         checkpoint: folder of checkpoints, None for none.
         tensorboard: folder of TensorBoard's files, None for none.
+        is_first: whether this process is the one that writes these.
 
     Raises:
         ImportError: if TensorBoard is asked for and not installed.
@@ -58,6 +59,7 @@ class Keeper:
         self,
         checkpoint: str | os.PathLike[str] | None,
         tensorboard: str | os.PathLike[str] | None,
+        is_first: bool = True,
     ) -> None:
         self.folder = None if checkpoint is None else Path(checkpoint)
         self._digests: dict[str, str] = {}
@@ -69,7 +71,8 @@ class Keeper:
                 raise ImportError(
                     "TensorBoard is not installed: pip install 'langppl[tensorboard]'"
                 ) from error
-            self._writer = SummaryWriter(str(tensorboard))
+            if is_first:
+                self._writer = SummaryWriter(str(tensorboard))
 
     def report(self, figures: Mapping[str, float]) -> None:
         """Passes a step's figures on."""

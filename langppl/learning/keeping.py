@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
-from langppl.guides import GFlowNetGuide, Guide, History, checkpoints
+from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule, checkpoints
 from langppl.guides.checkpoints import plain
+from langppl.guides.observations import pairs_of
 from langppl.inference.methods import infer
 from langppl.inference.settings import options_in_words
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
 from langppl.program import Program
+
+_NO_SETTINGS = ("callback", "tensorboard", "validation")
+"""Options that watch a guide's training, and its data, which are compared apart."""
 
 
 class Keeper:
@@ -64,10 +68,7 @@ class Keeper:
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         """All that two runs must have in common for one to go on with the other."""
-        rows, validation = (
-            [plain((p.shown_args, {n: p.sites[n].value for n in p.observed})) for p in own]
-            for own in (programs, held_out)
-        )
+        rows, validation = ([_row_of(p) for p in own] for own in (programs, held_out))
         more: dict[str, Any] = {}
         if words := options_in_words(options, infer):
             more["options of the method"] = words
@@ -78,7 +79,9 @@ class Keeper:
             more["guide's adapter"] = [config.r, config.lora_alpha]
             more["context"] = checkpoints.name_of(guide.context)
             more["numeric"] = plain(guide.numeric)
-        shown = {k: v for k, v in (fitting or {}).items() if k != "validation"}
+        shown = {k: _shown(v) for k, v in (fitting or {}).items() if k not in _NO_SETTINGS}
+        if (fitting or {}).get("validation") is not None:
+            shown["validation"] = checkpoints.digest(_rows_of((fitting or {})["validation"]))
         content = {
             **dataclasses.asdict(settings),
             "seed": seed,
@@ -167,6 +170,23 @@ class Keeper:
         # A resumed run remembers no scores, and a batch's others move a score's last bits.
         for lm in self.lms:
             lm.memo.clear()
+
+
+def _shown(value: Any) -> Any:
+    """An option of the guide's training as it looks in every process."""
+    return repr(value) if isinstance(value, RewardSchedule) else plain(value)
+
+
+def _row_of(program: Program) -> Any:
+    return plain((program.shown_args, {n: program.sites[n].value for n in program.observed}))
+
+
+def _rows_of(validation: Any) -> list[Any]:
+    """The guide's held-out data, (model, data) pairs, as they look in every process."""
+    return [
+        [_row_of(m)] if isinstance(m, Program) else [plain(m), plain(rows)]
+        for m, rows in pairs_of(validation, None)
+    ]
 
 
 def _adapter_of(guide: GFlowNetGuide) -> dict[str, torch.nn.Parameter]:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,47 @@ def test_each_process_knows_what_the_others_learned(
 ) -> None:
     known = [["x", "y", "z"], ["x", "y"]]
     assert one["shared"] == [known] and two["shared"] == [known] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_writes_for_tensorboard(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            written.append(folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append(f"{name} {step}")
+
+        def close(self) -> None:
+            pass
+
+    class Two:
+        process_index, num_processes = rank, 2
+
+        def reduce(self, flat: torch.Tensor, reduction: str) -> torch.Tensor:
+            return flat
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setattr(module, "SummaryWriter", Writer, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(Workers, "gather", lambda self, own: list(own))
+    lm = tiny_lm(["a", "b", "."])
+
+    def story(ending: str) -> None:
+        z = sample("z", LMString(lm, "a", max_tokens=2))
+        sample("y", LMString(lm, f"a{z}"), obs=ending)
+
+    options: dict[str, Any] = {"steps": 2, "batch": 4, "progress": False, "accelerator": Two()}
+    GFlowNetGuide(lm).fit(story, [("a",), ("b",)], tensorboard=tmp_path, **options)
+    if rank:
+        assert not written
+    else:
+        assert written[0] == str(tmp_path)
+        assert [s for s in written if "loss" in s] == ["langppl/loss 0", "langppl/loss 1"]
 
 
 def test_alone_nothing_is_gathered_or_added() -> None:

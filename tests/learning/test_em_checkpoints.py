@@ -269,6 +269,28 @@ def test_options_of_the_method_count(tmp_path):
             run(tmp_path, **smc, **options)
 
 
+def test_options_of_the_guides_training(tmp_path):
+    def options(callback, **changes):
+        fit = {"steps": 2, "batch": 4, "callback": callback, "validation": [("b", "a")]}
+        fit |= {"schedule": lp.RewardSchedule(start=0.7), "betas": [0.8, 0.9], **changes}
+        return {"rounds": 1, "fit": fit}
+
+    seen = []
+    run(tmp_path, **options(seen.append))
+    assert len(seen) == 4
+    # Another function of no other effect, and what prints alike in every process.
+    again = options(lambda figures: None, betas=(0.8, 0.9), tensorboard=None)
+    assert run(tmp_path, **again)[0].history.rows == 2
+    for changes in (
+        {"validation": [("b", "b")]},
+        {"validation": None},
+        {"schedule": lp.RewardSchedule(start=0.8)},
+        {"betas": (0.8, 0.99)},
+    ):
+        with pytest.raises(ValueError, match="with other fit; give the same"):
+            run(tmp_path, **options(None, **changes))
+
+
 def test_what_held_out_programs_observe_counts(tmp_path):
     lm = tiny_lm("ab.", sharpness=0.3)
     view = lm.trainable("v", rank=2)
