@@ -14,13 +14,13 @@ import torch
 
 from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule, checkpoints
 from langppl.guides.checkpoints import plain
-from langppl.guides.observations import pairs_of
 from langppl.inference.methods import infer
 from langppl.inference.settings import options_in_words
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
 from langppl.program import Program
+from langppl.program.arguments import pairs_of
 
 _NO_SETTINGS = ("callback", "tensorboard", "validation")
 """Options that watch a guide's training, and its data, which are compared apart."""
