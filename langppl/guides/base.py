@@ -283,6 +283,11 @@ class Guide(ABC):
         """
         return identity.of_object(self)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences about the guide that belong under what it has drawn."""
+        return ()
+
     def check(self, program: Program) -> None:  # noqa: B027 - most guides fit every program
         """Raises ValueError if the guide does not fit a program."""
 

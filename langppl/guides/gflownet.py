@@ -492,6 +492,13 @@ class GFlowNetGuide(Guide):
 
     # -- using --------------------------------------------------------------------------------
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See `Guide.remarks`."""
+        if self.learned:
+            return ()
+        return ("the guide is untrained, so it draws as the prompted LM does; fit it first",)
+
     def _raw_chooser(self, program: Program, key: Key) -> Chooser:
         return Policy(self.proposer, program, key)
 

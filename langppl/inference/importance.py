@@ -96,5 +96,5 @@ def as_posterior(
         site_log_probs=site_log_probs(executions),
         elapsed=elapsed,
         failed_sites=failed,
-        notes=notes,
+        notes=(*notes, *guide.remarks),
     )

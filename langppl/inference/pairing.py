@@ -113,6 +113,7 @@ def paired(
         log_q=[e.log_q for e in put_together],
         site_log_probs=site_log_probs(put_together),
         failed_sites=failures(program, executions)[0],
+        notes=guide.remarks,
         parts=parts,
     )
 

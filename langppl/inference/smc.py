@@ -105,7 +105,7 @@ def smc(
         site_log_probs=site_log_probs(executions),
         elapsed=time.monotonic() - started,
         failed_sites=failed,
-        notes=notes,
+        notes=(*notes, *guide.remarks),
         ancestors=[p.ancestor for p in crowd.particles],
         resampled=course.resampled,
         moves=(course.moves, course.accepted),

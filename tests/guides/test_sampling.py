@@ -91,3 +91,13 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_a_program_has_its_arguments() -> None:
     with pytest.raises(TypeError, match="has its arguments already"):
         lp.PriorGuide().sample(lp.compile(story, "a"), "a")
+
+
+@pytest.mark.filterwarnings("ignore::langppl.JoinWarning")
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_an_untrained_guide_says_so(method: str) -> None:
+    guide = lp.GFlowNetGuide(LM, rank=2)
+    options: dict[str, Any] = {"guide": guide, "method": method, "num_samples": 8}
+    assert "the guide is untrained" in str(lp.infer(story, "a", progress=False, **options))
+    guide.fit(story, ROWS, steps=1, batch=4, progress=False)
+    assert "untrained" not in str(lp.infer(story, "a", progress=False, **options))
