@@ -183,7 +183,7 @@ class Drawing:
         if not self.is_single(program) or self.settings.objective not in ("auto", "subtb", "db"):
             return False
         # A rare string may lead to further latents, after it.
-        return all(next(iter(c)) == program.latents[0] for c in contexts)
+        return all(next(iter(c), None) == program.latents[0] for c in contexts)
 
     def _score_given(self, observation: Observation) -> None:
         """Latents from elsewhere as draws, scored unless the posterior knows enough."""

@@ -21,6 +21,9 @@ class _Same:
         return id(self.value)
 
 
+_CALLABLE = (types.FunctionType, functools.partial, types.MethodType)
+
+
 def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     """A function as something hashable that equals those which now do the same.
 
@@ -39,6 +42,8 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     def own(part: Any) -> Any:
         return content_of(part, inner)
 
+    if isinstance(value, _Same):
+        return value
     if value is None or isinstance(value, str | bytes | int | float | complex):
         return (type(value).__name__, value)
     if isinstance(value, list | tuple):
@@ -54,7 +59,13 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
         return ("builtin", value.__name__, own(value.__self__))
     if isinstance(value, types.FunctionType):
-        named = {n: value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__}
+        globals_ = value.__globals__
+        # A module's functions are not made anew, and lead through whole libraries.
+        named = {
+            n: _Same(globals_[n]) if isinstance(globals_[n], _CALLABLE) else globals_[n]
+            for n in _names(value.__code__)
+            if n in globals_
+        }
         closed = [_content(cell) for cell in value.__closure__ or ()]
         return (
             "function",
