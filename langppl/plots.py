@@ -199,12 +199,13 @@ def plot_log_weights(posteriors: Mapping[str, Posterior], ax: Axes | None = None
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if there is no posterior, or one is of chains, whose samples have no weights.
+        ValueError: if there is no posterior, or one is of chains or of independent parts, whose
+            samples are equally weighted.
     """
     if not posteriors:
         raise ValueError("plot_log_weights needs at least one posterior")
     for name, posterior in posteriors.items():
-        if posterior.chains is not None:
+        if posterior.chains is not None or posterior.parts:
             raise ValueError(
                 f"the samples of {name!r} (method {posterior.method}) are equally weighted, so "
                 "there are no log weights to draw; leave it out"

@@ -70,7 +70,7 @@ class Guide(ABC):
         seed: int = 0,
         **named: Any,
     ) -> list[dict[str, Any]]:
-        """Raw draws from the guide, unweighted, without its `defensive` share of the prior.
+        """Raw draws from the guide, unweighted; a `GFlowNetGuide`'s without its `defensive` share.
 
         A learned prediction is one of these, under a model that does not observe what is to be
         predicted. `infer` weights them.

@@ -127,6 +127,11 @@ class MixtureGuide(Guide):
         largest = self.guides[int(np.argmax(self.shares))]
         return largest.reads(program, name, fn, execution)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See `Guide.remarks`; of all of them."""
+        return tuple(dict.fromkeys(remark for guide in self.guides for remark in guide.remarks))
+
     def check(self, program: Program) -> None:
         """See `Guide.check`, of each guide."""
         for guide in self.guides:

@@ -269,7 +269,7 @@ def figures(name: str, posterior: Posterior) -> dict[str, Any]:
         "elbo": posterior.elbo,
         "elbo_possible": posterior.elbo_possible,
         # Weights that were reset on the way are not the guide's, as with the ELBO.
-        "sd": sd if is_drawn and posterior.ancestors is None else None,
+        "sd": sd if is_drawn and posterior.ancestors is None and not posterior.parts else None,
         "ess": posterior.ess,
         "pareto_k": posterior.pareto_k if is_drawn else None,
         "reliable": posterior.reliable,

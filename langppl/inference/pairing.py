@@ -7,7 +7,8 @@ though each part by itself has plenty of good ones. So each part's draws are res
 own weights, and what comes out is put together anew.
 
 Only for static programs, whose graph is known: a dependence that an experiment did not show would
-make the result wrong.
+make the result wrong. Each draw, and each of those put together anew, is held to the templates; one
+that differs shows that the program is none, and then whole draws are weighted.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from langppl.lm.seeds import generator
 from langppl.parts import Part
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.execution import Execution, given
+from langppl.program.execution import Choice, Execution, draw_prior, given
 
 _EVEN = 1e-9
 """Nats by which weights may differ and still count as equal."""
+_TOGETHER = 256
 
 
 def part_of_sites(program: Program) -> dict[str, int] | None:
@@ -74,7 +76,9 @@ def paired(
         Equally weighted samples; None where there is nothing to gain: fewer than two parts have
         weights that differ, or a part has none that is above zero.
     """
-    if not program.is_static or any(e.sites.keys() != part_of.keys() for e in executions):
+    if any(e.error is not None for e in executions):
+        return None
+    if not all(program.agrees(e) for e in executions):
         return None
     weights = _log_weights(executions, part_of)
     if any(not (w > -np.inf).any() for w in weights.values()):
@@ -95,7 +99,16 @@ def paired(
     put_together = [
         Execution({s: executions[rows[part_of[s]][i]].sites[s] for s in order}) for i in range(n)
     ]
-    ran = program.run([given(e.latents) for e in put_together])
+
+    def otherwise(name: str, fn: Any, execution: Execution) -> Choice:
+        return draw_prior(fn, (seed, "pairing", name))  # a latent that no draw has met
+
+    ran: list[Execution] = []
+    for first in range(0, n, _TOGETHER):
+        some = put_together[first : first + _TOGETHER]
+        ran += program.run([given(e.latents, otherwise) for e in some])
+    if not all(program.agrees(e) for e in ran):
+        return None
     rest = float(weights[-1][0]) if -1 in weights else 0.0
     evidence = math.fsum(p.log_evidence for p in parts) + rest
     return Posterior(
@@ -124,5 +137,8 @@ def _log_weights(executions: Sequence[Execution], part_of: dict[str, int]) -> di
     for i, execution in enumerate(executions):
         for name, site in execution.sites.items():
             # Rejected, a string has a finite log q, and no weight all the same.
-            found[part_of[name]][i] += (site.log_prob or 0.0) - (site.log_q or 0.0)
+            possible = site.log_prob != -math.inf
+            found[part_of[name]][i] += (
+                (site.log_prob or 0.0) - (site.log_q or 0.0) if possible else -math.inf
+            )
     return found

@@ -21,14 +21,15 @@ class _Same:
         return id(self.value)
 
 
-_CALLABLE = (types.FunctionType, functools.partial, types.MethodType)
+_PLAIN = (str, bytes, int, float, complex, type(None))
 
 
 def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     """A function as something hashable that equals those which now do the same.
 
     A function that is written inside of another is a new object each time; its code, what it
-    closes over, its defaults and the globals that it names tell whether it is another one.
+    closes over, its defaults and the globals that it names tell whether it is another one. One
+    that a module defines is not made anew, and counts as itself.
     Objects other than functions, numbers, texts and containers of these count as themselves.
 
     Args:
@@ -44,7 +45,7 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
 
     if isinstance(value, _Same):
         return value
-    if value is None or isinstance(value, str | bytes | int | float | complex):
+    if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
     if isinstance(value, list | tuple):
         return (type(value).__name__, tuple(map(own, value)))
@@ -60,12 +61,12 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
         return ("builtin", value.__name__, own(value.__self__))
     if isinstance(value, types.FunctionType):
         globals_ = value.__globals__
-        # A module's functions are not made anew, and lead through whole libraries.
-        named = {
-            n: _Same(globals_[n]) if isinstance(globals_[n], _CALLABLE) else globals_[n]
-            for n in _names(value.__code__)
-            if n in globals_
-        }
+        if globals_.get(value.__name__) is value:
+            return _Same(value)
+        # Those are not made anew; functions lead through whole libraries, and containers may be
+        # large, or a memory that grows.
+        named = {n: globals_[n] for n in _names(value.__code__) if n in globals_}
+        named = {n: v if isinstance(v, _PLAIN) else _Same(v) for n, v in named.items()}
         closed = [_content(cell) for cell in value.__closure__ or ()]
         return (
             "function",

@@ -19,6 +19,7 @@ from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.requests import Reply, Request, perform
 from langppl.lm.seeds import generator, seeded
+from langppl.program.contents import is_users_own, parameters
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     Known,
@@ -52,6 +53,8 @@ class Site:
         mask: Pyro's mask.
         defence: share of the prior in the mixture that proposed a latent, where `log_q` does not
             count it yet: scoring the latent, which gives its probability under the prior, does so.
+        made_of: of a user's own distribution what it was made of when it was met (see
+            `langppl.program.contents.parameters`), as its methods may change it.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Site:
     scale: Any = 1.0
     mask: Any = None
     defence: float = 0.0
+    made_of: Any = None
 
     @property
     def is_string(self) -> bool:
@@ -200,6 +204,8 @@ class _Handler(Messenger):
                 f"site {name!r} is met twice in one execution; give each site its own name, in a "
                 f'loop for instance f"{name}_{{i}}"'
             )
+        if is_users_own(fn):
+            msg["infer"] = {**msg["infer"], "langppl_made_of": parameters(fn)}
         if isinstance(fn, StringDistribution):
             check_string_site(name, msg["value"])
             for frame in msg["cond_indep_stack"]:
@@ -243,6 +249,7 @@ class _Handler(Messenger):
             scale=msg["scale"],
             mask=msg["mask"],
             defence=choice.defence,
+            made_of=msg["infer"].get("langppl_made_of"),
         )
 
 
@@ -314,6 +321,12 @@ def _plain_log_prob(site: Site) -> float:
 def _is_outside(site: Site) -> bool:
     if isinstance(site.fn, Known | Unit) or not isinstance(site.value, torch.Tensor):
         return False
+    fn = site.fn
+    while fn is not None:
+        # Told not to look at values, as for labels between 0 and 1 of a Bernoulli.
+        if not getattr(fn, "_validate_args", True):
+            return False
+        fn = getattr(fn, "base_dist", None)
     try:
         is_inside = site.fn.support.check(site.value)
     except (NotImplementedError, AttributeError, RuntimeError):  # no support, or no such shape

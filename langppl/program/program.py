@@ -225,7 +225,19 @@ class Program:
         row = assignments[self._checks % len(assignments)]
         self._checks += 1
         (ran,) = self.run([given(row, otherwise)])
-        expected, found = signatures(fill_all(self.templates, row)), signatures(ran)
+        return self.agrees(ran)
+
+    def agrees(self, execution: Execution) -> bool:
+        """Whether an execution of a static program is what its templates say.
+
+        Where one is not, the program is dynamic from then on, and a warning says so.
+        """
+        if not self._is_static:
+            return False
+        assert self.templates is not None
+        row, found = execution.latents, signatures(execution)
+        known = all(name in row for name in self.latents)
+        expected = signatures(fill_all(self.templates, row)) if known else {}
         if list(expected.items()) == list(found.items()):
             return True
         self._is_static = False

@@ -60,12 +60,14 @@ class Watched:
 
     Attributes:
         drew: names of the generators that runs have drawn from.
+        left: the states in which runs have left these, one for each run.
         seed: what the generators are seeded with before a run; None leaves them as they are.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.drew: dict[str, None] = {}
+        self.left: dict[str, list[bytes]] = {}
         self.seed: int | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -81,6 +83,14 @@ class Watched:
         finally:
             after = _states()
             self.drew.update({n: None for n in before if before[n] != after[n]})
+            for name in self.drew:
+                self.left.setdefault(name, []).append(after[name])
+
+
+def _is_fixed(left: list[bytes]) -> bool:
+    """Whether runs under all seeds, the same ones under each, have left equal states."""
+    runs = len(left) // REPEATS
+    return len(left) == runs * REPEATS and left == left[:runs] * REPEATS
 
 
 def check_randomness(watched: Watched, check: Callable[[], None]) -> None:
@@ -95,16 +105,18 @@ def check_randomness(watched: Watched, check: Callable[[], None]) -> None:
     """
     if not watched.drew:
         return
-    watched.drew = {}
+    watched.drew, watched.left = {}, {}
     try:
         with _kept():
             for watched.seed in range(REPEATS):
                 check()
     finally:
         watched.seed = None
-    # What draws in its first run only, to make the weights of a model that it loads, is no matter.
-    if watched.drew:
-        names = " and ".join(watched.drew)
+    # What draws in its first run only, to make the weights of a model that it loads, is no matter,
+    # nor what seeds a generator itself: whatever the seed, its runs leave equal states.
+    free = [n for n in watched.drew if not _is_fixed(watched.left[n])]
+    if free:
+        names = " and ".join(free)
         warn(
             f"the model draws from the generator of {names} outside of lp.sample. In {REPEATS} "
             "runs its sites did not depend on that; if they ever do, the posterior is that of one "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -205,3 +206,41 @@ def test_files_keep_the_parts(tmp_path: Any) -> None:
     assert str(loaded.parts) == str(posterior.parts)
     assert (loaded.ess, loaded.elbo) == (posterior.ess, posterior.elbo)
     assert "4 independent parts" in str(loaded) and str(loaded) == str(posterior)
+
+
+def test_a_dependence_that_no_placeholder_notices() -> None:
+    """`re` looks into a string without a trace, and no made-up value shows what it finds."""
+
+    def model(looks: bool = False) -> None:
+        a = lp.sample("a", string("a", max_tokens=2))
+        b = lp.sample("b", string("b", max_tokens=2))
+        if looks:
+            lp.factor("looked", 0.0 * len(a))
+        lp.sample("ya", string(f"{a}", max_tokens=2), obs="ab")
+        p = "a" if re.fullmatch(r"\.a+", a) else "b"
+        lp.sample("yb", string(f"{p}{b}", max_tokens=2), obs="b")
+
+    exact = infer(model, True, method="exact")
+    program = lp.compile(model)
+    assert program.is_static and len(program.graph.independent()) == 2
+    with pytest.warns(lp.StaticMismatchWarning, match="'yb'"):
+        found = infer(program, num_samples=1500, seed=1)
+    assert not found.parts and not program.is_static
+    assert abs(found.log_evidence - exact.log_evidence) < 4 * found.log_evidence_error
+    law = exact.probabilities("a")
+    for text, p in found.probabilities("a").items():
+        assert abs(p - law[text]) < 4 * math.sqrt(law[text] / found.ess) + 1e-3
+
+
+def test_tables_and_plots_know_that_the_samples_are_equally_weighted() -> None:
+    found = lp.compare(story, guides=["prior"], methods=["importance"], progress=False)
+    assert found.rows()[0]["sd"] is None
+    (posterior,) = found.posteriors.values()
+    assert posterior.parts
+    with pytest.raises(ValueError, match="are equally weighted"):
+        lp.plots.plot_log_weights({"prior": posterior})
+
+
+def test_an_untrained_guide_in_a_mixture() -> None:
+    guide = lp.MixtureGuide(["prior", lp.GFlowNetGuide(LM, rank=2)])
+    assert "the guide is untrained" in str(infer(story, guide=guide, num_samples=8))

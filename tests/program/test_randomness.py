@@ -116,3 +116,19 @@ def test_the_check_leaves_the_generators_as_a_run_does() -> None:
     np.random.seed(0)
     lp.compile(model)
     assert numbers() == expected
+
+
+@pytest.mark.parametrize("generator", COINS)
+def test_a_model_that_seeds_a_generator_itself_is_a_function(generator: str) -> None:
+    seeds: dict[str, Callable[[int], Any]] = {
+        "torch": torch.manual_seed,
+        "random": random.seed,
+        "numpy.random": np.random.seed,
+    }
+
+    def model() -> None:
+        seeds[generator](3)
+        lp.factor("f", COINS[generator]())
+        lp.sample("z", string("a"))
+
+    assert lp.compile(model).latents == ("z",)

@@ -274,3 +274,101 @@ def test_a_hidden_string_has_no_tempered_factor() -> None:
         lp.sample("z", lp.Tempered(string("a", max_tokens=2), 0.5))
 
     assert list(lp.compile(model).sites) == ["z", "z/tempered"]
+
+
+# -- distributions that change while they are used ------------------------------------------------
+
+
+class Layered(dist.TorchDistribution):
+    """A user's own with a layer that is made anew each time, and with what it finds out late."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - as torch has it
+    support = dist.constraints.real
+
+    def __init__(self, loc: float) -> None:
+        self.loc, self.act, self.norm = loc, torch.nn.Softplus(), None
+        super().__init__(validate_args=False)
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        return torch.tensor(self.loc) + torch.randn(sample_shape)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        self.norm = self.act(torch.tensor(self.loc))
+        return dist.Normal(self.loc, self.norm).log_prob(value)
+
+
+FLOWS: dict[str, Any] = {
+    "spline": lambda: dist.transforms.conditional_spline(1, 1, [4]),
+    "planar": lambda: dist.transforms.conditional_planar(1, 1, [4]),
+}
+
+
+@pytest.mark.parametrize("observed", [None, torch.tensor(0.3)])
+def test_a_distribution_that_notes_what_it_found_out(observed: Any) -> None:
+    def model() -> None:
+        n = lp.sample("n", Layered(1.0), obs=observed)
+        lp.sample("z", string("a" if float(n) > 0 else "b", max_tokens=2))
+
+    assert "z" in lp.compile(model).latents
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_flows_of_pyro_remember_their_last_use(kind: str) -> None:
+    torch.manual_seed(0)
+    flow = FLOWS[kind]()
+
+    def model() -> None:
+        base = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)
+        made = dist.ConditionalTransformedDistribution(base, [flow]).condition(torch.ones(1))
+        lp.sample("n", made)
+        lp.sample("z", string("a", max_tokens=2))
+
+    assert lp.compile(model).latents == ("n", "z")
+
+
+def test_a_distribution_that_is_told_not_to_look_at_values() -> None:
+    """Soft labels, as of pixels between 0 and 1."""
+    labels = torch.tensor([0.2, 0.9, 0.5])
+
+    def model() -> None:
+        z = lp.sample("z", dist.Normal(0.0, 1.0))
+        fn = dist.Bernoulli(logits=z * torch.ones(3), validate_args=False).to_event(1)
+        lp.sample("x", fn, obs=labels)
+
+    found = lp.compile(model).log_joint({"z": 0.5})
+    logits = torch.tensor(0.5)
+    expected = (labels * logits - torch.log1p(logits.exp())).sum()
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(logits)
+    assert float(found) == pytest.approx(float(expected), abs=1e-5)
+
+
+KNOWN: dict[str, bool] = {}
+CALLS = 0
+
+
+def remembers(text: str) -> bool:
+    if text not in KNOWN:
+        KNOWN[text] = text in ("a", "b", ".")
+    return KNOWN[text]
+
+
+def counts(text: str) -> bool:
+    global CALLS
+    CALLS += 1
+    return text in ("a", "b", ".")
+
+
+@pytest.mark.parametrize("allow", [remembers, counts])
+@pytest.mark.parametrize("is_static", [True, False])
+def test_a_filter_that_remembers(allow: Any, is_static: bool) -> None:
+    def model() -> None:
+        z = lp.sample("z", string("a", max_tokens=2, allow=allow))
+        if is_static:
+            lp.sample("y", string(f"b{z}"), obs="a")
+        else:
+            lp.factor("f", float(len(z)))
+
+    KNOWN.clear()
+    program = lp.compile(model)
+    program.log_joint([{"z": "a"}, {"z": "ab"}])
+    assert program.is_static == is_static
