@@ -211,6 +211,11 @@ def shortened(name: str, content: dict[str, Any]) -> tuple[list[str], list[dict[
     return list(found[0]), found
 
 
+def cell(value: Any) -> str:
+    """A value as it stands in a Markdown table."""
+    return shown(value).replace("|", "\\|")
+
+
 def section(name: str, content: dict[str, Any]) -> str:
     """A table with its text and where it was measured."""
     machine = content["machine"]
@@ -220,9 +225,10 @@ def section(name: str, content: dict[str, Any]) -> str:
         "",
         f"`{content['command']}`",
         "",
-        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join(map(cell, columns)) + " |",
         "|" + "---|" * len(columns),
-        *("| " + " | ".join(shown(row[c]) for c in columns) + " |" for row in rows),
+        # A bar in a cell would begin another one.
+        *("| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in rows),
         "",
         *([content["note"], ""] if "note" in content else []),
         f"{content['lm']}, {where(name, machine)}, torch {machine['versions']['torch']}, "
