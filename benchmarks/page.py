@@ -145,9 +145,9 @@ method with the same seconds a run. Bias: of the log evidence, whose mean is too
 read by the LM in a run. Here on one core for each of two processes, ten stories each, three runs of
 two seconds a story. FOLDER is a young guide: `objectives.py --minutes 12 --ways subtb`, 46 steps on
 one core. In two seconds the prior gives some 30 weighted draws, lookahead 14 particles, the flow 4,
-which is the least that is taken and takes longer. Nothing is ahead of plain draws of the prior here:
-whoever looks ahead reads the ending every four tokens, the guide a context twice as long, and so few
-particles do not earn that back.""",
+which is the least that is taken and takes longer. Nothing is ahead of plain draws of the prior:
+whoever looks ahead reads the ending every four tokens, the guide a context twice as long, and so
+few particles do not earn that back.""",
     "twisted_short": """## The infilling setting of twisted SMC
 
 After "Once upon a time, there was a" come latent tokens and then observed ones, both simulated from
