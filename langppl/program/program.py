@@ -277,6 +277,9 @@ class Program:
         # Only a static program is known to have no other sites.
         if name in self.latents or (name not in self.sites and not self.is_static):
             return
+        # A guide's draws and a posterior's samples have these beside the latents.
+        if name == "_RETURN" or (name in self.sites and self.sites[name].kind == "deterministic"):
+            return
         if name in self.observed:
             raise ValueError(
                 f"site {name!r} is observed; for another value take "

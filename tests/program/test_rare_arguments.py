@@ -259,6 +259,23 @@ def test_a_value_of_what_is_no_latent() -> None:
         program.log_joint([{"z": "a"}, {"z": "a", "typo": "b"}])
 
 
+def test_draws_and_samples_are_rows_for_log_joint() -> None:
+    def model(computes: bool) -> str:
+        z = lp.sample("z", string("a", max_tokens=2))
+        if computes:
+            lp.deterministic("letters", len(z))
+        lp.sample("y", string(f"{z}"), obs="a")
+        return f"{z}!"
+
+    for computes in (False, True):
+        program = lp.compile(model, computes)
+        draws = lp.PriorGuide().sample(program, n=5)
+        expected = program.log_joint([{"z": draw["z"]} for draw in draws])
+        assert torch.equal(program.log_joint(draws), expected)
+        posterior = lp.infer(program, num_samples=5, progress=False)
+        assert program.log_joint(list(posterior)).shape == (5,)
+
+
 def test_two_low_temperatures() -> None:
     text, log_q = string("a", max_tokens=3, temperature=1e-25).draw((1,), temperature=1e-25)
     assert (str(text), log_q) == (
