@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-class _Same:
+class Same:
     """An object that equals itself alone."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -43,7 +43,7 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     def own(part: Any) -> Any:
         return content_of(part, inner)
 
-    if isinstance(value, _Same):
+    if isinstance(value, Same):
         return value
     if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
@@ -62,12 +62,12 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, types.FunctionType):
         globals_ = value.__globals__
         if globals_.get(value.__name__) is value:
-            return _Same(value)
+            return Same(value)
         # Those are not made anew; functions lead through whole libraries, and containers may be
         # large, or a memory that grows.
         named = {n: globals_[n] for n in _names(value.__code__) if n in globals_}
-        named = {n: v if isinstance(v, _PLAIN) else _Same(v) for n, v in named.items()}
-        closed = [_content(cell) for cell in value.__closure__ or ()]
+        named = {n: v if isinstance(v, _PLAIN) else Same(v) for n, v in named.items()}
+        closed = [content_of_cell(cell) for cell in value.__closure__ or ()]
         return (
             "function",
             value.__code__,
@@ -76,7 +76,7 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
             own(value.__kwdefaults__),
             own(named),
         )
-    return _Same(value)
+    return Same(value)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -87,8 +87,9 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of_cell(cell: types.CellType) -> Any:
+    """What a function closes over at one place; None for what is not assigned yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:
         return None

@@ -30,6 +30,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
+from langppl.lm.functions import Same, content_of_cell
 from langppl.lm.model import LM
 from langppl.lm.requests import Asked, noted_by, tell, wait, weights_of
 
@@ -423,7 +424,7 @@ def bound_to(fn: Any) -> list[Any]:
         elif isinstance(one, types.MethodType):
             own = [one.__func__, one.__self__]
         elif isinstance(one, types.FunctionType):
-            own = [_content(cell) for cell in one.__closure__ or ()]
+            own = [content_of_cell(cell) for cell in one.__closure__ or ()]
             own += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
         else:
             continue
@@ -443,26 +444,6 @@ _MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
 _PLAIN = (str, bytes, int, float, tuple)
 
 
-class _Same:
-    """An object that equals itself alone."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
 def tool_key(fn: Any, within: tuple[int, ...] = ()) -> Any:
     """A function as something that tells it from others by its code and what is bound to it.
 
@@ -479,7 +460,7 @@ def tool_key(fn: Any, within: tuple[int, ...] = ()) -> Any:
     def own(value: Any) -> Any:
         if _is_function(value):
             return tool_key(value, within)
-        return _Same(value) if isinstance(value, _MUTABLE) else hashable(value)
+        return Same(value) if isinstance(value, _MUTABLE) else hashable(value)
 
     if isinstance(fn, functools.partial):
         named = tuple((k, own(v)) for k, v in fn.keywords.items())
@@ -487,7 +468,7 @@ def tool_key(fn: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(fn, types.MethodType):
         return ("method", own(fn.__func__), own(fn.__self__))
     if isinstance(fn, types.FunctionType):
-        cells = tuple(own(_content(cell)) for cell in fn.__closure__ or ())
+        cells = tuple(own(content_of_cell(cell)) for cell in fn.__closure__ or ())
         named = tuple((k, own(v)) for k, v in (fn.__kwdefaults__ or {}).items())
         return ("function", fn.__code__, cells, tuple(map(own, fn.__defaults__ or ())), named)
     return hashable(fn)
