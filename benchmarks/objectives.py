@@ -28,7 +28,7 @@ from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.base import log_q_together
 from langppl.guides.context import ContextInfo, observations_first
 from langppl.guides.settings import BALANCE
-from langppl.inference.importance import log_weight
+from langppl.inference.sites import log_weight
 from langppl.program import Program, run_together
 from langppl.program.execution import Execution, score
 from langppl.program.scheduler import run

@@ -19,7 +19,7 @@ import torch
 
 from langppl.distributions import LMChoice, LMString, StringDistribution, Text
 from langppl.guides.base import Guide
-from langppl.inference.importance import log_weight
+from langppl.inference.sites import log_weight
 from langppl.lm import enumeration
 from langppl.lm.model import LM
 from langppl.lm.requests import ScoreReply, perform

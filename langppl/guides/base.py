@@ -19,6 +19,7 @@ from langppl.program import Program, compile, run_together
 from langppl.program.arguments import pairs_of
 from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
 from langppl.program.execution import given as given_values
+from langppl.program.program import as_program
 from langppl.progress import bar
 
 Key = tuple[int | str, ...]
@@ -96,12 +97,7 @@ class Guide(ABC):
             ['_RETURN', 'middle']
         """
         n, seed = as_count("n", n, 1), as_seed(seed)
-        if isinstance(model, Program):
-            if args or named:
-                raise TypeError("a compiled Program has its arguments already; give none")
-            program = model
-        else:
-            program = compile(model, *args, **named)
+        program = as_program(model, args, named=named, options=("n", "seed"))
         (draws,) = self._draw([program], [seed], n, progress=False)
         return draws
 

@@ -39,8 +39,8 @@ from langppl.diagnostics import Array
 from langppl.guides import Guide
 from langppl.guides.base import log_q_together
 from langppl.inference.conditional import smc_evidence
-from langppl.inference.importance import BATCH, log_weight
-from langppl.inference.methods import as_program, given_guide
+from langppl.inference.importance import BATCH
+from langppl.inference.methods import given_guide
 from langppl.inference.settings import check_options, options_in_words
 from langppl.inference.simulated import (
     Pair,
@@ -49,10 +49,12 @@ from langppl.inference.simulated import (
     score_truths,
     simulate_pairs,
 )
+from langppl.inference.sites import log_weight
 from langppl.inference.smc import run_crowd
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, generator
 from langppl.program import Program
+from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
 from langppl.tables import Report, pandas_for

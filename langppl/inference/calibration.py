@@ -32,8 +32,8 @@ import torch
 
 from langppl import diagnostics
 from langppl.guides import Guide
-from langppl.inference.importance import BATCH, log_weight
-from langppl.inference.methods import CHAINS, as_program, given_guide, infer
+from langppl.inference.importance import BATCH
+from langppl.inference.methods import CHAINS, given_guide, infer
 from langppl.inference.settings import METHODS, check_options
 from langppl.inference.simulated import (
     check_same_observed,
@@ -42,11 +42,13 @@ from langppl.inference.simulated import (
     score_truths,
     simulate_pairs,
 )
+from langppl.inference.sites import log_weight
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, generator
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution
+from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
 from langppl.program.statements import hashable
 from langppl.progress import bar

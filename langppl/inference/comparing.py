@@ -9,7 +9,7 @@ from typing import Any
 
 from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
-from langppl.inference.methods import as_program, infer, make_guide
+from langppl.inference.methods import infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
 from langppl.lm import LM
 from langppl.lm.counts import as_count
@@ -17,7 +17,7 @@ from langppl.lm.seeds import as_seed
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.program import lms_of
+from langppl.program.program import as_program, lms_of
 from langppl.program.statements import Memo, forget_since, remembered
 from langppl.progress import say
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 
@@ -10,7 +9,7 @@ from langppl.diagnostics import InferenceWarning
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
 from langppl.inference.pairing import paired, part_of_sites
-from langppl.inference.sites import site_log_probs
+from langppl.inference.sites import kept_of, log_weight
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, score
@@ -67,34 +66,17 @@ def importance(
     return as_posterior(program, guide, executions, time.monotonic() - started)
 
 
-def log_weight(execution: Execution) -> float:
-    """Log weight (nats) of a scored execution; −inf if it is impossible."""
-    total = 0.0
-    for site in execution.sites.values():
-        if site.log_prob == -math.inf:
-            return -math.inf
-        total += (site.log_prob or 0.0) - (site.log_q or 0.0)
-    return total
-
-
 def as_posterior(
     program: Program, guide: Guide, executions: list[Execution], elapsed: float
 ) -> Posterior:
     """Scored executions as a posterior."""
     failed, notes = failures(program, executions)
     return Posterior(
-        [e.latents for e in executions],
-        [log_weight(e) for e in executions],
+        log_weights=[log_weight(e) for e in executions],
         method="importance",
-        guide=guide.name,
-        guide_object=guide,
-        sites=program.latents,
-        returns=[e.returned for e in executions],
-        computed=[e.computed for e in executions],
-        log_joint=[e.log_joint for e in executions],
         log_q=[e.log_q for e in executions],
-        site_log_probs=site_log_probs(executions),
         elapsed=elapsed,
         failed_sites=failed,
         notes=(*notes, *guide.remarks),
+        **kept_of(program, guide, executions),
     )

@@ -9,13 +9,14 @@ from typing import Any
 from langppl.diagnostics import InferenceWarning
 from langppl.guides import Guide
 from langppl.inference.importance import BATCH
-from langppl.inference.methods import CHAINS, as_program, check_names, given_guide, infer
+from langppl.inference.methods import CHAINS, check_names, given_guide, infer
 from langppl.inference.settings import check_options
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.arguments import pairs_of
+from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
 from langppl.warn import warn

@@ -17,8 +17,8 @@ from langppl.inference.twists import UserTwist
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
-from langppl.program import Program, compile
-from langppl.program.arguments import arguments_by_place
+from langppl.program import Program
+from langppl.program.program import as_program
 
 GUIDES = ("prior", "prompted", "gflownet")
 EXACT_LIMIT = 100_000
@@ -125,7 +125,9 @@ def infer(
     options = check_values(**options)
     if fit is not None and guide != "gflownet":
         raise ValueError(f'fit is of guide="gflownet", and the guide is {guide!r}')
-    program = as_program(model, args, seed, named)
+    own_names = inspect.signature(infer).parameters.values()
+    keywords = [p.name for p in own_names if p.kind is p.KEYWORD_ONLY]
+    program = as_program(model, args, seed, named, keywords)
     if method == "exact":
         return exact(program, limit, progress)
     made = make_guide(guide, program, seed, progress, fit)
@@ -159,25 +161,6 @@ def _check_belong(method: str, given: Mapping[str, Any]) -> None:
                 f"method {method!r} takes no {name}, got {value!r}; {name} is of "
                 f"{' and '.join(f'method={m!r}' for m in owners)}"
             )
-
-
-def as_program(
-    model: Callable[..., Any] | Program,
-    args: tuple[Any, ...],
-    seed: int,
-    named: Mapping[str, Any] | None = None,
-) -> Program:
-    """A model and its arguments as a program; a program as it is."""
-    if not isinstance(model, Program):
-        if named and callable(model):
-            found = inspect.signature(infer).parameters.values()
-            options = [p.name for p in found if p.kind is p.KEYWORD_ONLY]
-            args = arguments_by_place(model, args, named, options)
-        return compile(model, *args, seed=seed)
-    if args or named:
-        names = f", got {', '.join(named)}" if named else ""
-        raise TypeError(f"a compiled Program has its arguments already; give none{names}")
-    return model
 
 
 def given_guide(guide: str | Guide) -> Guide:

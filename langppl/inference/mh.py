@@ -17,7 +17,7 @@ from langppl.guides.base import Guide
 from langppl.inference.failures import failures
 from langppl.inference.kernels import move
 from langppl.inference.settings import check_values
-from langppl.inference.sites import site_log_probs
+from langppl.inference.sites import kept_of
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution, Site, score
@@ -95,19 +95,12 @@ def mh(
     record = _record(by_chain, counts, left_out, thin)
     executions = [e for chain in by_chain for e in chain]
     return Posterior(
-        [e.latents for e in executions],
-        np.zeros(len(executions)),
+        log_weights=np.zeros(len(executions)),
         method="mh",
-        guide=guide.name,
-        guide_object=guide,
-        sites=program.latents,
-        returns=[e.returned for e in executions],
-        computed=[e.computed for e in executions],
-        log_joint=[e.log_joint for e in executions],
-        site_log_probs=site_log_probs(executions),
         elapsed=time.monotonic() - started,
         notes=chain_notes(record),
         chains=record,
+        **kept_of(program, guide, executions),
     )
 
 

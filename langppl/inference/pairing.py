@@ -23,7 +23,7 @@ from langppl.diagnostics import Array, normalized_weights
 from langppl.guides.base import Guide
 from langppl.inference.failures import failures
 from langppl.inference.resampling import resample
-from langppl.inference.sites import site_log_probs
+from langppl.inference.sites import kept_of, log_weight
 from langppl.lm.seeds import generator
 from langppl.parts import Part
 from langppl.posterior import Posterior
@@ -47,13 +47,11 @@ def part_of_sites(program: Program) -> dict[str, int] | None:
     if len(groups) < 2:
         return None
     number = {name: k for k, group in enumerate(groups) for name in group}
-    found = {}
-    for name in program.graph.nodes:
-        above = {number[n] for n in (*program.graph.latents_above(name), name) if n in number}
-        if len(above) > 1:
-            return None
-        found[name] = above.pop() if above else -1
-    return found
+    above = program.graph.latents_above
+    return {
+        name: next((number[n] for n in (name, *above(name)) if n in number), -1)
+        for name in program.graph.nodes
+    }
 
 
 def paired(
@@ -109,36 +107,26 @@ def paired(
         ran += program.run([given(e.latents, otherwise) for e in some])
     if not all(program.agrees(e) for e in ran):
         return None
+    whole = [Execution(e.sites, r.returned) for e, r in zip(put_together, ran, strict=True)]
     rest = float(weights[-1][0]) if -1 in weights else 0.0
     evidence = math.fsum(p.log_evidence for p in parts) + rest
     return Posterior(
-        [e.latents for e in put_together],
-        np.full(n, evidence),
+        log_weights=np.full(n, evidence),
         log_evidence=evidence,
         log_evidence_error=math.sqrt(math.fsum(p.log_evidence_error**2 for p in parts)),
         method="importance",
-        guide=guide.name,
-        guide_object=guide,
-        sites=program.latents,
-        returns=[e.returned for e in ran],
-        computed=[e.computed for e in ran],
-        log_joint=[e.log_joint for e in put_together],
-        log_q=[e.log_q for e in put_together],
-        site_log_probs=site_log_probs(put_together),
+        log_q=[e.log_q for e in whole],
         failed_sites=failures(program, executions)[0],
         notes=guide.remarks,
         parts=parts,
+        **kept_of(program, guide, whole),
     )
 
 
 def _log_weights(executions: Sequence[Execution], part_of: dict[str, int]) -> dict[int, Array]:
     """Of each part, the log weights (nats) of its draws."""
-    found = {k: np.zeros(len(executions)) for k in part_of.values()}
-    for i, execution in enumerate(executions):
-        for name, site in execution.sites.items():
-            # Rejected, a string has a finite log q, and no weight all the same.
-            possible = site.log_prob != -math.inf
-            found[part_of[name]][i] += (
-                (site.log_prob or 0.0) - (site.log_q or 0.0) if possible else -math.inf
-            )
+    found = {}
+    for k in set(part_of.values()):
+        own = [Execution({n: s for n, s in e.sites.items() if part_of[n] == k}) for e in executions]
+        found[k] = np.array([log_weight(e) for e in own])
     return found

@@ -4,8 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from langppl.guides.base import Guide
+from langppl.program import Program
 from langppl.program.execution import Execution
+
+
+def log_weight(execution: Execution) -> float:
+    """Log weight (nats) of a scored execution; −inf if it is impossible."""
+    total = 0.0
+    for site in execution.sites.values():
+        if site.log_prob == -math.inf:
+            return -math.inf
+        total += (site.log_prob or 0.0) - (site.log_q or 0.0)
+    return total
+
+
+def kept_of(program: Program, guide: Guide, executions: Sequence[Execution]) -> dict[str, Any]:
+    """The arguments of `Posterior` that executions have under every method.
+
+    Args:
+        program: the program.
+        guide: what proposed the latents.
+        executions: scored executions of the program.
+    """
+    return {
+        "samples": [e.latents for e in executions],
+        "guide": guide.name,
+        "guide_object": guide,
+        "sites": program.latents,
+        "returns": [e.returned for e in executions],
+        "computed": [e.computed for e in executions],
+        "log_joint": [e.log_joint for e in executions],
+        "site_log_probs": site_log_probs(executions),
+    }
 
 
 def site_log_probs(executions: Sequence[Execution]) -> dict[str, list[float]]:

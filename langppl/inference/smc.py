@@ -26,7 +26,7 @@ from langppl.inference.particles import Crowd
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import resample, resample_conditionally
 from langppl.inference.settings import check_values
-from langppl.inference.sites import site_log_probs
+from langppl.inference.sites import kept_of
 from langppl.inference.twists import UserTwist, make_twist
 from langppl.lm.kept import keeping
 from langppl.lm.seeds import generator
@@ -91,24 +91,17 @@ def smc(
     executions = [p.execution for p in crowd.particles]
     failed, notes = failures(program, executions)
     return Posterior(
-        [e.latents for e in executions],
-        [p.log_weight for p in crowd.particles],
+        log_weights=[p.log_weight for p in crowd.particles],
         method="smc",
-        guide=guide.name,
-        guide_object=guide,
-        sites=program.latents,
-        returns=[e.returned for e in executions],
-        computed=[e.computed for e in executions],
-        log_joint=[e.log_joint for e in executions],
         # A particle that has moved was not drawn by its guide.
         log_q=None if rejuvenation else [e.log_q for e in executions],
-        site_log_probs=site_log_probs(executions),
         elapsed=time.monotonic() - started,
         failed_sites=failed,
         notes=(*notes, *guide.remarks),
         ancestors=[p.ancestor for p in crowd.particles],
         resampled=course.resampled,
         moves=(course.moves, course.accepted),
+        **kept_of(program, guide, executions),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -500,6 +500,37 @@ def run_together(
     return run(
         [partial(task, p, choose, end) for (p, choose), end in zip(pairs, ends, strict=True)]
     )
+
+
+def as_program(
+    model: Model | Program,
+    args: tuple[Any, ...],
+    seed: int = 0,
+    named: Mapping[str, Any] | None = None,
+    options: Collection[str] = (),
+) -> Program:
+    """A model and its arguments as a program; a program, which has its arguments, as it is.
+
+    Args:
+        model: the model function, or a program.
+        args: its arguments by place.
+        seed: as for `compile`.
+        named: its arguments by name.
+        options: names that the caller takes for itself, for which a name may have been meant.
+
+    Raises:
+        TypeError: for arguments that do not fit the model, or any besides a program.
+        ValueError: as `compile`.
+    """
+    if isinstance(model, Program):
+        if args or named:
+            names = f", got {', '.join(named)}" if named else ""
+            raise TypeError(f"a compiled Program has its arguments already; give none{names}")
+        return model
+    if named:
+        _check_model(model)
+        args = arguments_by_place(model, args, named, options)
+    return Program(model, args, seed)
 
 
 def compile(

@@ -16,8 +16,8 @@ import langppl as lp
 from langppl import GFlowNetGuide, LMChoice, LMString, compile, evidence_bounds, infer, sample
 from langppl.guides import Guide, PriorGuide
 from langppl.inference import EvidenceBounds
-from langppl.inference.importance import log_weight
 from langppl.inference.simulated import simulate_pairs
+from langppl.inference.sites import log_weight
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, score
