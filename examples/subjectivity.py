@@ -138,20 +138,15 @@ def predict(
     """
     # Both labels come of one softmax, so one of them, observed, gives the probabilities of both.
     asked = programs(model, [(s, SUBJECTIVE) for s in sentences])
-    proposes = guide or PriorGuide()
-    if not asked[0].latents:
-        draws = 1
-    pairs = [
-        (p, proposes.chooser(p, (seed, "predict", k, i)))
-        for k, p in enumerate(asked)
-        for i in range(draws)
-    ]
-    found: list[Execution] = []
-    for at in range(0, len(pairs), CHUNK):
-        found += run_together(pairs[at : at + CHUNK], score)
-    each = np.exp([e.sites["label"].log_prob for e in found]).reshape(len(sentences), draws)
-    rationales = [str(e.latents.get("rationale", "")) for e in found]
-    return each.mean(1), [rationales[k : k + draws] for k in range(0, len(found), draws)]
+    found = lp.infer_many(
+        asked,
+        guide=guide or "prior",
+        num_samples=draws if asked[0].latents else 1,
+        seed=seed,
+        progress=False,
+    )
+    means = [float(np.exp(p.site_log_probs["label"]).mean()) for p in found]
+    return np.array(means), [[str(d.get("rationale", "")) for d in p.samples] for p in found]
 
 
 def accuracy(subjective: np.ndarray, labels: Sequence[str]) -> float:

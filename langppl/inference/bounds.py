@@ -41,7 +41,12 @@ from langppl.guides.base import log_q_together
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import given_guide
-from langppl.inference.settings import check_options, options_in_words
+from langppl.inference.settings import (
+    check_options,
+    names_of,
+    options_in_words,
+    split_options,
+)
 from langppl.inference.simulated import (
     Pair,
     check_same_observed,
@@ -186,7 +191,7 @@ def evidence_bounds(
     seed: int = 0,
     lengths: Mapping[str, int] | None = None,
     progress: bool = True,
-    **options: Any,
+    **named: Any,
 ) -> EvidenceBounds:
     """Bounds the evidence of data simulated from a program, and a guide's divergences.
 
@@ -206,8 +211,8 @@ def evidence_bounds(
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
         progress: as in `infer`.
-        **options: settings of `"smc"`, as `infer` takes them: `twist`, `resampling`,
-            `ess_threshold` and `every`.
+        **named: settings of `"smc"`, as `infer` takes them (`twist`, `twist_power`, `resampling`,
+            `ess_threshold` and `every`), and the model's arguments by their names.
 
     Returns:
         The bounds; print them for a table.
@@ -217,7 +222,8 @@ def evidence_bounds(
             does not observe the same sites whatever its latents are, for an unknown guide, or an
             option out of range.
         NotImplementedError: if the guide has no `log_q`.
-        TypeError: for options that the method does not have, or a seed that is no integer.
+        TypeError: for options that the method does not have, arguments that do not fit the model,
+            or a seed that is no integer.
 
     Example:
         >>> found = evidence_bounds(story, *pair, guide=guide, num_samples=8, num_observations=4)
@@ -228,6 +234,7 @@ def evidence_bounds(
     num_observations = as_count("num_observations", num_observations, 1)
     if not callable(method) and method not in ("importance", "smc"):
         raise ValueError(f'method must be "importance", "smc" or a function, got {method!r}')
+    options, arguments = split_options(named)
     if options and method != "smc":
         name = method if isinstance(method, str) else _name_of(method)
         raise TypeError(f"method {name!r} has no settings, got {', '.join(options)}")
@@ -238,7 +245,7 @@ def evidence_bounds(
             "rejuvenation moves particles away from the latents that one of them must keep to for "
             "the upper bound; leave it out"
         )
-    program = as_program(model, args, seed)
+    program = as_program(model, args, seed, arguments, names_of(evidence_bounds, "smc"))
     proposing = given_guide(guide)
     proposing.check(program)
     pairs = simulate_pairs(program, num_observations, (seed, "bounds"), lengths)

@@ -34,7 +34,7 @@ from langppl import diagnostics
 from langppl.guides import Guide
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, given_guide, infer
-from langppl.inference.settings import METHODS, check_options
+from langppl.inference.settings import METHODS, check_options, names_of, split_options
 from langppl.inference.simulated import (
     check_same_observed,
     check_same_observed_by,
@@ -222,7 +222,7 @@ def calibrate(
     seed: int = 0,
     lengths: Mapping[str, int] | None = None,
     progress: bool = True,
-    **options: Any,
+    **named: Any,
 ) -> Calibration:
     """Checks an inference method on data that are simulated from the program.
 
@@ -249,9 +249,9 @@ def calibrate(
         lengths: tokens of each observed string that is open; as long as what is observed in the
             arguments by default.
         progress: as in `infer`.
-        **options: settings of the method, as `infer` takes them: for `"smc"` for instance
-            `twist`, for `"mh"` `chains` and `warmup`. The draws of a chain depend on each other:
-            take as many chains as draws, or more.
+        **named: settings of the method, as `infer` takes them (for `"smc"` for instance `twist`,
+            for `"mh"` `chains` and `warmup`), and the model's arguments by their names. The draws
+            of a chain depend on each other: take as many chains as draws, or more.
 
     Returns:
         The ranks and their tests; print it for a table, `.passes()` for the verdict.
@@ -260,7 +260,8 @@ def calibrate(
         ValueError: for a program that cannot be simulated, observes nothing, has no latents or
             does not observe the same sites whatever its latents are; for an unknown method; if a
             summary is NaN; for an option out of range; or if no sample of a simulation has weight.
-        TypeError: for options that the method does not have, or a seed that is no integer.
+        TypeError: for options that the method does not have, arguments that do not fit the model,
+            or a seed that is no integer.
 
     Example:
         >>> found = calibrate(story, *pair, method="raw", guide=guide, simulations=20, draws=3)
@@ -273,9 +274,10 @@ def calibrate(
     methods = tuple(dict.fromkeys(("importance", "raw", *METHODS)))
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
+    options, arguments = split_options(named)
     check_options(method, options)
     seed = as_seed(seed)
-    program = as_program(model, args, seed)
+    program = as_program(model, args, seed, arguments, names_of(calibrate, method))
     if not program.latents:
         raise ValueError("the program has no latents, so there is nothing to calibrate")
     proposing = given_guide(guide)

@@ -9,8 +9,9 @@ from typing import Any
 
 from langppl.guides import Guide
 from langppl.inference.comparison import Comparison, Cost
-from langppl.inference.methods import infer, make_guide
+from langppl.inference.methods import check_fit, infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
+from langppl.inference.settings import names_of
 from langppl.lm import LM
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
@@ -31,8 +32,10 @@ def compare(
     methods: Sequence[str] | None = None,
     rows: Sequence[RowLike] | Mapping[str, RowLike] | None = None,
     num_samples: int = 256,
+    fit: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
+    **named: Any,
 ) -> Comparison:
     """Infers with several guides and methods, and sets them side by side.
 
@@ -52,8 +55,10 @@ def compare(
             mapping of `infer`'s arguments; the guide of `"exact"` is None. A mapping gives
             the rows names of your own.
         num_samples: for each row that has no number of its own.
+        fit: how `"gflownet"` is trained, by the names that `GFlowNetGuide.fit` has for it.
         seed: equal seeds give equal results.
         progress: as in `infer`.
+        **named: the model's arguments by their names.
 
     Returns:
         The posteriors and what they took; print it for the table.
@@ -61,7 +66,8 @@ def compare(
     Raises:
         ValueError: before anything is drawn: if there is no row, or a method, a guide or an option
             is not known or out of range, or belongs to another method.
-        TypeError: if a guide, a row or a seed is none.
+        TypeError: if a guide, a row or a seed is none, or for arguments that do not fit the model
+            or the training.
 
     Example:
         >>> from langppl import LMString, sample
@@ -85,9 +91,10 @@ def compare(
         True
     """
     wanted = rows_of(guides, methods, rows, DEFAULT_GUIDES)
+    check_fit(fit, [row.guide for row in wanted])
     num_samples = as_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
-    program = as_program(model, args, seed)
+    program = as_program(model, args, seed, named, names_of(compare))
     before = remembered(program.memo)
     posteriors: dict[str, Posterior] = {}
     errors: dict[str, Exception] = {}
@@ -97,7 +104,7 @@ def compare(
     for at, row in enumerate(wanted):
         say(f"{at + 1} of {len(wanted)}: {row.name}", progress)
         try:
-            guide = _ready(row, program, before, seed, progress, made, training)
+            guide = _ready(row, program, before, seed, progress, fit, made, training)
             given = {"num_samples": num_samples, "seed": seed, **row.options}
             run = partial(infer, program, method=row.method, guide=guide, progress=progress)
             forget_since(program.memo, before)
@@ -115,6 +122,7 @@ def _ready(
     before: Memo,
     seed: int,
     progress: bool,
+    fit: Mapping[str, Any] | None,
     made: dict[str, Guide | Exception],
     training: dict[str, Cost],
 ) -> Guide | str:
@@ -126,7 +134,7 @@ def _ready(
     name = row.guide
     if name not in made:
         try:
-            make = partial(make_guide, name, program, seed, progress)
+            make = partial(make_guide, name, program, seed, progress, fit)
             forget_since(program.memo, before)
             guide, cost = _timed(make, _lms(program, None))
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from langppl.distributions import StringDistribution
@@ -11,16 +11,19 @@ from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
-from langppl.inference.settings import METHODS, OPTIONS, check_values
+from langppl.inference.settings import METHODS, OPTIONS, check_values, names_of
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.program.arguments import did_you_mean
 from langppl.program.program import as_program
 
 GUIDES = ("prior", "prompted", "gflownet")
+_NOT_FIT = ("self", "model", "data")
+"""Arguments of `GFlowNetGuide.fit` that whoever trains it here gives."""
 EXACT_LIMIT = 100_000
 CHAINS = 8
 
@@ -123,11 +126,8 @@ def infer(
     }
     _check_belong(method, {"guide": guide, **options})
     options = check_values(**options)
-    if fit is not None and guide != "gflownet":
-        raise ValueError(f'fit is of guide="gflownet", and the guide is {guide!r}')
-    own_names = inspect.signature(infer).parameters.values()
-    keywords = [p.name for p in own_names if p.kind is p.KEYWORD_ONLY]
-    program = as_program(model, args, seed, named, keywords)
+    check_fit(fit, [guide])
+    program = as_program(model, args, seed, named, names_of(infer))
     if method == "exact":
         return exact(program, limit, progress)
     made = make_guide(guide, program, seed, progress, fit)
@@ -137,6 +137,20 @@ def infer(
     if method == "mh":
         return mh(program, made, num_samples, seed, progress, **own)
     return importance(program, made, num_samples, seed, progress)
+
+
+def check_fit(fit: Mapping[str, Any] | None, guides: Collection[Any]) -> None:
+    """Raises ValueError or TypeError unless one of the guides can be trained as `fit` says."""
+    if fit is None:
+        return
+    if not any(isinstance(guide, str) and guide == "gflownet" for guide in guides):
+        shown = " and ".join(map(repr, guides))
+        raise ValueError(f'fit is of guide="gflownet", and the guide is {shown}')
+    known = [n for n in inspect.signature(GFlowNetGuide.fit).parameters if n not in _NOT_FIT]
+    for name in fit:
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise TypeError(f"fit has {name!r}, which is no argument of GFlowNetGuide.fit{hint}")
 
 
 def check_names(method: Any, guide: Any) -> None:

@@ -73,6 +73,28 @@ def options_in_words(options: Mapping[str, Any], takes: Callable[..., Any]) -> l
     return [f"{k} {of_function(v) if callable(v) else repr(v)}" for k, v in given.items()]
 
 
+def split_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a method, and the arguments of a model that are given beside them.
+
+    Args:
+        given: both, by name. What is the name of any method's option is one.
+    """
+    names = {name for own in OPTIONS.values() for name in own}
+    options = {name: value for name, value in given.items() if name in names}
+    return options, {name: value for name, value in given.items() if name not in names}
+
+
+def names_of(takes: Callable[..., Any], method: str = "") -> list[str]:
+    """Names that a function takes for itself beside a model's arguments.
+
+    Args:
+        takes: the function.
+        method: whose options it takes as well.
+    """
+    own = inspect.signature(takes).parameters.values()
+    return [*(p.name for p in own if p.kind is p.KEYWORD_ONLY), *OPTIONS.get(method, ())]
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> None:
     """Checks what is passed on to a method.
 

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 ModelOrProgram: TypeAlias = "Callable[..., Any] | Program"
 
 
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a message about a name that is not known: the nearest one that is, if any."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def arguments_by_place(
     model: Callable[..., Any],
     args: tuple[Any, ...],
@@ -36,9 +42,7 @@ def arguments_by_place(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for name in named:
         if name not in signature.parameters and not takes_any:
-            known = [*signature.parameters, *options]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, [*signature.parameters, *options])
             nor = ", and no option here" if options else ""
             raise TypeError(f"{name!r} is no argument of the model, {signature}{nor}{hint}")
     try:

@@ -15,7 +15,7 @@ from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
-from langppl.program.arguments import arguments_by_place
+from langppl.program.arguments import arguments_by_place, did_you_mean
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
@@ -525,7 +525,8 @@ def as_program(
     if isinstance(model, Program):
         if args or named:
             names = f", got {', '.join(named)}" if named else ""
-            raise TypeError(f"a compiled Program has its arguments already; give none{names}")
+            hint = did_you_mean(next(iter(named)), options) if named else ""
+            raise TypeError(f"a compiled Program has its arguments already; give none{names}{hint}")
         return model
     if named:
         _check_model(model)

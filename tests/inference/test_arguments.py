@@ -67,3 +67,52 @@ def test_the_guide_that_is_trained_is_told_how() -> None:
     assert found.guide_object.history.rows == 3
     with pytest.raises(ValueError, match=r'fit is of guide="gflownet", and the guide is \'prior\''):
         lp.infer(plain, "a", fit={"steps": 3}, progress=False)
+
+
+def test_a_training_that_cannot_be_is_told_at_once() -> None:
+    asked = {"guide": "gflownet", "num_samples": 8, "progress": False}
+    with pytest.raises(TypeError, match=r"fit has 'step', which is no .*; did you mean 'steps'\?"):
+        lp.infer(plain, "a", fit={"step": 3}, **asked)
+    with pytest.raises(TypeError, match="fit has 'data'"):
+        lp.infer(plain, "a", fit={"data": [("a",)]}, **asked)
+
+
+def test_checks_take_names_too() -> None:
+    few = {"num_samples": 8, "seed": 3, "progress": False}
+    by_place = lp.evidence_bounds(plain, "a", "ab", num_observations=4, **few)
+    by_name = lp.evidence_bounds(plain, ending="ab", beginning="a", num_observations=4, **few)
+    assert by_name.lower == by_place.lower
+    smc = {"method": "smc", "every": 1, "num_observations": 4, **few}
+    with pytest.raises(TypeError, match=r"'evry' is no argument .* did you mean 'every'\?"):
+        lp.evidence_bounds(plain, beginning="a", evry=2, **smc)
+    assert (
+        lp.evidence_bounds(plain, beginning="a", ending="ab", **smc).lower
+        == lp.evidence_bounds(plain, "a", "ab", **smc).lower
+    )
+
+    checked = {"simulations": 6, "draws": 3, **few}
+    assert (
+        lp.calibrate(plain, "a", ending="ab", **checked).ranks
+        == lp.calibrate(plain, "a", "ab", **checked).ranks
+    )
+    with pytest.raises(TypeError, match=r"'chans' is no argument .* did you mean 'chains'\?"):
+        lp.calibrate(plain, beginning="a", chans=2, method="mh", **checked)
+
+
+def test_a_comparison_takes_names_and_a_training() -> None:
+    found = lp.compare(
+        plain,
+        beginning="a",
+        guides=["prior", "gflownet"],
+        fit={"steps": 3, "batch": 4},
+        num_samples=8,
+        progress=False,
+    )
+    assert not found.errors
+    expected = lp.infer(plain, "a", num_samples=8, progress=False)
+    assert found.posteriors["prior"].log_evidence == pytest.approx(expected.log_evidence, abs=1e-5)
+    assert found.posteriors["gflownet"].guide_object.history.rows == 3
+    with pytest.raises(ValueError, match="fit is of guide=\"gflownet\", and the guide is 'prior'"):
+        lp.compare(plain, "a", guides=["prior"], fit={"steps": 3}, progress=False)
+    with pytest.raises(TypeError, match=r"'fits' is no argument .* did you mean 'fit'"):
+        lp.compare(plain, beginning="a", fits={}, progress=False)

@@ -433,8 +433,8 @@ def test_bad_input() -> None:
         calibrate(PROGRAM, simulations=1)
     with pytest.raises(TypeError, match="method 'raw' has no option 'chains'; it has none"):
         calibrate(PROGRAM, method="raw", chains=3, **quick)
-    with pytest.raises(TypeError, match="method 'smc' has no option 'colour'; options are"):
-        calibrate(PROGRAM, method="smc", colour=3, **quick)
+    with pytest.raises(TypeError, match=r"arguments already; give none, got twits; did .* 'twist'"):
+        calibrate(PROGRAM, method="smc", twits=None, **quick)
     with pytest.raises(ValueError, match="draws must be an integer of at least 1, got 0"):
         calibrate(PROGRAM, draws=0, **quick)
     with pytest.raises(ValueError, match="level must be between 0 and 1"):
