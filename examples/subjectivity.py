@@ -21,11 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 import langppl as lp
-from langppl.guides import ContextInfo, Guide, PriorGuide
+from langppl.guides import ContextInfo, Guide
 from langppl.lm import TrainableLM
 from langppl.lm.prompts import Prompt
-from langppl.program import Program, run_together
-from langppl.program.execution import Execution, score
+from langppl.program import Program
 
 Model = Callable[..., str]
 Labelled = Sequence[tuple[str, str]]
@@ -44,9 +43,6 @@ MAX_TOKENS = 5
 TEMPERATURE = 0.25
 """Of the label: the target is p(rationale)·p(label)^4. A label that has two values says little, and
 at 1 most of the posterior is rationales that say nothing."""
-
-CHUNK = 128
-"""Draws at once."""
 
 KNOWN: Labelled = (
     ("a clerk finds a letter that was meant for the man in the flat before him .", OBJECTIVE),
