@@ -2,15 +2,19 @@
 
 from langppl.guides.base import Guide, PriorGuide
 from langppl.guides.context import ContextInfo, default_context, observations_first
+from langppl.guides.function import FunctionGuide
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.history import History
 from langppl.guides.masked import MaskedGuide
 from langppl.guides.mixture import MixtureGuide
 from langppl.guides.prompted import PromptedGuide
 from langppl.guides.schedules import RewardSchedule
+from langppl.program.execution import Choice, draw_prior
 
 __all__ = [
+    "Choice",
     "ContextInfo",
+    "FunctionGuide",
     "GFlowNetGuide",
     "Guide",
     "History",
@@ -20,5 +24,6 @@ __all__ = [
     "PromptedGuide",
     "RewardSchedule",
     "default_context",
+    "draw_prior",
     "observations_first",
 ]

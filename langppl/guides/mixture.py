@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from langppl.guides.base import Guide, Key, PriorGuide, Scorer
+from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.prompted import PromptedGuide
 from langppl.lm.seeds import generator
@@ -28,7 +29,7 @@ class MixtureGuide(Guide):
     over that share. The price is that each draw is scored under all guides.
 
     Args:
-        guides: guides that know their `log_q`, or `"prior"` and `"prompted"`.
+        guides: guides that know their `log_q`, functions, or `"prior"` and `"prompted"`.
         shares: how often each is drawn from; all equally often if None.
 
     Raises:
@@ -50,9 +51,7 @@ class MixtureGuide(Guide):
     name = "mixture"
     is_sequential = False
 
-    def __init__(
-        self, guides: Sequence[Guide | str], shares: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, guides: Sequence[GuideLike], shares: Sequence[float] | None = None) -> None:
         if isinstance(guides, str | Guide):
             raise TypeError(f"a mixture takes a list of guides, got {guides!r}")
         self.guides = tuple(_as_guide(g) for g in guides)
@@ -169,8 +168,8 @@ def _as_guide(guide: Any) -> Guide:
                 "name, and guides that are trained as objects"
             )
         return NAMES[guide]()
-    if not isinstance(guide, Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+    guide = as_guide(guide)
+    assert isinstance(guide, Guide)
     if isinstance(guide, GFlowNetGuide) and callable(guide.numeric):
         raise ValueError(
             "a GFlowNetGuide with numeric=PYRO_GUIDE cannot be part of a mixture: the Pyro guide "

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.poutine import runtime
 
 from langppl.distributions import StringDistribution
 from langppl.guides.base import Key, density, raw_log_prob
@@ -18,6 +17,7 @@ from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.lm.seeds import generator, seeded
 from langppl.program import Program
+from langppl.program.apart import unseen
 from langppl.program.execution import Choice, Execution, draw_prior, mixed
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
@@ -238,20 +238,16 @@ def run_pyro_guide(
         values: of sites that are not drawn.
     """
     known = dict(values or {})
-    outer = list(runtime._PYRO_STACK)
-    runtime._PYRO_STACK[:] = []
-    try:
-        seed = int(generator(key).integers(2**62))
-        with (
-            seeded(seed),
-            torch.no_grad(),
-            poutine.trace() as traced,
-            poutine.condition(data=known),
-        ):
-            guide(*args)
-        nodes = traced.trace.nodes
-    finally:
-        runtime._PYRO_STACK[:] = outer
+    seed = int(generator(key).integers(2**62))
+    with (
+        unseen(),
+        seeded(seed),
+        torch.no_grad(),
+        poutine.trace() as traced,
+        poutine.condition(data=known),
+    ):
+        guide(*args)
+    nodes = traced.trace.nodes
     return {
         n: site
         for n, site in nodes.items()

@@ -38,6 +38,7 @@ import rich.text
 from langppl.diagnostics import Array
 from langppl.guides import Guide
 from langppl.guides.base import log_q_together
+from langppl.guides.function import GuideLike
 from langppl.inference.conditional import smc_evidence
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import given_guide
@@ -184,7 +185,7 @@ class EvidenceBounds(Report):
 def evidence_bounds(
     model: Callable[..., Any] | Program,
     *args: Any,
-    guide: str | Guide = "prior",
+    guide: GuideLike = "prior",
     method: str | ParticleMethod = "importance",
     num_samples: int = 64,
     num_observations: int = 32,
@@ -202,7 +203,7 @@ def evidence_bounds(
     Args:
         model: a model function, or a compiled `Program` (then without `args`).
         *args: the model's arguments.
-        guide: `"prior"`, `"prompted"`, or a guide object, which must have `log_q`.
+        guide: `"prior"`, `"prompted"`, a function, or a guide object, which must have `log_q`.
         method: what bounds the evidence: `"importance"`; `"smc"`, from above by conditional SMC,
             where one particle keeps to the exact sample; or a `ParticleMethod`.
         num_samples: particles for each observation.

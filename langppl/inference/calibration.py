@@ -31,7 +31,7 @@ import rich.text
 import torch
 
 from langppl import diagnostics
-from langppl.guides import Guide
+from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, given_guide, infer
 from langppl.inference.settings import METHODS, check_options, names_of, split_options
@@ -213,7 +213,7 @@ class Calibration(Report):
 def calibrate(
     model: Callable[..., Any] | Program,
     *args: Any,
-    guide: str | Guide = "prior",
+    guide: GuideLike = "prior",
     method: str = "importance",
     simulations: int = 200,
     num_samples: int = 256,
@@ -230,7 +230,7 @@ def calibrate(
         model: a model function, or a compiled `Program` (then without `args`).
         *args: the model's arguments. The observations among them only say what is observed, and
             how long open strings are.
-        guide: `"prior"`, `"prompted"`, or a guide object.
+        guide: `"prior"`, `"prompted"`, a function, or a guide object.
         method: how the posterior draws are made: `"importance"` (weighted samples, resampled to
             far fewer draws), `"raw"` (the guide's own draws, unweighted, a `defensive` share
             included), `"exact"`, or another method of `infer`: `"smc"`, whose particles are

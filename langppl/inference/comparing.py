@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from langppl.guides import Guide
+from langppl.guides.function import GuideLike
 from langppl.inference.comparison import Comparison, Cost
 from langppl.inference.methods import check_fit, infer, make_guide
 from langppl.inference.rows import Row, RowLike, rows_of
@@ -28,7 +29,7 @@ DEFAULT_GUIDES = ("prior", "prompted", "gflownet")
 def compare(
     model: Callable[..., Any] | Program,
     *args: Any,
-    guides: Sequence[str | Guide] | None = None,
+    guides: Sequence[GuideLike] | None = None,
     methods: Sequence[str] | None = None,
     rows: Sequence[RowLike] | Mapping[str, RowLike] | None = None,
     num_samples: int = 256,
@@ -47,8 +48,8 @@ def compare(
     Args:
         model: a model function, or a compiled `Program` (then without `args`).
         *args: the model's arguments.
-        guides: names or guide objects; by default all three names. `"gflownet"` is trained once,
-            on these observations, and what that took is told apart.
+        guides: names, functions or guide objects; by default all three names. `"gflownet"` is
+            trained once, on these observations, and what that took is told apart.
         methods: names; every guide goes with every method, and `"exact"` stands once. By default
             importance sampling alone.
         rows: in place of `guides` and `methods`: (method, guide), (method, guide, options), or a

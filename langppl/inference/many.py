@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langppl.diagnostics import InferenceWarning
-from langppl.guides import Guide
+from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, check_names, given_guide, infer
 from langppl.inference.settings import check_options
@@ -26,7 +26,7 @@ def infer_many(
     model: Callable[..., Any] | Program | Sequence[Any],
     data: Any = None,
     *,
-    guide: str | Guide = "prior",
+    guide: GuideLike = "prior",
     method: str = "importance",
     num_samples: int = 256,
     seed: int = 0,

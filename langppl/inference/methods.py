@@ -8,6 +8,7 @@ from typing import Any
 
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
+from langppl.guides.function import GuideLike, as_guide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
@@ -31,7 +32,7 @@ CHAINS = 8
 def infer(
     model: Callable[..., Any] | Program,
     *args: Any,
-    guide: str | Guide = "prior",
+    guide: GuideLike = "prior",
     method: str = "importance",
     num_samples: int = 256,
     seed: int = 0,
@@ -57,7 +58,8 @@ def infer(
         *args: the model's arguments.
         guide: what proposes the latents: `"prior"` (the model itself), `"prompted"` (the LM shown
             the observations), `"gflownet"` (that, trained on these very observations first; it is
-            `.guide_object` of the posterior), or a guide object.
+            `.guide_object` of the posterior), a guide object, or a function that is written as
+            a guide of Pyro's (see `langppl.guides.FunctionGuide`).
         fit: for `guide="gflownet"`, arguments of `GFlowNetGuide.fit`, such as `{"steps": 200}`.
         method: `"importance"`; `"smc"`, whose particles are resampled on the way; `"exact"`, which
             lists all latents and takes no guide; or `"mh"`, Metropolis–Hastings: Markov chains
@@ -109,6 +111,7 @@ def infer(
         >>> middles = posterior.probabilities("middle")
     """
     check_names(method, guide)
+    guide = as_guide(guide)
     num_samples = as_count("num_samples", num_samples, 1)
     seed = as_seed(seed)
     options: dict[str, Any] = {
@@ -159,8 +162,7 @@ def check_names(method: Any, guide: Any) -> None:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(METHODS)}")
     if isinstance(guide, str) and guide not in GUIDES:
         raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
-    if not isinstance(guide, str | Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+    as_guide(guide)
 
 
 def _check_belong(method: str, given: Mapping[str, Any]) -> None:
@@ -177,8 +179,9 @@ def _check_belong(method: str, given: Mapping[str, Any]) -> None:
             )
 
 
-def given_guide(guide: str | Guide) -> Guide:
+def given_guide(guide: GuideLike) -> Guide:
     """A guide for many observations: one that needs no training, or is trained already."""
+    guide = as_guide(guide)
     if isinstance(guide, Guide):
         return guide
     if guide == "prior":
@@ -191,8 +194,6 @@ def given_guide(guide: str | Guide) -> Guide:
             "GFlowNetGuide on them and give it (on data that are simulated: "
             'fit(..., objective="forward_kl"), or simulated_share)'
         )
-    if not isinstance(guide, str):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
     raise ValueError(f"unknown guide {guide!r}; here it is: prior, prompted, or an object")
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langppl.guides import Guide
+from langppl.guides.function import GuideLike, as_guide
 from langppl.inference.methods import check_names, infer
 from langppl.inference.settings import METHODS, OPTIONS, check_values
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 
-GuideOrName = str | Guide
 RowLike = tuple[Any, ...] | Mapping[str, Any]
 """(method, guide), (method, guide, options), or the arguments of `infer` by name."""
 
@@ -31,7 +31,7 @@ class Row:
 
     name: str
     method: str
-    guide: GuideOrName | None
+    guide: str | Guide | None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -41,10 +41,10 @@ class Row:
 
 
 def rows_of(
-    guides: Sequence[GuideOrName] | None,
+    guides: Sequence[GuideLike] | None,
     methods: Sequence[str] | None,
     rows: Sequence[RowLike] | Mapping[str, RowLike] | None,
-    default_guides: Sequence[GuideOrName],
+    default_guides: Sequence[GuideLike],
 ) -> list[Row]:
     """The rows that were asked for.
 
@@ -72,7 +72,7 @@ def rows_of(
     return _distinct([_row(value) for value in rows])
 
 
-def _product(guides: Sequence[GuideOrName], methods: Sequence[str] | None) -> list[Row]:
+def _product(guides: Sequence[GuideLike], methods: Sequence[str] | None) -> list[Row]:
     for word, given in (("guides", guides), ("methods", methods)):
         if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
             raise TypeError(f"{word} must be a list, got {given!r}: write [{given!r}]")
@@ -113,7 +113,7 @@ def _row(given: Any, name: str | None = None) -> Row:
         raise ValueError(f"method {method!r} takes a guide, but {where} has None")
     check_names(method, "prior" if guide is None else guide)
     _check_options(method, options, where)
-    guide = None if method == "exact" else guide
+    guide = None if method == "exact" else as_guide(guide)
     return Row(_title(method, guide, options) if name is None else name, method, guide, options)
 
 
@@ -134,13 +134,14 @@ def _check_options(method: str, options: Mapping[str, Any], where: str) -> None:
     check_values(**values)
 
 
-def _title(method: str, guide: GuideOrName | None, options: Mapping[str, Any]) -> str:
+def _title(method: str, guide: str | Guide | None, options: Mapping[str, Any]) -> str:
     said = [f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()]
     return " ".join([method, *([] if guide is None else [_name_of(guide)]), *said])
 
 
-def _name_of(guide: GuideOrName) -> str:
-    return guide.name if isinstance(guide, Guide) else str(guide)
+def _name_of(guide: GuideLike) -> str:
+    found = as_guide(guide)
+    return found if isinstance(found, str) else found.name
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -30,6 +30,7 @@ import rich.table
 
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, History
+from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
 from langppl.inference.settings import check_options
@@ -94,7 +95,7 @@ class EMResult(Report):
 def em(
     model: Callable[..., Any] | Program | Sequence[Any],
     data: Any = None,
-    guide: str | Guide | None = None,
+    guide: GuideLike | None = None,
     *,
     rounds: int = 10,
     method: str = "importance",
@@ -364,12 +365,11 @@ def _with_models(pairs: Sequence[tuple[Any, Any]], validation: Any) -> list[Any]
 
 
 def _guide(
-    guide: str | Guide | None, programs: Sequence[Program], settings: Settings, seed: int
+    guide: GuideLike | None, programs: Sequence[Program], settings: Settings, seed: int
 ) -> Guide | None:
     """The guide, made if it was named; None where nothing is to be proposed."""
     latents = {n: p.sites[n].fn for p in programs for n in p.latents}
-    if guide is not None and not isinstance(guide, str | Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+    guide = None if guide is None else as_guide(guide)
     if not latents:
         if guide is not None:
             raise ValueError(
