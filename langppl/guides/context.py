@@ -10,7 +10,7 @@ what is drawn already by its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class ContextInfo:
             scored under (the latent and later ones blank) and the observation as text.
         values: the latents that are drawn already.
         args: the model's arguments.
+        observed: the same observations by their sites: name → text.
         known: of these latents, those that neither the observations nor the prompt show: numbers,
             and strings of programs that are no templates; as pairs of name and text.
     """
@@ -46,6 +47,7 @@ class ContextInfo:
     values: Mapping[str, Any]
     args: tuple[Any, ...]
     known: tuple[tuple[str, str], ...] = ()
+    observed: Mapping[str, str] = field(default_factory=dict)
 
 
 ContextFunction = Callable[[ContextInfo], Prompt]
@@ -98,7 +100,15 @@ def context_info(program: Program, site: str, fn: Any, execution: Execution) -> 
             known.append((name, _number(value)))
         elif not by_name and str(value) not in _as_text(prompt):
             known.append((name, str(value)))
-    return ContextInfo(site, prompt, tuple(observations), values, program.shown_args, tuple(known))
+    return ContextInfo(
+        site=site,
+        prompt=prompt,
+        observations=tuple(observations),
+        values=values,
+        args=program.shown_args,
+        known=tuple(known),
+        observed={name: text for name, (_, text) in zip(below, observations, strict=True)},
+    )
 
 
 def _shown(site: Site, values: Mapping[str, Any], is_template: bool) -> tuple[str, str]:

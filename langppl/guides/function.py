@@ -52,7 +52,7 @@ class FunctionGuide(Guide):
     Example:
         >>> def backwards(beginning, ending):
         ...     prompt = f"{ending} That is because:"
-        ...     sample("middle", LMString(lm, prompt, stop=".", max_tokens=12))
+        ...     sample("middle", LMString(lm, prompt, stop=".", max_tokens=3))
         >>> posterior = infer(story, *pair, guide=backwards, num_samples=8)
         >>> posterior.guide
         'backwards'

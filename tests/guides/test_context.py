@@ -125,3 +125,12 @@ def test_a_function_of_the_user_s() -> None:
     assert (info.site, info.prompt, info.args) == ("middle", "ab.", ("ab.", " de"))
     assert info.observations == (("ab. ___", " de"),)
     assert info.values == {}
+
+
+def test_observations_have_their_sites_names() -> None:
+    program = compile(chain)
+    info = context_info(program, "two", *at(program, "two", one="ab"))
+    assert info.observed == {"seen": " c"}
+    program = compile(infilling, "ab", " a")
+    info = context_info(program, "middle", *at(program, "middle"))
+    assert info.observed == {"ending": " a"}
