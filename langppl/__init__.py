@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from langppl.distributions import JoinWarning, LMChoice, LMString, Tempered, Text
     from langppl.guides import (
         ContextInfo,
+        FunctionGuide,
         GFlowNetGuide,
         Guide,
         History,
@@ -81,6 +82,7 @@ _HOMES = {
     "langppl.distributions": ("JoinWarning", "LMChoice", "LMString", "Tempered", "Text"),
     "langppl.guides": (
         "ContextInfo",
+        "FunctionGuide",
         "GFlowNetGuide",
         "Guide",
         "History",
@@ -141,6 +143,7 @@ __all__ = [
     "EMResult",
     "EvidenceBounds",
     "FetchError",
+    "FunctionGuide",
     "GFlowNetGuide",
     "Grammar",
     "Guide",
