@@ -411,7 +411,7 @@ def _check_draws(
 
 
 class _Unlisted(BaseException):
-    """An execution met a latent that has no value yet; no error, so no model catches it."""
+    """An execution met a latent that has no value yet."""
 
     def __init__(self, name: str, fn: Any) -> None:
         super().__init__(name)

@@ -66,7 +66,7 @@ class Structure:
 
 
 class _ToolNeeded(BaseException):
-    """A run with made-up values met a tool call; a model's own `except Exception` lets it pass."""
+    """A run with made-up values met a tool call; no error, as it says nothing of the program."""
 
 
 def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Structure:
