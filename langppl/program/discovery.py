@@ -31,9 +31,10 @@ from langppl.program.execution import (
     run_once,
 )
 from langppl.program.graph import ProgramGraph
+from langppl.program.keys import hashable
 from langppl.program.placeholders import Placeholder, marker, sites_in
 from langppl.program.randomness import Watched, check_randomness
-from langppl.program.statements import Known, Memo, Model, _Boxed, hashable
+from langppl.program.statements import Known, Memo, Model, _Boxed
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
