@@ -23,6 +23,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from pyro.poutine import runtime
 
+from langppl.lm.filters import looking_once
 from langppl.lm.kept import keeping
 from langppl.lm.requests import (
     Reply,
@@ -140,7 +141,7 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
     # Served directly, also where this call itself runs inside another scheduler: not by that one's
     # server, which may be watched for what a task asks for itself.
     answer = _ask if _is_inside_whole.get() else serve
-    with same_weights():
+    with same_weights(), looking_once():
         return _run(tasks, answer)
 
 
