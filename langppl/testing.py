@@ -116,7 +116,7 @@ def tiny_lm(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
     return LM.from_parts(model, tokenizer, f"tiny-{seed}")
 
 
