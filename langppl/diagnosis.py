@@ -21,7 +21,7 @@ import rich.text
 
 from langppl import diagnostics
 from langppl.chains import Chains, chain_notes
-from langppl.program.statements import hashable
+from langppl.program.keys import hashable
 from langppl.tables import Report
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ def tiny_lm(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
     return LM.from_parts(model, tokenizer, f"tiny-{seed}")
 
 
@@ -411,7 +411,7 @@ def _check_draws(
 
 
 class _Unlisted(BaseException):
-    """An execution met a latent that has no value yet; no error, so no model catches it."""
+    """An execution met a latent that has no value yet."""
 
     def __init__(self, name: str, fn: Any) -> None:
         super().__init__(name)

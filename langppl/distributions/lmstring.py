@@ -131,7 +131,12 @@ class LMString(StringDistribution):
     @property
     def bound(self) -> BoundRules:
         """The rules over the LM's tokens."""
-        return self.lm.bind(self.rules)
+        try:
+            return self.lm.bind(self.rules)
+        except ValueError as error:
+            if not sites.where():
+                raise
+            raise ValueError(f"{sites.where()}{error}") from error
 
     @property
     def is_open(self) -> bool:

@@ -73,8 +73,8 @@ class Heads(nn.Module):
         super().__init__()
         self.width, self.seed = width, seed
         self.made = nn.ModuleDict()
-        self.register_buffer("centre", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
+        self.register_buffer("centre", torch.zeros(width, dtype=torch.float32))
+        self.register_buffer("spread", torch.ones(width, dtype=torch.float32))
         self.register_buffer("is_centred", torch.zeros((), dtype=torch.bool))
 
     def ensure(self, name: str, count: int) -> bool:
@@ -82,8 +82,8 @@ class Heads(nn.Module):
         if name in self.made:
             return False
         with seeded(self.seed):
-            inner = nn.Linear(self.width, HIDDEN)
-            outer = nn.Linear(HIDDEN, count)
+            inner = nn.Linear(self.width, HIDDEN, dtype=torch.float32)
+            outer = nn.Linear(HIDDEN, count, dtype=torch.float32)
         nn.init.zeros_(outer.weight)
         nn.init.zeros_(outer.bias)
         self.made[name] = nn.Sequential(inner, nn.GELU(), outer)

@@ -284,4 +284,7 @@ def _restore(observation: Observation, state: Mapping[str, Any], device: torch.d
         observation.given = from_records(program, state["given"])
     observation.again = from_records(program, state["again"])
     for k, power, log_z in state["anchors"]:
-        observation.anchors[int(k)] = (power, torch.tensor(log_z, device=device))
+        observation.anchors[int(k)] = (
+            power,
+            torch.tensor(log_z, dtype=torch.float32, device=device),
+        )

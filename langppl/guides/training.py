@@ -318,7 +318,7 @@ class Trainer:
             own = slice(at, at + size)
             others = slice(at + size, at + size + pairs)
             at += size + pairs
-            loss = torch.zeros((), device=self.lm.device)
+            loss = torch.zeros((), dtype=torch.float32, device=self.lm.device)
             if size:
                 acted = None if actions is None else [next(actions) for _ in turn.own]
                 loss = loss + loss_of(
@@ -390,7 +390,7 @@ class Trainer:
         states = [s.detach().float().tolist() for s in own if s is not None]
         everything = self.workers.gather(states)
         if everything:
-            self.guide.heads.centre_on(torch.tensor(everything))
+            self.guide.heads.centre_on(torch.tensor(everything, dtype=torch.float32))
 
     def _start_flow(self, turns: Sequence[Turn], log_qs: Sequence[torch.Tensor]) -> None:
         """Lets flows begin at the batch's estimate of log Z, else they learn that number first."""

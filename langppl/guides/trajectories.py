@@ -28,8 +28,8 @@ from langppl.program.execution import (
     is_plain,
     score_all,
 )
+from langppl.program.keys import hashable
 from langppl.program.scheduler import run
-from langppl.program.statements import hashable
 from langppl.records import decode, encode
 
 

@@ -48,9 +48,9 @@ from langppl.lm.seeds import as_seed, generator
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Execution
+from langppl.program.keys import hashable
 from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
-from langppl.program.statements import hashable
 from langppl.progress import bar
 from langppl.tables import Report, pandas_for
 

@@ -19,7 +19,7 @@ from langppl.lm.seeds import generator
 from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.program.execution import score
-from langppl.program.statements import hashable
+from langppl.program.keys import hashable
 
 Key = tuple[int | str, ...]
 

@@ -6,6 +6,7 @@ Switching sets the LoRA layers' own flags. peft's calls for it take fifty times 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -95,7 +96,8 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         with warnings.catch_warnings():
             # Several adapters on one model are what this module is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, model, adapter_name=name)
+            with _float32_by_default():
+                inject_adapter_in_model(config, model, adapter_name=name)
         _check_embeddings(model, name)
     except BaseException:
         _restore(model, name, known, before)
@@ -114,6 +116,17 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         else:
             parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
     return parameters
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """First weights of one seed are the same numbers, whatever the user's default float type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _is_of(parameter: str, name: str) -> bool:

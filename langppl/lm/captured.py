@@ -183,8 +183,9 @@ class Steps:
         self._types = lm.packs.mask_types
         if lm.packs.is_added:
             self._seen, self._unseen = 0.0, torch.finfo(lm.model.dtype).min
-            self._mask = torch.full((rows, 1, 1, room), self._unseen, device=device)
-            self._mask = self._mask.to(lm.model.dtype)
+            self._mask = torch.full(
+                (rows, 1, 1, room), self._unseen, dtype=lm.model.dtype, device=device
+            )
         else:
             self._seen, self._unseen = True, False
             self._mask = torch.zeros(rows, 1, 1, room, dtype=torch.bool, device=device)

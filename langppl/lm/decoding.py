@@ -537,7 +537,7 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
     ]
     scaled = logits.float()
     if any(scale != 1.0 for scale in scales):
-        scaled = scaled / torch.tensor(scales, device=device)[:, None]
+        scaled = scaled / torch.tensor(scales, dtype=scaled.dtype, device=device)[:, None]
     # On the CPU every pass over a large new tensor counts.
     shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
     uniforms = [[row.uniforms.random()] for row in rows]  # below 1, which float32 may round to 1

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import site
+import sys
+import sysconfig
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -65,7 +69,7 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
             return Same(value)
         # Those are not made anew; functions lead through whole libraries, and containers may be
         # large, or a memory that grows.
-        named = {n: globals_[n] for n in _names(value.__code__) if n in globals_}
+        named = {n: globals_[n] for n in names_of(value.__code__) if n in globals_}
         named = {n: v if isinstance(v, _PLAIN) else Same(v) for n, v in named.items()}
         closed = [content_of_cell(cell) for cell in value.__closure__ or ()]
         return (
@@ -79,12 +83,12 @@ def content_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     return Same(value)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_of(code: types.CodeType) -> Iterator[str]:
     """What a function's code may look up among the globals, that of functions in it too."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_of(constant)
 
 
 def content_of_cell(cell: types.CellType) -> Any:
@@ -93,3 +97,37 @@ def content_of_cell(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def _folders_of_libraries() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    found = [paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")]
+    found += [*site.getsitepackages(), site.getusersitepackages()]
+    found.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return tuple({os.path.join(os.path.realpath(p), "") for p in found})
+
+
+_LIBRARIES = _folders_of_libraries()
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_users_file(name: str) -> bool:
+    if name.startswith("<frozen"):
+        return False
+    return not os.path.realpath(name).startswith(_LIBRARIES)
+
+
+def is_users_code(code: types.CodeType) -> bool:
+    """Whether code is the user's own: neither Python's, nor an installed library's, nor ours."""
+    return _is_users_file(code.co_filename)
+
+
+def is_users_class(value: type | types.ModuleType) -> bool:
+    """Whether a class, or a module, is the user's own."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    if name in sys.builtin_module_names or name.partition(".")[0] in sys.stdlib_module_names - {
+        "__main__"
+    }:
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return file is None or _is_users_file(file)

@@ -1,8 +1,9 @@
 """Scores that are remembered, so that a factor that did not change is never scored again.
 
 A score is a few numbers; what they depend on is all in the key: the ids of the prompt and of the
-string, the legal actions before each of its tokens, the temperature, and the state of the weights,
-an adapter's included, as it is at the moment of asking. The least recently used are forgotten.
+string, the legal actions before each of its tokens, the temperature, the state of the weights, an
+adapter's included, and whether autocast is on, as it is at the moment of asking. The least recently
+used are forgotten.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _key(request: ScoreRequest) -> tuple[object, ...]:
 
 
 def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:
-    """What the weights are at this moment, as a key.
+    """What the weights are at this moment, and the float type they are used in, as a key.
 
     Of an adapter every number counts. An LM's own weights are frozen; that they were exchanged or
     written to is seen by their places, versions and one number of each.
@@ -114,6 +115,7 @@ def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:
     weights = [tensor.detach() for _, tensor in adapters.base_tensors(lm.model)]
     places = tuple((w.data_ptr(), w._version) for w in weights)
     numbers = torch.stack([w.reshape(-1)[w.numel() // 2].float() for w in weights]).cpu()
-    if adapter is None:
-        return (hash(places), numbers.numpy().tobytes())
-    return (hash(places), numbers.numpy().tobytes(), adapters.digest(lm.model, adapter))
+    kind = lm.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    own = (hash(places), numbers.numpy().tobytes(), autocast)
+    return own if adapter is None else (*own, adapters.digest(lm.model, adapter))

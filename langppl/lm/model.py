@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters, products
+from langppl.lm.filters import Watched
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
@@ -196,8 +197,8 @@ class LM:
         self.captures = True
         self.captured: OrderedDict[tuple[object, ...], Steps] = OrderedDict()
         self._active: str | None = None
-        self._rules: OrderedDict[StringRules, BoundRules] = OrderedDict()
-        self._masked: OrderedDict[StringRules, BoundRules] = OrderedDict()
+        self._rules: OrderedDict[StringRules, Watched] = OrderedDict()
+        self._masked: OrderedDict[StringRules, Watched] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._trainables: dict[str, TrainableLM] = {}
         self.lean: Lean | None = None
@@ -296,22 +297,19 @@ class LM:
         return tuple(ids)
 
     def bind(self, rules: StringRules) -> BoundRules:
-        """A string's rules over this LM's tokens, made once."""
+        """A string's rules over this LM's tokens, made once unless a predicate has changed."""
         # Rules may be made from latents, so there is no end of them: the latest are kept.
-        if rules.grammar is None:
-            free = self._rules.pop(rules, None) or rules.bind(self.vocabulary)
-            self._rules[rules] = free
-            if len(self._rules) > MOST_RULES:
-                self._rules.popitem(last=False)
-            return free
-        bound = self._masked.pop(rules, None)
-        if bound is None:
-            free = self.bind(rules.without_grammar)
-            bound = BoundRules(rules, self.vocabulary, free)
-        self._masked[rules] = bound
-        if len(self._masked) > MOST_GRAMMARS:
-            self._masked.popitem(last=False)
-        return bound
+        kept, most = self._rules, MOST_RULES
+        if rules.grammar is not None:
+            kept, most = self._masked, MOST_GRAMMARS
+        watched = kept.pop(rules, None)
+        if watched is None or not watched.holds(rules):
+            free = None if rules.grammar is None else self.bind(rules.without_grammar)
+            watched = Watched(BoundRules(rules, self.vocabulary, free))
+        kept[rules] = watched
+        if len(kept) > most:
+            kept.popitem(last=False)
+        return watched.bound
 
     # -- the transformer ----------------------------------------------------------------------
 

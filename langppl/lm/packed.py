@@ -136,7 +136,7 @@ def _new_states(
         }
         nodes = np.unique(np.concatenate(list(wanted.values())))
         if not len(nodes):  # nothing but strings of no actions
-            yield torch.zeros(0, 1, device=lm.device), wanted
+            yield torch.zeros(0, 1, dtype=torch.float32, device=lm.device), wanted
             continue
         passed = functools.partial(
             _row_states, lm, lm.packs, row, layout.stem, nodes, stem, lm.active_adapter
@@ -179,7 +179,7 @@ def _after_trees(
                 wanted[k] = new.place[own]
             nodes = np.unique(np.concatenate(list(wanted.values())))
             if not len(nodes):
-                yield torch.zeros(0, 1, device=lm.device), wanted
+                yield torch.zeros(0, 1, dtype=torch.float32, device=lm.device), wanted
                 continue
             depth = np.concatenate([tree.depth, new.depth])
             seen = seen_by(lm, packing, new.seen, new.depth, depth, attention.BLOCK)

@@ -142,8 +142,11 @@ def _read(
     lm: LM, states: Tensor, wanted: Wanted, expected: _Expected | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Reads piece by piece, and fills in the expectations if there are any to fill."""
-    found = torch.empty(len(wanted.tokens), device=states.device)
-    sets = [torch.empty(len(slots), device=states.device) for _, slots in wanted.sets]
+    found = torch.empty(len(wanted.tokens), dtype=torch.float32, device=states.device)
+    sets = [
+        torch.empty(len(slots), dtype=torch.float32, device=states.device)
+        for _, slots in wanted.sets
+    ]
     illegal = ~wanted.legal
     tempered = bool((wanted.temperatures != 1.0).any())
     weight = lm.model.get_output_embeddings().weight if expected is not None else None
@@ -180,9 +183,10 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, lm: LM, wanted: Wanted) -> tuple[Tensor, ...]:
         width = states.shape[1]
+        options: dict[str, Any] = {"dtype": torch.float32, "device": states.device}
         expected = _Expected(
-            torch.empty(len(wanted.rows), width, device=states.device),
-            [torch.empty(len(slots), width, device=states.device) for _, slots in wanted.sets],
+            torch.empty(len(wanted.rows), width, **options),
+            [torch.empty(len(slots), width, **options) for _, slots in wanted.sets],
         )
         found, sets = _read(lm, states, wanted, expected)
         ctx.wanted, ctx.expected, ctx.like = wanted, expected, (states.shape, states.dtype)
@@ -196,7 +200,9 @@ class _Read(torch.autograd.Function):
         of_tokens, *of_sets = gradients
         slots = torch.zeros_like(expected.slots)
         sums = slots.new_zeros(len(slots))
-        slots.index_add_(0, wanted.token_slots, of_tokens[:, None] * ctx.weight[wanted.tokens])
+        # Weights may be of float64 too.
+        weighted = of_tokens[:, None] * ctx.weight[wanted.tokens]
+        slots.index_add_(0, wanted.token_slots, weighted.to(slots.dtype))
         sums.index_add_(0, wanted.token_slots, of_tokens)
         for (_, at), own, mean in zip(wanted.sets, of_sets, expected.sets, strict=True):
             slots.index_add_(0, at, own[:, None] * mean)
@@ -204,6 +210,6 @@ class _Read(torch.autograd.Function):
         slots -= sums[:, None] * expected.slots
         slots /= wanted.temperatures[:, None]
         shape, dtype = ctx.like
-        found = torch.zeros(shape, device=slots.device)
+        found = torch.zeros(shape, dtype=slots.dtype, device=slots.device)
         found.index_add_(0, wanted.rows, slots)
         return found.to(dtype), None, None

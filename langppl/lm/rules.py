@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from langppl.lm.counts import as_count
+from langppl.lm.filters import let_through
 from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
 from langppl.lm.matcher import tokenizer_of
@@ -271,8 +272,9 @@ class BoundRules:
             made already.
 
     Raises:
-        ValueError: if a ban or an allowed string matches no token, a stop can never be produced,
-            or no string of the grammar is found to fit the other rules.
+        ValueError: if a ban or an allowed string matches no token, a predicate raises an error, a
+            stop can never be produced, or no string of the grammar is found to fit the other
+            rules.
     """
 
     def __init__(
@@ -284,7 +286,7 @@ class BoundRules:
         self._steps: dict[_Kind, Step] = {}
         self._cost: dict[bytes, int] = {b"": 0}
         if rules.grammar is None:
-            self.allowed = ~vocabulary.special & self._filtered()
+            self.allowed = ~vocabulary.special & let_through(rules, vocabulary)
             self._check_stops()
         else:
             self._free = free or rules.without_grammar.bind(vocabulary)
@@ -296,33 +298,6 @@ class BoundRules:
             self._check_possible(rules.grammar)
 
     # -- which tokens exist at all ---------------------------------------------------------
-
-    def _filtered(self) -> np.ndarray:
-        vocabulary, rules = self.vocabulary, self.rules
-        keep = np.ones(vocabulary.size, dtype=bool)
-        ordinary = [int(i) for i in np.flatnonzero(~vocabulary.special)]
-        if callable(rules.allow):
-            keep[ordinary] = [bool(rules.allow(vocabulary.text(i))) for i in ordinary]
-        elif rules.allow:
-            pieces = tuple(s.encode("utf-8") for s in rules.allow)
-            keep[ordinary] = [_made_of(vocabulary.bytes[i], pieces) for i in ordinary]
-        if not keep[ordinary].any():
-            raise ValueError(f"allow={rules.allow!r} leaves no token of this LM")
-        if callable(rules.ban):
-            keep[ordinary] &= [not rules.ban(vocabulary.text(i)) for i in ordinary]
-        elif rules.ban:
-            for text in rules.ban:
-                data = text.encode("utf-8")
-                hit = np.array([data in vocabulary.bytes[i] for i in ordinary])
-                if not hit.any():
-                    raise ValueError(
-                        f"ban={text!r} is in no single token of this LM, and a ban acts on "
-                        "tokens; ban a part of it, or condition on the whole string with factor()"
-                    )
-                keep[ordinary] &= ~hit
-        if not keep[ordinary].any():
-            raise ValueError(f"ban={rules.ban!r} leaves no token of this LM")
-        return keep
 
     def _check_stops(self) -> None:
         data = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
@@ -734,17 +709,6 @@ def _can_spell(stop: bytes, tokens: set[bytes]) -> bool:
             for m in range(k + 1, size):
                 reached[m - 1] = reached[m - 1] or stop[k:m] in tokens
     return False
-
-
-def _made_of(data: bytes, pieces: tuple[bytes, ...]) -> bool:
-    """Whether `data` is a concatenation of `pieces`."""
-    reached = [True] + [False] * len(data)
-    for at in range(len(data)):
-        if reached[at]:
-            for piece in pieces:
-                if data.startswith(piece, at):
-                    reached[at + len(piece)] = True
-    return reached[-1]
 
 
 def _short(fragment: bytes) -> bytes:

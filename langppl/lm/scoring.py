@@ -200,7 +200,7 @@ def _read(
         members.append(_Member(at, first, count, ending, canonical, after_prompt, own.tolist()))
         token_slots += mine[: len(path.tokens)]
         tokens += path.tokens
-    never = torch.full((1,), -torch.inf, device=device)
+    never = torch.full((1,), -torch.inf, dtype=torch.float32, device=device)
     if not slots:
         return members, never[:0], never
 

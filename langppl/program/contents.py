@@ -14,7 +14,8 @@ from torch.distributions.utils import lazy_property
 
 from langppl.distributions import StringDistribution
 from langppl.distributions.tempered import TemperedFactor
-from langppl.program.statements import Known, hashable
+from langppl.program.keys import hashable
+from langppl.program.statements import Known
 
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray)
 _CACHES = ("_cache", "_inv")

@@ -14,7 +14,6 @@ general list.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +30,11 @@ from langppl.program.execution import (
     run_once,
 )
 from langppl.program.graph import ProgramGraph
+from langppl.program.keys import hashable
+from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in
 from langppl.program.randomness import Watched, check_randomness
-from langppl.program.statements import Known, Memo, Model, _Boxed, hashable
+from langppl.program.statements import Known, Memo, Model, _Boxed
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
@@ -66,7 +67,7 @@ class Structure:
 
 
 class _ToolNeeded(BaseException):
-    """A run with made-up values met a tool call; a model's own `except Exception` lets it pass."""
+    """A run with made-up values met a tool call; no error, as it says nothing of the program."""
 
 
 def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Structure:
@@ -256,7 +257,7 @@ class _Search:
     # -- experiments -------------------------------------------------------------------------
 
     def _pool(self) -> list[str]:
-        constants = [c for c in _constants(self.model) if len(c) <= 40]
+        constants = [c for c in literals(self.model) if len(c) <= 40]
         around = [f" {c} x" for c in dict.fromkeys(self.literals)]
         found = dict.fromkeys([*self.literals, *around, *_VALUES, *constants])
         return list(found)[:_MOST_VALUES]
@@ -476,20 +477,3 @@ def check_same_sites(first: Execution, second: Execution) -> None:
     if len(before) != len(after):
         moved = (set(before) ^ set(after)).pop()
         raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
-
-
-def _constants(model: Any) -> Iterator[str]:
-    """String constants of a function and of the functions in it."""
-    code = getattr(model, "__code__", None)
-    while code is None and hasattr(model, "__wrapped__"):
-        model = model.__wrapped__
-        code = getattr(model, "__code__", None)
-    pending = [code] if code is not None else []
-    while pending:
-        for constant in pending.pop().co_consts:
-            if isinstance(constant, types.CodeType):
-                pending.append(constant)
-            elif isinstance(constant, str):
-                yield constant
-            elif isinstance(constant, tuple | frozenset):
-                yield from (c for c in constant if isinstance(c, str))

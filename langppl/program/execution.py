@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from greenlet import GreenletExit
 from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -85,7 +86,10 @@ class Site:
 
 
 class Pause(BaseException):
-    """Raised by a chooser to stop an execution before a site; no error, so no model catches it.
+    """Raised by a chooser to stop an execution before a site.
+
+    No error, so few models catch it, and where one does the execution has stopped there all the
+    same (see `run_once`).
 
     Args:
         name: the site that was met.
@@ -190,12 +194,25 @@ class _Handler(Messenger):
         self.choose = choose
         self.know = know
         self.observe = observe
+        self.stop: BaseException | None = None
+        """What stopped the execution, if anything did; a model cannot go on by catching it."""
 
     @staticmethod
     def _is_internal(msg: Any) -> bool:
         return type(msg["fn"]).__name__ == "_Subsample" or bool(msg["infer"].get("_do_not_trace"))
 
     def _pyro_sample(self, msg: Any) -> None:
+        if self.stop is not None:
+            raise self.stop
+        try:
+            self._meet(msg)
+        except Exception:
+            raise
+        except BaseException as stop:
+            self.stop = stop
+            raise
+
+    def _meet(self, msg: Any) -> None:
         if self._is_internal(msg):
             return
         name, fn = msg["name"], msg["fn"]
@@ -264,6 +281,10 @@ def run_once(
 ) -> Execution:
     """Runs a model once; to be called within a scheduler's task.
 
+    What is no error and is raised by `choose`, `know` or `observe`, such as `Pause`, stops the
+    execution. A model whose bare `except` catches it meets it again at each later statement, and
+    whatever the model does then, the execution has stopped where it was raised first.
+
     Args:
         model: the model.
         args: its arguments.
@@ -275,16 +296,30 @@ def run_once(
             unfinished string that the model then fails to read. It has weight zero in any case.
     """
     execution = Execution()
+    handler = _Handler(execution, choose, know, observe)
     try:
-        with _Handler(execution, choose, know, observe):
-            execution.returned = model(*args)
-    except Pause as pause:
-        execution.pause = pause.with_traceback(None)  # which would keep the model's frames
-    except Exception as error:
-        if not (forgive and _is_impossible(execution)):
+        with handler:
+            returned = model(*args)
+        if handler.stop is None:
+            execution.returned = returned
+    except (KeyboardInterrupt, SystemExit, GreenletExit):
+        raise
+    except BaseException as error:
+        if handler.stop is not None:
+            pass
+        elif not isinstance(error, Exception):
+            raise
+        elif forgive and _is_impossible(execution):
+            execution.error = f"{type(error).__name__}: {error}"
+        else:
             _note_latents(error, execution)
             raise
-        execution.error = f"{type(error).__name__}: {error}"
+    if isinstance(handler.stop, Pause):
+        # The traceback would keep the model's frames, that of what it was handling too.
+        execution.pause = handler.stop.with_traceback(None)
+        execution.pause.__context__ = None
+    elif handler.stop is not None:
+        raise handler.stop
     return execution
 
 

@@ -29,6 +29,7 @@ from langppl.program.execution import (
     score_all,
 )
 from langppl.program.graph import ProgramGraph
+from langppl.program.keys import hashable
 from langppl.program.lengths import as_lengths, check_lengths
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
@@ -38,6 +39,8 @@ from langppl.warn import warn
 After = Callable[[Execution], Execution]
 
 _MOST_ATTEMPTS = 200
+_FIRST_CHECKED = 8
+"""Rows of a static program that are run before only one of each batch is."""
 
 
 class StaticMismatchWarning(UserWarning):
@@ -191,8 +194,8 @@ class Program:
     ) -> list[Execution]:
         """Executions with given latents, scored.
 
-        A static program is filled in; one row of each batch is also run, and if the two differ
-        the program is run from then on.
+        A static program is filled in; some rows of the first batches, and one of each later one,
+        are also run, and if the two differ the program is run from then on.
 
         Args:
             assignments: latent → value, one mapping for each execution.
@@ -222,10 +225,21 @@ class Program:
             missing = [name for name in self.latents if name not in values]
             if missing:
                 raise ValueError(f"latent site {missing[0]!r} has no value")
-        row = assignments[self._checks % len(assignments)]
-        self._checks += 1
-        (ran,) = self.run([given(row, otherwise)])
-        return self.agrees(ran)
+        if self._checks < _FIRST_CHECKED:
+            rows = self._different(assignments, _FIRST_CHECKED - self._checks)
+        else:
+            rows = [assignments[self._checks % len(assignments)]]
+        self._checks += len(rows)
+        return all(self.agrees(ran) for ran in self.run([given(r, otherwise) for r in rows]))
+
+    def _different(
+        self, assignments: Sequence[Mapping[str, Any]], most: int
+    ) -> list[Mapping[str, Any]]:
+        """Some rows that differ in their latents, from all over a batch."""
+        rows = {tuple(hashable(r[n]) for n in self.latents): r for r in reversed(assignments)}
+        different = list(rows.values())[::-1]
+        count = min(most, len(different))
+        return [different[k * len(different) // count] for k in range(count)]
 
     def agrees(self, execution: Execution) -> bool:
         """Whether an execution of a static program is what its templates say.

@@ -7,13 +7,17 @@ executions go on. User code is plain synchronous Python.
 Tasks may run tasks of their own. By default their requests are served apart; `run_whole` has those
 of many whole inferences served together.
 
-Pyro and torch keep ambient state per process or per thread: handler stack, plate dimensions, grad
-mode, autocast, random numbers. Each execution owns its own, swapped in and out at every switch;
-context variables come with the greenlet. Threads take turns, one scheduler each.
+Pyro, torch and Python keep ambient state per process or per thread: handler stack, plate
+dimensions, grad mode, autocast, default float type, random numbers, filters of warnings, where
+print goes. Each execution owns its own, swapped in and out at every switch; context variables come
+with the greenlet. Threads take turns, one scheduler each.
 """
 
 from __future__ import annotations
 
+import copy
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -23,6 +27,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from pyro.poutine import runtime
 
+from langppl.distributions import sites
+from langppl.lm.filters import looking_once
 from langppl.lm.kept import keeping
 from langppl.lm.requests import (
     Reply,
@@ -40,8 +46,38 @@ T = TypeVar("T")
 _is_inside_whole: ContextVar[bool] = ContextVar("langppl_is_inside_whole", default=False)
 
 
+class _Warnings:
+    """A snapshot of what is done with warnings, as `warnings.catch_warnings` changes it."""
+
+    def __init__(self, filters: Any, content: list[Any], shown_by: tuple[Any, Any]) -> None:
+        self.filters = filters
+        self.content = content
+        self.shown_by = shown_by
+
+    @classmethod
+    def capture(cls) -> _Warnings:
+        module: Any = warnings
+        filters = module.filters
+        return cls(filters, list(filters), (module.showwarning, module._showwarnmsg_impl))
+
+    def install(self) -> None:
+        module: Any = warnings
+        module.showwarning, module._showwarnmsg_impl = self.shown_by
+        if module.filters is self.filters and self.filters == self.content:
+            return
+        module.filters = self.filters
+        module.filters[:] = self.content
+        _forget_warned()
+
+
+# Python's own name for it changed with 3.14.
+_forget_warned: Callable[[], None] = getattr(
+    warnings, "_filters_mutated", getattr(warnings, "_filters_mutated_lock_held", lambda: None)
+)
+
+
 class _Ambient:
-    """A snapshot of the state that Pyro and torch keep outside of any object."""
+    """A snapshot of the state that Pyro, torch and Python keep outside of any object."""
 
     def __init__(
         self,
@@ -50,12 +86,24 @@ class _Ambient:
         grad: bool,
         autocast: tuple[tuple[str, bool, torch.dtype], ...],
         rng: torch.Tensor,
+        dtype: torch.dtype,
+        warned: _Warnings,
+        streams: tuple[Any, Any],
     ) -> None:
         self.stack = stack
         self.dims = dims
         self.grad = grad
         self.autocast = autocast
         self.rng = rng
+        self.dtype = dtype
+        self.warned = warned
+        self.streams = streams
+
+    def without_handlers(self) -> _Ambient:
+        """The same outside of Pyro's handlers and plates."""
+        found = copy.copy(self)
+        found.stack, found.dims = [], []
+        return found
 
     @classmethod
     def capture(cls) -> _Ambient:
@@ -68,6 +116,9 @@ class _Ambient:
                 for kind in ("cpu", "cuda")
             ),
             torch.get_rng_state(),
+            torch.get_default_dtype(),
+            _Warnings.capture(),
+            (sys.stdout, sys.stderr),
         )
 
     def install(self) -> None:
@@ -79,6 +130,10 @@ class _Ambient:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
         torch.set_rng_state(self.rng)
+        if torch.get_default_dtype() != self.dtype:
+            torch.set_default_dtype(self.dtype)
+        self.warned.install()
+        sys.stdout, sys.stderr = self.streams
 
 
 class _Execution(Generic[T]):
@@ -93,7 +148,7 @@ class _Execution(Generic[T]):
         self._task = task
 
     def _main(self) -> None:
-        with served_by(_ask):
+        with served_by(_asking()):
             self.result = self._task()
 
     def go_on(self, replies: list[Reply] | None) -> None:
@@ -117,10 +172,23 @@ class _Execution(Generic[T]):
                 outside.install()
 
 
-def _ask(requests: Sequence[Request]) -> list[Reply]:
-    # A local name for the current greenlet would make it uncollectable.
-    replies: list[Reply] = getcurrent().parent.switch(requests)
-    return replies
+def _asking() -> Server:
+    """What hands requests over to the scheduler that the current greenlet runs under."""
+    mode = torch.is_inference_mode_enabled()
+
+    def ask(requests: Sequence[Request]) -> list[Reply]:
+        # Nothing but its own block can leave it, so the other executions would run in it too.
+        if torch.is_inference_mode_enabled() != mode:
+            raise RuntimeError(
+                f"{sites.where()}torch.inference_mode is switched within the model, and other "
+                "executions go on while this one waits for the LM; do not wrap lp.sample in "
+                "torch.inference_mode, use torch.no_grad"
+            )
+        # A local name for the current greenlet would make it uncollectable.
+        replies: list[Reply] = getcurrent().parent.switch(requests)
+        return replies
+
+    return ask
 
 
 @alone
@@ -135,18 +203,18 @@ def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
 
     Raises:
         BaseException: the first error that a task raises, with its own traceback; the other
-            tasks are closed, and Pyro's and torch's state is what it was.
+            tasks are closed, and Pyro's, torch's and Python's ambient state is what it was.
     """
     # Served directly, also where this call itself runs inside another scheduler: not by that one's
     # server, which may be watched for what a task asks for itself.
-    answer = _ask if _is_inside_whole.get() else serve
-    with same_weights():
+    answer = _asking() if _is_inside_whole.get() else serve
+    with same_weights(), looking_once():
         return _run(tasks, answer)
 
 
 def _run(tasks: Sequence[Callable[[], T]], answer: Server) -> list[T]:
     outside = _Ambient.capture()
-    inside = _Ambient([], [], outside.grad, outside.autocast, outside.rng)
+    inside = outside.without_handlers()
     executions = [_Execution(task, inside) for task in tasks]
     try:
         with served_by(None), keeping():

@@ -12,7 +12,7 @@ import math
 import numbers
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
@@ -30,9 +30,10 @@ from pyro.poutine.runtime import _PYRO_STACK
 from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
-from langppl.lm.functions import Same, content_of_cell
+from langppl.lm.functions import content_of_cell
 from langppl.lm.model import LM
 from langppl.lm.requests import Asked, noted_by, tell, wait, weights_of
+from langppl.program.keys import MUTABLE, hashable, is_function, tool_key
 
 R = TypeVar("R")
 Model = Callable[..., Any]
@@ -249,7 +250,8 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
     """A tool call: a site whose value is a fixed function of its arguments.
 
     Within one inference, the tool is evaluated once for each name, tool and arguments, and again
-    when the weights of an LM that it has asked have changed. What a
+    when the weights of an LM that it has asked have changed. Arguments are compared by content, as
+    far as that can be known; an object that has a hash, as it compares itself. What a
     lambda or another function closes over, and what a `functools.partial` or a method is bound to,
     are arguments too. Of lists, dicts, arrays and other objects among these it is their identity
     that counts, and the graph does not see what is in them: what depends on latents is better
@@ -268,7 +270,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     Raises:
         RuntimeError: if a tool that is not pure would be evaluated a second time.
-        TypeError: if it is no function.
+        TypeError: if it is no function, or returns an iterator.
     """
     if not callable(fn):
         raise TypeError(f"call {name!r} needs a function, got {fn!r}; write call(name, fn, *args)")
@@ -299,6 +301,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         try:
             with noted_by(asked.update):
                 result = fn(*args, **kwargs)
+            _check_result(name, fn, result)
             states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
             memo[key] = _Remembered(result, states)
         finally:
@@ -309,6 +312,17 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
     return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
+
+
+def _check_result(name: str, fn: Any, result: Any) -> None:
+    """Raises TypeError for what can be read only once: a tool's result is read again."""
+    if isinstance(result, Iterator | AsyncIterator | Awaitable):
+        tool = getattr(fn, "__qualname__", None) or repr(fn)
+        raise TypeError(
+            f"call {name!r}: the tool {tool} returned a {type(result).__name__}, which can be read "
+            "only once, and a tool's result is remembered for other executions; return its items, "
+            "as a list or a tuple"
+        )
 
 
 @dataclass(frozen=True)
@@ -398,7 +412,7 @@ def unboxed(value: Any) -> Any:
 
 def _own(result: Any) -> Any:
     """A tool's result for one execution, which may change it: others get the same result."""
-    if isinstance(result, _MUTABLE):
+    if isinstance(result, MUTABLE):
         try:
             return copy.deepcopy(result)
         except Exception:  # whatever does not let itself be copied
@@ -428,70 +442,12 @@ def bound_to(fn: Any) -> list[Any]:
             own += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
         else:
             continue
-        todo += [v for v in own if _is_function(v)]
+        todo += [v for v in own if is_function(v)]
         found += [v for v in own if isinstance(v, _PLAIN)]
     return found
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, functools.partial | types.MethodType | types.FunctionType)
-
-
-_MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
-"""What a function closes over of these is told from others by its identity: it may keep a log."""
-
-
 _PLAIN = (str, bytes, int, float, tuple)
-
-
-def tool_key(fn: Any, within: tuple[int, ...] = ()) -> Any:
-    """A function as something that tells it from others by its code and what is bound to it.
-
-    A model that defines its tools anew in every execution has equal ones wherever they do the same.
-
-    Args:
-        fn: the function.
-        within: the functions that it was found in, by identity.
-    """
-    if id(fn) in within:
-        return ("itself", within.index(id(fn)))
-    within = (*within, id(fn))
-
-    def own(value: Any) -> Any:
-        if _is_function(value):
-            return tool_key(value, within)
-        return Same(value) if isinstance(value, _MUTABLE) else hashable(value)
-
-    if isinstance(fn, functools.partial):
-        named = tuple((k, own(v)) for k, v in fn.keywords.items())
-        return ("partial", own(fn.func), tuple(map(own, fn.args)), named)
-    if isinstance(fn, types.MethodType):
-        return ("method", own(fn.__func__), own(fn.__self__))
-    if isinstance(fn, types.FunctionType):
-        cells = tuple(own(content_of_cell(cell)) for cell in fn.__closure__ or ())
-        named = tuple((k, own(v)) for k, v in (fn.__kwdefaults__ or {}).items())
-        return ("function", fn.__code__, cells, tuple(map(own, fn.__defaults__ or ())), named)
-    return hashable(fn)
-
-
-def hashable(value: Any) -> Any:
-    """A value as something that can be compared and hashed by content."""
-    if isinstance(value, str):
-        return ("str", str(value))
-    if isinstance(value, torch.Tensor):
-        return ("tensor", tuple(value.shape), tuple(value.flatten().tolist()))
-    if isinstance(value, np.ndarray):
-        numbers_ = value.tolist() if value.dtype.hasobject else value.tobytes()
-        return ("array", value.shape, str(value.dtype), hashable(numbers_))
-    if isinstance(value, Mapping):
-        return ("mapping", tuple((hashable(k), hashable(v)) for k, v in value.items()))
-    if isinstance(value, list | tuple):
-        return (type(value).__name__, tuple(hashable(v) for v in value))
-    try:
-        hash(value)
-    except TypeError:
-        return (type(value).__name__, repr(value))
-    return (type(value).__name__, value)
 
 
 def _check_changeable(model: Any, by: str, instead: str) -> None:

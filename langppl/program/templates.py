@@ -15,8 +15,8 @@ from langppl.distributions import LMChoice, LMString
 from langppl.distributions.tempered import TemperedFactor
 from langppl.program.contents import parameters
 from langppl.program.execution import Execution, Site
+from langppl.program.keys import hashable
 from langppl.program.placeholders import MARKER, Placeholder, fill
-from langppl.program.statements import hashable
 
 
 def signature(site: Site) -> Any:

@@ -149,3 +149,15 @@ def test_a_memo_of_nothing_and_a_negative_one(lm):
     assert lm.memo.hits == 0 and len(lm.memo) == 0
     with pytest.raises(ValueError, match="capacity must be at least 0"):
         memo.Memo(-1)
+
+
+def test_scores_under_autocast_are_others(lm):
+    lm.memo = Memo()
+    fn = LMString(lm, "a", stop=".", max_tokens=6)
+    plain = float(fn.log_prob("abb."))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = float(fn.log_prob("abb."))
+        assert float(fn.log_prob("abb.")) == rough
+    assert rough != plain and abs(rough - plain) < 0.2
+    assert float(fn.log_prob("abb.")) == plain
+    assert (lm.memo.misses, lm.memo.hits) == (2, 2)

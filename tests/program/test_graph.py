@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from typing import Any
@@ -479,11 +480,11 @@ def test_drawn_values_are_scored_by_their_own_tokens_in_both_forms() -> None:
 
 
 def rare_by_regex(z: str) -> bool:
-    return re.fullmatch("a1b", z) is not None
+    return re.fullmatch("a1[b]", z) is not None
 
 
 def rare_by_plain_copy(z: str) -> bool:
-    return str.__eq__(str.__str__(z), "ba1")
+    return str.__eq__(str.__str__(z), chr(98) + "a1")
 
 
 @pytest.mark.parametrize(("is_rare", "rare"), [(rare_by_regex, "a1b"), (rare_by_plain_copy, "ba1")])
@@ -528,17 +529,102 @@ def test_the_row_check_catches_a_site_that_appears() -> None:
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
 
 
-def test_each_batch_checks_another_row() -> None:
+def test_the_first_rows_are_all_checked_and_then_another_of_each_batch() -> None:
     def model() -> None:
         z = lp.sample("z", short("a"))
         lp.sample("seen", goes_on("b" if rare_by_regex(z) else "a"), obs=" b")
 
-    program = lp.compile(model)
-    rows = [{"z": "ab"}, {"z": "a1b"}]
-    program.log_joint(rows)
+    plain = [{"z": z} for z in ("a", "b", "ab", "ba", ".", "a.", "b.", " a")]
+    for others in range(8):
+        program = lp.compile(model)
+        with pytest.warns(StaticMismatchWarning, match="differs at 'seen'"):
+            program.log_joint([*plain[:others], {"z": "a1b"}, *plain[others:7]])
 
+    program = lp.compile(model)
+    assert program.is_static
+    for first in (0, 3):
+        program.log_joint(plain[first:])
+    rows = [{"z": "ab"}, {"z": "a1b"}]
     with pytest.warns(StaticMismatchWarning, match="differs at 'seen'"):
-        program.log_joint(rows)
+        for _ in range(2):
+            program.log_joint(rows)
+
+
+KEYS = ("zz", "a1b")
+
+
+def is_key(text: str) -> bool:
+    return any(re.fullmatch(key, text) for key in KEYS)
+
+
+def by_constant(text: str) -> bool:
+    return re.fullmatch("a1b", text) is not None
+
+
+def passes_on(text: str) -> bool:
+    return by_constant(text)
+
+
+def told(is_rare: Any) -> None:
+    z = lp.sample("z", short("a"))
+    lp.sample("seen", goes_on("b" if is_rare(z) else "a"), obs=" b")
+
+
+def decorated(fn: Any) -> Any:
+    @functools.wraps(fn)
+    def inner() -> None:
+        fn()
+
+    return inner
+
+
+def named() -> None:
+    told(passes_on)
+
+
+class Told:
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+
+    def __call__(self) -> None:
+        told(lambda z: re.fullmatch(self.key or "a1b", z))
+
+    def method(self) -> None:
+        self()
+
+
+class Keyed(Told):
+    rare = "a1b"
+
+    def __call__(self) -> None:
+        told(lambda z: re.fullmatch(self.rare, z))
+
+
+HIDING: dict[str, Any] = {
+    "function": named,
+    "global": lambda: told(is_key),
+    "partial": functools.partial(told, passes_on),
+    "string in a partial": functools.partial(
+        lambda key: told(lambda z: re.fullmatch(key, z)), "a1b"
+    ),
+    "decorated": decorated(decorated(named)),
+    "cached": functools.wraps(named)(functools.partial(decorated(named))),
+    "closure": (lambda key: lambda: told(lambda z: re.fullmatch(key, z)))("a1b"),
+    "default": lambda key="a1b": told(lambda z: re.fullmatch(key, z)),
+    "object": Told(),
+    "attribute": Told("a1b"),
+    "method": Told().method,
+    "class attribute": Keyed(),
+    "conditioned": lp.condition(named, {"other": "a"}),
+}
+
+
+@pytest.mark.parametrize("kind", HIDING)
+@pytest.mark.filterwarnings("ignore:condition names the site")
+def test_a_rare_value_is_found_in_all_that_a_model_is_made_of(kind: str) -> None:
+    program = lp.compile(HIDING[kind])
+    assert not program.is_static
+    assert set(program.graph.edges) == {("z", "seen")}
 
 
 def test_a_rare_value_that_the_model_mentions_is_found_by_compile() -> None:

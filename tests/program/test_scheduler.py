@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
+import sys
 import traceback
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -499,3 +502,91 @@ def test_an_error_in_an_inner_inference_reaches_the_user() -> None:
     with pytest.raises(ValueError, match="the model returned without meeting a site"):
         lp.infer(outer, num_samples=3)
     assert runtime._PYRO_STACK == []
+
+
+# -- what else is ambient ------------------------------------------------------------------------
+
+
+def python_ambient() -> tuple[Any, ...]:
+    return (
+        torch.get_default_dtype(),
+        warnings.filters,
+        list(warnings.filters),
+        warnings.showwarning,
+        sys.stdout,
+        sys.stderr,
+    )
+
+
+def test_executions_have_their_own_float_type_filters_and_output() -> None:
+    def with_dtype() -> list[Any]:
+        torch.set_default_dtype(torch.float64)
+        found = [torch.ones(1).dtype]
+        ask()
+        return [*found, torch.ones(1).dtype]
+
+    def with_filters() -> list[Any]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.warn("one", stacklevel=1)
+            ask()
+            warnings.warn("two", stacklevel=1)
+        return [str(w.message) for w in caught]
+
+    def with_output() -> list[Any]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            print("one")
+            ask()
+            print("two")
+            print("three", file=sys.stderr)
+        return [out.getvalue(), err.getvalue()]
+
+    def plain() -> list[Any]:
+        seen = [python_ambient()]
+        ask()
+        ask()
+        warnings.simplefilter("ignore")
+        return [*seen, python_ambient()]
+
+    before = python_ambient()
+    found = scheduler.run([with_dtype, with_filters, with_output, plain])
+    assert found[0] == [torch.float64] * 2
+    assert found[1] == ["one", "two"]
+    assert found[2] == ["one\ntwo\n", "three\n"]
+    assert found[3][0] == before and found[3][1][2][1:] == before[2]
+    assert python_ambient() == before
+
+
+def test_they_are_what_they_were_after_an_inference_that_was_paused() -> None:
+    def model() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.set_default_dtype(torch.float64)
+            z = lp.sample("z", short())
+            lp.sample("y", short(f"a{z}"), obs="ab")
+
+    before = python_ambient()
+    for method in ("importance", "smc"):
+        lp.infer(model, method=method, num_samples=4, progress=False)
+        assert python_ambient() == before
+
+
+def test_inference_mode_within_a_model_is_an_error_that_names_the_site() -> None:
+    def model() -> None:
+        with torch.inference_mode():
+            z = lp.sample("z", short())
+        lp.sample("y", short(f"a{z}"), obs="ab")
+
+    with pytest.raises(RuntimeError, match=r"site 'z': .*do not wrap lp.sample in torch.inference"):
+        lp.infer(model, num_samples=2, progress=False)
+    assert not torch.is_inference_mode_enabled()
+
+    def outside() -> None:
+        z = lp.sample("z", short())
+        with torch.inference_mode():
+            torch.ones(2).sum()
+        lp.sample("y", short(f"a{z}"), obs="ab")
+
+    with torch.inference_mode():
+        assert len(lp.infer(outside, num_samples=2, progress=False).samples) == 2
