@@ -126,9 +126,20 @@ def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
     # A site that `do` removed has no density, and so no tempered one.
     removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
     if _PYRO_STACK and not removed and not _is_hidden(name, tempered.base, value, obs):
-        fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
-        pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
+        factor_of_tempered(name, tempered, value)
     return value
+
+
+def factor_of_tempered(name: str, tempered: Tempered, value: str) -> None:
+    """The factor that makes a site tempered.
+
+    Args:
+        name: of the site.
+        tempered: its distribution.
+        value: its value.
+    """
+    fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
+    pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
 
 
 def _is_hidden(name: str, fn: Any, value: Any, obs: Any) -> bool:
