@@ -17,9 +17,9 @@ class Tempered(dist.Distribution):
     """The unnormalised p(z)^(1/T) over whole strings.
 
     `langppl.sample`, and Pyro's own in a program, runs it as the site itself, drawn from p, and a
-    `factor` of (1/T − 1)·log p(z), so any handler sees both. Below T = 1 it sharpens towards the likeliest
-    *strings*, which dividing logits token by token does not do. It has no normaliser: where the
-    prompt depends on a latent, the missing one reweights that latent.
+    `factor` of (1/T − 1)·log p(z), so any handler sees both. Below T = 1 it sharpens towards the
+    likeliest *strings*, which dividing logits token by token does not do. It has no normaliser:
+    where the prompt depends on a latent, the missing one reweights that latent.
 
     Args:
         base: an `LMString` or an `LMChoice`.

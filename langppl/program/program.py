@@ -90,12 +90,15 @@ class Program:
 
     def _check_names(self) -> None:
         for named in named_in(self.model):
-            missing = sorted(named.names - named.met)
-            if missing:
-                warn(
-                    f"{named.by} names the site {', '.join(map(repr, missing))}, and no run of the "
-                    f"model has met it; its sites are {', '.join(map(repr, self.sites))}",
-                )
+            self._warn_unmet(named.by, sorted(named.names - named.met), tuple(self.sites))
+
+    def _warn_unmet(self, by: str, missing: Sequence[str], known: Sequence[str]) -> None:
+        if missing:
+            hint = did_you_mean(missing[0], known)
+            warn(
+                f"{by} names the site {', '.join(map(repr, missing))}, and no run of the model has "
+                f"met it; its sites are {', '.join(map(repr, known))}{hint}"
+            )
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
         return tuple(n for n, d in self.graph.nodes(data=True) if d["kind"] == kind)
@@ -151,7 +154,7 @@ class Program:
         """The same program with other observations; its structure is not searched again.
 
         Args:
-            values: observed site → value.
+            values: observed site → value; a warning names sites that no run has met yet.
 
         Raises:
             ValueError: if a site is known and not observed, or the program is static and has none
@@ -165,6 +168,10 @@ class Program:
                 )
             if name in self.sites and self.sites[name].kind != "observed":
                 raise ValueError(f"site {name!r} is {self.sites[name].kind}, not observed")
+        self._warn_unmet("observing", [n for n in values if n not in self.sites], self.observed)
+        return self._observing(values)
+
+    def _observing(self, values: Mapping[str, Any]) -> Program:
         new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
 
         def renewed(site: Site) -> Site:
@@ -257,7 +264,8 @@ class Program:
         """Log joint density of latents and observations.
 
         Args:
-            assignments: latent → value, or a list of such mappings.
+            assignments: latent → value, or a list of such mappings; a warning names sites that no
+                run has met.
 
         Returns:
             Nats, float64: a scalar for one mapping, shape [n] for n of them; −inf where the
@@ -268,9 +276,15 @@ class Program:
         """
         single = isinstance(assignments, Mapping)
         rows = [assignments] if isinstance(assignments, Mapping) else list(assignments)
-        for name in dict.fromkeys(n for row in rows for n in row):
+        names = dict.fromkeys(n for row in rows for n in row)
+        for name in names:
             self._check_latent(name)
-        totals = torch.tensor([e.log_joint for e in self.executions(rows)], dtype=torch.float64)
+        found = self.executions(rows)
+        # What an execution would have met after an error is not known.
+        if not any(e.error for e in found):
+            met = {"_RETURN", *self.sites, *(n for e in found for n in e.sites)}
+            self._warn_unmet("log_joint", [n for n in names if n not in met], self.latents)
+        totals = torch.tensor([e.log_joint for e in found], dtype=torch.float64)
         return totals[0] if single else totals
 
     def _check_latent(self, name: str) -> None:
@@ -375,7 +389,7 @@ class Program:
                 continue
             sites = execution.sites.values()
             observed = {s.name: s.value for s in sites if s.kind == "observed"}
-            return execution.latents, self.observing(observed)
+            return execution.latents, self._observing(observed)
         often = " or ".join(sorted(reasons))
         raise ValueError(
             f"{_MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
