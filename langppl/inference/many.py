@@ -40,8 +40,9 @@ def infer_many(
 
     Args:
         model: a model function, or a list of compiled programs and of (model, data) pairs.
-        data: the rows, as `GFlowNetGuide.fit` takes them: a sequence, or a `Dataset`, of tuples of
-            the model's arguments or of mappings from their names.
+        data: the rows, as `GFlowNetGuide.fit` takes them: a sequence, another iterable, a
+            `Dataset` or a `DataFrame`, of tuples of the model's arguments or of mappings from
+            their names.
         guide: as in `infer`, but for `"gflownet"`: train one guide for all rows, and give it.
         method: as in `infer`.
         num_samples: for each row.
