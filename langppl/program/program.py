@@ -29,15 +29,20 @@ from langppl.program.execution import (
     score_all,
 )
 from langppl.program.graph import ProgramGraph
-from langppl.program.lengths import as_lengths, check_lengths
+from langppl.program.lengths import (
+    MOST_ATTEMPTS,
+    EndedEarly,
+    as_lengths,
+    check_lengths,
+    draw_open,
+    too_short,
+)
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
 from langppl.program.templates import fill_all, signatures
 from langppl.warn import warn
 
 After = Callable[[Execution], Execution]
-
-_MOST_ATTEMPTS = 200
 
 
 class StaticMismatchWarning(UserWarning):
@@ -343,20 +348,17 @@ class Program:
         return known
 
     def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(MOST_ATTEMPTS):
             try:
                 execution = self._attempt((seed, "simulate", i, attempt), lengths)
-            except _EndedEarly:
+            except EndedEarly:
                 continue
             return {
                 s.name: s.value
                 for s in execution.sites.values()
                 if s.kind in ("latent", "observed")
             }
-        raise ValueError(
-            f"in {_MOST_ATTEMPTS} attempts the LM ended an open string before its length "
-            f"{dict(lengths)}; ask for shorter ones"
-        )
+        raise too_short(lengths)
 
     def simulated(
         self, key: tuple[int | str, ...], lengths: Mapping[str, int] | None = None
@@ -381,10 +383,10 @@ class Program:
         memo_of_calls.set(self.memo)
         known = self._lengths(lengths)
         reasons: set[str] = set()
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(MOST_ATTEMPTS):
             try:
                 execution = self._attempt((*key, attempt), known, redraw=True)
-            except _EndedEarly as early:
+            except EndedEarly as early:
                 reasons.add(str(early))
                 continue
             sites = execution.sites.values()
@@ -392,7 +394,7 @@ class Program:
             return execution.latents, self._observing(observed)
         often = " or ".join(sorted(reasons))
         raise ValueError(
-            f"{_MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
+            f"{MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
             "strings (lengths=...), and give strings that are rejected more max_tokens"
         )
 
@@ -408,21 +410,10 @@ class Program:
                         f"simulated as data; {mend}"
                     )
                 if fn.is_open:
-                    if name not in lengths:
-                        raise ValueError(
-                            f"site {name!r} is an open string; say how long it is to be: "
-                            f"simulate(..., lengths={{{name!r}: 10}})"
-                        )
-                    length = lengths[name]
-                    drawn = fn.draw_open((*key, name), length)
-                    if drawn is None:
-                        raise _EndedEarly(
-                            f"the open string {name!r} ended before its {length} tokens"
-                        )
-                    return drawn[0]
+                    return draw_open(name, fn, (*key, name), lengths, "simulate")
             choice = draw_prior(fn, (*key, name))
             if choice.log_prob == -torch.inf:
-                raise _EndedEarly(f"the string {name!r} was rejected by its own rules")
+                raise EndedEarly(f"the string {name!r} was rejected by its own rules")
             return choice.value
 
         def choose(name: str, fn: Any, execution: Execution) -> Any:
@@ -458,10 +449,6 @@ def lms_of(programs: Iterable[Program]) -> list[LM]:
     """The LMs that the sites of some programs stand on."""
     fns = [s.fn for p in programs for s in p.sites.values()]
     return list({id(f.lm): f.lm for f in fns if isinstance(f, StringDistribution)}.values())
-
-
-class _EndedEarly(BaseException):
-    """The LM ended an open string before the length asked for, or the string was rejected."""
 
 
 def _renewed(argument: Any, new: Mapping[str, Any], sites: Mapping[str, Site]) -> Any:
