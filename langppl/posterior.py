@@ -41,10 +41,11 @@ from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions import LMString
 from langppl.distributions.base import Key
+from langppl.keywords import did_you_mean
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
 from langppl.program import Program
-from langppl.program.arguments import arguments_by_place, did_you_mean
+from langppl.program.arguments import arguments_by_place
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.lengths import (
     MOST_ATTEMPTS,

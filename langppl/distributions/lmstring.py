@@ -11,6 +11,7 @@ import numpy as np
 from langppl.distributions import sites
 from langppl.distributions.base import Key, Pending, StringDistribution
 from langppl.distributions.text import Text
+from langppl.keywords import named
 from langppl.lm.grammars import Grammar
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt, begun_answer, check_prompt
@@ -75,6 +76,7 @@ class LMString(StringDistribution):
         True
     """
 
+    @named
     def __init__(
         self,
         lm: LM | TrainableLM,

@@ -35,6 +35,7 @@ from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
+from langppl.keywords import named, with_rows
 from langppl.lm.counts import as_count, as_number, as_pair
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
@@ -290,6 +291,8 @@ class GFlowNetGuide(Guide):
 
     # -- training -----------------------------------------------------------------------------
 
+    @with_rows
+    @named
     def fit(
         self,
         model: ModelOrProgram | Sequence[tuple[ModelOrProgram, Any]],

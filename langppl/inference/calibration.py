@@ -275,7 +275,7 @@ def calibrate(
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
     options, arguments = split_options(named)
-    check_options(method, options)
+    check_options(method, options, calibrate)
     seed = as_seed(seed)
     program = as_program(model, args, seed, arguments, names_of(calibrate, method))
     if not program.latents:

@@ -11,6 +11,7 @@ from langppl.guides import Guide
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, check_names, given_guide, infer
 from langppl.inference.settings import check_options
+from langppl.keywords import with_rows
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.posterior import Posterior
@@ -22,6 +23,7 @@ from langppl.progress import bar
 from langppl.warn import warn
 
 
+@with_rows
 def infer_many(
     model: Callable[..., Any] | Program | Sequence[Any],
     data: Any = None,
@@ -67,7 +69,7 @@ def infer_many(
     """
     check_names(method, guide)
     num_samples = as_count("num_samples", num_samples, 1)
-    check_options(method, options)
+    check_options(method, options, infer_many)
     seed = as_seed(seed)
     settings: dict[str, Any] = {"method": method, "num_samples": num_samples, **options}
     if method != "exact":

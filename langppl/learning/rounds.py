@@ -206,7 +206,7 @@ def em(
         weight_decay=weight_decay,
         clip=clip,
     )
-    check_options(method, options)
+    check_options(method, options, em)
     seed = as_seed(seed)
     held_out = _held_out(pairs, validation)
     made = _guide(guide, programs, settings, seed)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from langppl.keywords import did_you_mean
 
 if TYPE_CHECKING:
     from langppl.program.program import Program
 
 ModelOrProgram: TypeAlias = "Callable[..., Any] | Program"
-
-
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one that is, if any."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def arguments_by_place(

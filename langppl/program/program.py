@@ -13,9 +13,10 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
+from langppl.keywords import did_you_mean
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
-from langppl.program.arguments import arguments_by_place, did_you_mean
+from langppl.program.arguments import arguments_by_place
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
