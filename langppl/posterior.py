@@ -535,7 +535,14 @@ class Posterior(Report):
 
         Raises:
             ValueError: if another posterior has latents and none of them in common with this one.
+            TypeError: for what is no posterior.
         """
+        for other in others:
+            if not isinstance(other, Posterior):
+                raise TypeError(
+                    f"diagnose takes posteriors, got a {type(other).__name__}; write "
+                    "posterior.diagnose(other), and of a list posterior.diagnose(*others)"
+                )
         return diagnosis.diagnose(self, others)
 
     def to_pandas(self) -> pandas.DataFrame:

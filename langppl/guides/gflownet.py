@@ -558,7 +558,10 @@ class GFlowNetGuide(Guide):
         Raises:
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
                 its context function or Pyro guide is missing.
+            TypeError: for a folder that is no path, or an LM that is none.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"the folder comes first, load(folder, lm), got {folder!r}")
         check_lm(lm)
         path = Path(folder) / GUIDE_FILE
         if not path.is_file():

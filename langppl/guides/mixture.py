@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from langppl.guides.base import Guide, Key, PriorGuide, Scorer
+from langppl.guides.base import Guide, Key, PriorGuide, Scorer, not_a_guide
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.prompted import PromptedGuide
 from langppl.lm.seeds import generator
@@ -170,7 +170,7 @@ def _as_guide(guide: Any) -> Guide:
             )
         return NAMES[guide]()
     if not isinstance(guide, Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+        raise not_a_guide(guide)
     if isinstance(guide, GFlowNetGuide) and callable(guide.numeric):
         raise ValueError(
             "a GFlowNetGuide with numeric=PYRO_GUIDE cannot be part of a mixture: the Pyro guide "

@@ -8,6 +8,7 @@ from typing import Any
 
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
+from langppl.guides.base import not_a_guide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
@@ -160,7 +161,7 @@ def check_names(method: Any, guide: Any) -> None:
     if isinstance(guide, str) and guide not in GUIDES:
         raise ValueError(f"unknown guide {guide!r}; guides are: {', '.join(GUIDES)}, or an object")
     if not isinstance(guide, str | Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+        raise not_a_guide(guide)
 
 
 def _check_belong(method: str, given: Mapping[str, Any]) -> None:
@@ -192,7 +193,7 @@ def given_guide(guide: str | Guide) -> Guide:
             'fit(..., objective="forward_kl"), or simulated_share)'
         )
     if not isinstance(guide, str):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+        raise not_a_guide(guide)
     raise ValueError(f"unknown guide {guide!r}; here it is: prior, prompted, or an object")
 
 

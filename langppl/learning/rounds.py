@@ -30,6 +30,7 @@ import rich.table
 
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, History
+from langppl.guides.base import not_a_guide
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
 from langppl.inference.settings import check_options
@@ -370,7 +371,7 @@ def _guide(
     """The guide, made if it was named; None where nothing is to be proposed."""
     latents = {n: p.sites[n].fn for p in programs for n in p.latents}
     if guide is not None and not isinstance(guide, str | Guide):
-        raise TypeError(f"a guide is a name or a Guide, got {guide!r}")
+        raise not_a_guide(guide)
     if not latents:
         if guide is not None:
             raise ValueError(
