@@ -99,7 +99,7 @@ def compare(
         list[str] | None,
         typer.Option(
             help="An argument of the model, in order; a number where its parameter is annotated "
-            "int or float."
+            "int or float, true or false where bool."
         ),
     ] = None,
     guide: Annotated[

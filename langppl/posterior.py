@@ -17,6 +17,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -38,10 +39,21 @@ from langppl import diagnosis, diagnostics, summary
 from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
+from langppl.distributions import LMString
+from langppl.distributions.base import Key
+from langppl.keywords import did_you_mean
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
 from langppl.program import Program
+from langppl.program.arguments import arguments_by_place
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
+from langppl.program.lengths import (
+    MOST_ATTEMPTS,
+    EndedEarly,
+    as_lengths,
+    draw_open,
+    too_short,
+)
 from langppl.program.statements import Model
 from langppl.records import decode, encode, floats, numbers, optional, write_atomically
 from langppl.tables import Report, pandas_for
@@ -439,7 +451,13 @@ class Posterior(Report):
         return [int(i) for i in rng.choice(self.num_samples, size=n, p=self.weights)]
 
     def predict(
-        self, model: Model | Program, *args: Any, num_samples: int | None = None, seed: int = 0
+        self,
+        model: Model | Program,
+        *args: Any,
+        num_samples: int | None = None,
+        seed: int = 0,
+        lengths: Mapping[str, int] | None = None,
+        **named: Any,
     ) -> list[dict[str, Any]]:
         """Runs a second model on posterior draws: Bayesian model averaging.
 
@@ -451,24 +469,39 @@ class Posterior(Report):
             *args: its arguments.
             num_samples: posterior draws to run it on; as many as there are samples if None.
             seed: equal seeds give equal predictions.
+            lengths: tokens of each open string that is predicted. A run in which the LM ends it
+                earlier is done anew, on the same posterior draw.
+            **named: the model's arguments by their names.
 
         Returns:
             For each draw, site → value of the second model's sites that this posterior does not
             have, and `"_RETURN"`: what the model returned.
 
         Raises:
-            ValueError: if no sample has weight, or the model has none of this posterior's sites.
-            TypeError: for a compiled program with arguments, or a seed that is no integer.
+            ValueError: if no sample has weight, the model has none of this posterior's sites, or an
+                open string has no length.
+            TypeError: for a compiled program with arguments, arguments that do not fit the model,
+                or a seed that is no integer.
         """
-        if isinstance(model, Program) and args:
+        if isinstance(model, Program) and (args or named):
             raise TypeError("a compiled Program has its arguments already; give none")
-        seed = as_seed(seed)
+        if not isinstance(model, Program):
+            args = arguments_by_place(model, args, named, ("num_samples", "seed", "lengths"))
+        seed, known = as_seed(seed), as_lengths(lengths)
         chosen = self._draw(self.num_samples if num_samples is None else num_samples, seed)
         draws = [dict(self.samples[i]) for i in chosen]
 
         def task(i: int, values: dict[str, Any]) -> dict[str, Any]:
+            for attempt in range(MOST_ATTEMPTS):
+                with contextlib.suppress(EndedEarly):
+                    return run_on(values, (seed, "predict", i, *([attempt] if attempt else [])))
+            raise too_short(known)
+
+        def run_on(values: dict[str, Any], key: Key) -> dict[str, Any]:
             def prior(name: str, fn: Any, execution: Execution) -> Choice:
-                return draw_prior(fn, (seed, "predict", i, name))
+                if isinstance(fn, LMString) and fn.is_open:
+                    return Choice(draw_open(name, fn, (*key, name), known, "predict"))
+                return draw_prior(fn, (*key, name))
 
             choose = given(values, prior)
             if isinstance(model, Program):
@@ -480,10 +513,16 @@ class Posterior(Report):
                     f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "
                     "there is nothing to predict from"
                 )
+            met.update(execution.sites)
             new = {s.name: s.content for s in execution.sites.values() if s.name not in self.sites}
             return {**new, RETURN: execution.returned}
 
-        return run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
+        met: set[str] = set()
+        found = run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
+        for name in sorted(known.keys() - met):
+            hint = did_you_mean(name, met)
+            warn(f"lengths name {name!r}, and no run of the model has met that site{hint}")
+        return found
 
     def diagnose(self, *others: Posterior) -> Diagnosis:
         """What these samples are worth, in words and figures, and what to do about it.
@@ -496,7 +535,14 @@ class Posterior(Report):
 
         Raises:
             ValueError: if another posterior has latents and none of them in common with this one.
+            TypeError: for what is no posterior.
         """
+        for other in others:
+            if not isinstance(other, Posterior):
+                raise TypeError(
+                    f"diagnose takes posteriors, got a {type(other).__name__}; write "
+                    "posterior.diagnose(other), and of a list posterior.diagnose(*others)"
+                )
         return diagnosis.diagnose(self, others)
 
     def to_pandas(self) -> pandas.DataFrame:

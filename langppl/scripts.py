@@ -21,6 +21,8 @@ import inspect
 import json
 import sys
 import traceback
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,12 +157,15 @@ def _parameters(function: Callable[..., Any]) -> str:
 def arguments(model: Callable[..., Any], texts: Sequence[str]) -> list[Any]:
     """The arguments of a model, from text.
 
-    A parameter that is annotated `int` or `float` takes a number; all others take the text.
+    A parameter that is annotated `int`, `float` or `bool` takes a number or a truth value, one of a
+    union of these and `str` the first of them that can be read (`None` too, where no `str` is in
+    it), and one without an annotation the text.
 
     Raises:
-        ScriptError: if their number is wrong, or a number cannot be read.
+        ScriptError: if their number is wrong, one cannot be read as what it is annotated, or is
+            annotated as anything else.
     """
-    signature = inspect.signature(model)
+    signature = _signature(model)
     name = getattr(model, "__name__", "the model")
     try:
         bound = signature.bind(*texts)
@@ -171,19 +176,77 @@ def arguments(model: Callable[..., Any], texts: Sequence[str]) -> list[Any]:
             f"{name} takes {count} {word} ({_parameters(model)}), and --arg is given "
             f"{len(texts)} times"
         ) from None
-    kinds = {"int": int, "float": float, int: int, float: float}
     for parameter in signature.parameters.values():
-        kind = kinds.get(parameter.annotation)
-        if kind is None or parameter.name not in bound.arguments:
+        if parameter.name not in bound.arguments:
             continue
-        text = bound.arguments[parameter.name]
-        try:
-            bound.arguments[parameter.name] = kind(text)
-        except ValueError:
-            raise ScriptError(
-                f"argument {parameter.name!r} of {name} must be {kind.__name__}, got {text!r}"
-            ) from None
+        what = f"argument {parameter.name!r} of {name}"
+        kinds = _kinds(parameter.annotation, what)
+        given = bound.arguments[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            bound.arguments[parameter.name] = tuple(_read_as(kinds, t, what) for t in given)
+        else:
+            bound.arguments[parameter.name] = _read_as(kinds, given, what)
     return list(bound.args)
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(model, eval_str=True)
+    except Exception:  # what is imported for a type checker alone has no value
+        return inspect.signature(model)
+
+
+def _truth(text: str) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if text.strip().lower() not in known:
+        raise ValueError(text)
+    return known[text.strip().lower()]
+
+
+def _nothing(text: str) -> None:
+    if text.strip().lower() != "none":
+        raise ValueError(text)
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    bool: _truth,
+    type(None): _nothing,
+    str: str,
+}
+"""By type, in the order in which those of a union are tried."""
+
+
+def _kinds(annotation: Any, what: str) -> list[Any]:
+    """The types that an argument may have, in the order in which they are tried."""
+    if annotation in (inspect.Parameter.empty, Any, object):
+        return [str]
+    named = {"None": type(None), **{kind.__name__: kind for kind in _READERS}}
+    members: Sequence[Any] = (annotation,)
+    if isinstance(annotation, str):
+        members = [m.strip() for m in annotation.split("|")]
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+    found = [named.get(m, m) if isinstance(m, str) else m for m in members]
+    for kind in found:
+        if kind not in _READERS:
+            shown = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
+            raise ScriptError(
+                f"{what} is annotated {shown}, and --arg gives str, int, float and bool; write a "
+                "function that makes it of one of these"
+            )
+    kinds = [kind for kind in _READERS if kind in found]
+    return [k for k in kinds if k is not type(None) or str not in kinds]
+
+
+def _read_as(kinds: Sequence[Any], text: str, what: str) -> Any:
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return _READERS[kind](text)
+    shown = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    hint = ": true or false" if list(kinds) == [bool] else ""
+    raise ScriptError(f"{what} must be {shown}{hint}, got {text!r}")
 
 
 def rows_of(methods: Sequence[str], guides: Sequence[str]) -> list[Row]:

@@ -322,7 +322,7 @@ def test_an_unknown_guide() -> None:
         ValueError, match="unknown guide 'gflow'; guides are: prior, prompted, gflownet"
     ):
         lp.infer(story, guide="gflow")
-    with pytest.raises(TypeError, match="a guide is a name or a Guide, got 3"):
+    with pytest.raises(TypeError, match="a guide is a name, a Guide or a function, got 3"):
         lp.infer(story, guide=3)
     with pytest.raises(ValueError, match="unknown guide 'gflow'"):
         lp.compare(story, guides=["gflow"])
@@ -775,3 +775,48 @@ def test_numbers_of_things_may_be_of_any_integer_type(tmp_path: Path) -> None:
     for value in (True, 4.0, "4"):
         with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got"):
             lp.infer(model, num_samples=value, progress=False)
+
+
+# -- what is of a wrong type, or in a wrong place ------------------------------------------------
+
+
+class Answer:
+    """As a model of Pydantic is."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+
+LETTER = lp.regex("a")
+MISPLACED: list[tuple[Callable[[], object], str]] = [
+    (lambda: lp.MaskedGuide(LETTER), r"MaskedGuide takes a mapping .* MaskedGuide\({\"z\": gramm"),
+    (lambda: lp.pool_bounds(3), r"takes a list of what evidence_bounds returns, got 3; write"),
+    (lambda: lp.pool_bounds([3]), r"takes a list of what evidence_bounds returns, got \[3\]"),
+    (
+        lambda: lp.Posterior([{"z": "a"}], [0.0]).diagnose([lp.Posterior([{"z": "a"}], [0.0])]),
+        r"takes posteriors, got a list; .* posterior.diagnose\(\*others\)",
+    ),
+    (lambda: lp.deterministic(3, "a"), r"a site's name .* got 3; it comes first"),
+    (lambda: lp.call(len, "abc"), r"a site's name .* got <built-in function len>; it comes first"),
+    (lambda: lp.factor(-1.0, "f"), r"a site's name .* got -1.0; it comes first"),
+    (lambda: lp.potential(len, len, "a"), r"a site's name .* it comes first"),
+    (lambda: lp.json_schema(Answer), r"write json_schema\(Answer.model_json_schema\(\)\)"),
+    (lambda: lp.regex(re.compile("a")), r"one that Python compiled, .* give its .pattern"),
+    (lambda: lp.PromptedGuide(context="text"), r"context must be a function .* got 'text'"),
+    (
+        lambda: lp.infer(story, guide=lp.GFlowNetGuide),
+        r"a guide is a name, a Guide or a function, .* the class; make one: GFlowNetGuide\(...\)",
+    ),
+    (
+        lambda: lp.MixtureGuide([lp.GFlowNetGuide, "prior"], [0.5, 0.5]),
+        r"the class; make one: GFlowNetGuide\(...\)",
+    ),
+    (lambda: lp.GFlowNetGuide.load(LM, "folder"), r"comes first, load\(folder, lm\), got LM"),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), MISPLACED)
+def test_what_is_of_a_wrong_type(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        call()

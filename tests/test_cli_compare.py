@@ -62,6 +62,10 @@ STORY = """
         pass
 
 
+    def of_list(ending: list):
+        pass
+
+
     def no_latent():
         return 3
 
@@ -179,6 +183,31 @@ def test_numbers_are_read_where_they_are_annotated(script: Path) -> None:
     assert "argument 'count' of times must be int, got 'two'" in wrong.stderr
 
 
+def test_truths_and_unions_are_read_as_they_are_annotated() -> None:
+    def model(flag: bool, count: int | None, text: str | None, *more: int | bool) -> None: ...
+
+    given = ["False", "none", "None", "1", "TRUE"]
+    assert scripts.arguments(model, given) == [False, None, "None", 1, True]
+    assert scripts.arguments(model, ["1", "3", "x"]) == [True, 3, "x"]
+    with pytest.raises(scripts.ScriptError, match="'flag' of model must be bool: true or false"):
+        scripts.arguments(model, ["no", "3", "x"])
+    with pytest.raises(scripts.ScriptError, match="must be int or None, got 'three'"):
+        scripts.arguments(model, ["0", "three", "x"])
+
+
+def test_another_annotation_is_refused() -> None:
+    def model(beginning, options: list[str]): ...  # type: ignore[no-untyped-def]
+
+    def unknown(end: nowhere, k: int | None): ...  # type: ignore # noqa: F821
+
+    with pytest.raises(scripts.ScriptError, match=r"annotated list\[str\], and --arg gives str"):
+        scripts.arguments(model, ["a", "b"])
+    with pytest.raises(scripts.ScriptError, match="'end' of unknown is annotated nowhere"):
+        scripts.arguments(unknown, ["a", "2"])
+    unknown.__annotations__["end"] = "str"
+    assert scripts.arguments(unknown, ["a", "2"]) == ["a", 2]
+
+
 def test_if_every_row_fails_the_exit_code_says_so(script: Path) -> None:
     command = ["compare", f"{script}:story", *arguments("ab", "ba")]
     failing = runner.invoke(app, [*command, "--method", "exact:limit=2"])
@@ -203,6 +232,7 @@ WRONG = [
     (["{script}:Beginning"], "'Beginning' is a class"),
     (["{script}:later", "--arg", "x"], "'later' is async"),
     (["{script}:no_latent"], "without meeting a site"),
+    (["{script}:of_list", "--arg", "x"], "argument 'ending' of of_list is annotated list"),
     (
         ["{script}:story", "--arg", "ab"],
         "story takes 2 arguments (beginning, ending), and --arg is given 1 times",

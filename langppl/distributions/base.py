@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 
 from langppl.distributions import sites
 from langppl.distributions.text import Text
@@ -33,7 +34,27 @@ class Pending:
     finish: Callable[[Sequence[Reply]], float]
 
 
-class StringDistribution(dist.Distribution):
+class Undrawn:
+    """What is no text before it is drawn, so that it cannot get into a prompt by mistake."""
+
+    def __format__(self, spec: str) -> str:
+        """Refuses: in an f-string a distribution is a forgotten `sample`."""
+        raise TypeError(self._forgotten())
+
+    def __str__(self) -> str:
+        """The repr; within a run of a model it refuses as `__format__` does."""
+        if _PYRO_STACK:
+            raise TypeError(self._forgotten())
+        return repr(self)
+
+    def _forgotten(self) -> str:
+        return (
+            f"{sites.where()}{self!r} is a distribution, and text is made of what is drawn from "
+            "it: draw it with lp.sample(name, ...); to show it, write repr(...), or {...!r}"
+        )
+
+
+class StringDistribution(Undrawn, dist.Distribution):
     """A distribution over strings under an LM.
 
     To Pyro it is a distribution like any other: call it to sample, `log_prob` to score. Both ask

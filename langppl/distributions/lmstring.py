@@ -11,9 +11,10 @@ import numpy as np
 from langppl.distributions import sites
 from langppl.distributions.base import Key, Pending, StringDistribution
 from langppl.distributions.text import Text
+from langppl.keywords import named
 from langppl.lm.grammars import Grammar
 from langppl.lm.model import LM
-from langppl.lm.prompts import Prompt, check_prompt
+from langppl.lm.prompts import Prompt, begun_answer, check_prompt
 from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
 from langppl.lm.trainable import TrainableLM, split
@@ -46,7 +47,8 @@ class LMString(StringDistribution):
     Args:
         lm: the LM, or a trainable view of one.
         prompt: the text before the string, or a chat as a list of role/content messages. The
-            string is tokenised apart from it.
+            string is the assistant's answer to a chat, or goes on from an assistant's message at
+            its end. It is tokenised apart from the prompt.
         max_tokens: most tokens of the string, a stop included. With a stop and no `max_tokens`,
             the context window is the limit.
         min_tokens: tokens before the string may end.
@@ -74,6 +76,7 @@ class LMString(StringDistribution):
         True
     """
 
+    @named
     def __init__(
         self,
         lm: LM | TrainableLM,
@@ -211,8 +214,8 @@ class LMString(StringDistribution):
         if self.is_open:
             raise ValueError(
                 f"{sites.where()}an open string cannot be sampled: it has no end. Give its "
-                "LMString max_tokens or a stop, observe it, or simulate it at a given length "
-                "(simulate(..., lengths={...}))"
+                "LMString max_tokens or a stop, observe it, or draw so many tokens of it "
+                "(program.simulate or posterior.predict, with lengths={...})"
             )
         own = self.prompt_ids()
         # A guide's context may be longer than the prompt, but the string's limit is the model's.
@@ -360,14 +363,15 @@ class LMString(StringDistribution):
         """Warns once a site if plain text is glued to the last word of the prompt."""
         if isinstance(value, Text) or not isinstance(value, str) or not value:
             return
-        if not isinstance(self.prompt, str):
+        before = begun_answer(self.prompt)
+        if before is None:
             return
-        last, first = self.prompt[-1:], value[:1]
+        last, first = before[-1:], value[:1]
         glued = (last.isalnum() and first.isalnum()) or (last in ".!?" and first.isalpha())
         if last and glued:
             warn(
                 f"{sites.where()}the string {value[:20]!r} begins right after "
-                f"{self.prompt[-20:]!r}, so its first word is glued to the prompt's last; LMs "
+                f"{before[-20:]!r}, so its first word is glued to the prompt's last; LMs "
                 f"expect the space with the word: {' ' + value[:20]!r}",
                 JoinWarning,
                 once=("join", sites.current()),

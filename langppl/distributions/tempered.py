@@ -7,19 +7,19 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 
-from langppl.distributions.base import StringDistribution
+from langppl.distributions.base import StringDistribution, Undrawn
 from langppl.distributions.lmstring import LMString
 from langppl.distributions.text import Text
 from langppl.lm.rules import check_temperature
 
 
-class Tempered(dist.Distribution):
+class Tempered(Undrawn, dist.Distribution):
     """The unnormalised p(z)^(1/T) over whole strings.
 
-    `langppl.sample` runs it as the site itself, drawn from p, and a `factor` of
-    (1/T − 1)·log p(z), so any handler sees both. Below T = 1 it sharpens towards the likeliest
-    *strings*, which dividing logits token by token does not do. It has no normaliser: where the
-    prompt depends on a latent, the missing one reweights that latent.
+    `langppl.sample`, and Pyro's own in a program, runs it as the site itself, drawn from p, and a
+    `factor` of (1/T − 1)·log p(z), so any handler sees both. Below T = 1 it sharpens towards the
+    likeliest *strings*, which dividing logits token by token does not do. It has no normaliser:
+    where the prompt depends on a latent, the missing one reweights that latent.
 
     Args:
         base: an `LMString` or an `LMChoice`.
@@ -61,6 +61,10 @@ class Tempered(dist.Distribution):
         """Unnormalised log-density log p(value)/T, scalar, float64, nats."""
         log_prob = self.base.log_prob(value)
         return log_prob if torch.isneginf(log_prob) else log_prob / self.temperature
+
+    def __repr__(self) -> str:
+        """The base and the temperature."""
+        return f"Tempered({self.base!r}, {self.temperature:g})"
 
 
 class TemperedFactor(dist.Distribution):

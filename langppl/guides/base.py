@@ -288,6 +288,14 @@ class Guide(ABC):
         """Raises ValueError if the guide does not fit a program."""
 
 
+def not_a_guide(guide: Any) -> TypeError:
+    """What is raised for what is neither a name nor a guide nor a function."""
+    mend = ""
+    if isinstance(guide, type) and issubclass(guide, Guide):
+        mend = f", the class; make one: {guide.__name__}(...)"
+    return TypeError(f"a guide is a name, a Guide or a function, got {guide!r}{mend}")
+
+
 class PriorGuide(Guide):
     """Draws latents from the model itself: weights are the likelihood of what is observed."""
 

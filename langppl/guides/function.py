@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMChoice, StringDistribution
-from langppl.guides.base import Guide, Key, Scorer, raw_log_prob
+from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
 from langppl.guides.identity import of_function
 from langppl.program import Program
 from langppl.program.apart import unseen
@@ -224,11 +224,9 @@ def as_guide(guide: Any) -> str | Guide:
     """
     if isinstance(guide, str | Guide):
         return guide
-    if isinstance(guide, type):
-        raise TypeError(f"a guide is an object, and {guide.__name__} is a class: make one of it")
-    if callable(guide) and not isinstance(guide, Program):
+    if callable(guide) and not isinstance(guide, type | Program):
         return FunctionGuide(guide)
-    raise TypeError(f"a guide is a name, a Guide or a function, got {guide!r}")
+    raise not_a_guide(guide)
 
 
 def _scored(values: Mapping[str, Any]) -> Chooser:

@@ -35,6 +35,7 @@ from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
+from langppl.keywords import named, with_rows
 from langppl.lm.counts import as_count, as_number, as_pair
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
@@ -43,7 +44,7 @@ from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.arguments import ModelOrProgram, pairs_of
+from langppl.program.arguments import ModelOrProgram, pairs_of, rows_in
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
 from langppl.records import floats, numbers, write_atomically
@@ -290,6 +291,8 @@ class GFlowNetGuide(Guide):
 
     # -- training -----------------------------------------------------------------------------
 
+    @with_rows
+    @named
     def fit(
         self,
         model: ModelOrProgram | Sequence[tuple[ModelOrProgram, Any]],
@@ -338,8 +341,8 @@ class GFlowNetGuide(Guide):
             model: a model function, a compiled `Program` (then without data), or, for a guide that
                 several programs share, a list of programs and of (model, data) pairs.
             data: the observations, each a tuple of the model's arguments or a mapping from their
-                names: a sequence, or a `Dataset` of torch or Hugging Face. A program is compiled
-                when its observation is first taken.
+                names: a sequence, another iterable, a `Dataset` of torch or Hugging Face, or a
+                `DataFrame`. A program is compiled when its observation is first taken.
             steps: gradient steps.
             observations: how many observations a step takes, all in one packed pass; 4, or all if
                 there are fewer, if None. Each counts as much as the others: it is taken as often,
@@ -474,7 +477,7 @@ class GFlowNetGuide(Guide):
                 f"weights need at least two rows for each of observations={settings.observations}, "
                 f"got {len(rows)} rows; take fewer observations in a step"
             )
-        latents = _given(given, objective, len(rows))
+        latents = _given(_latents_in(given), objective, len(rows))
         if settings.lengths:
             firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
             check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
@@ -555,7 +558,10 @@ class GFlowNetGuide(Guide):
         Raises:
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
                 its context function or Pyro guide is missing.
+            TypeError: for a folder that is no path, or an LM that is none.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"the folder comes first, load(folder, lm), got {folder!r}")
         check_lm(lm)
         path = Path(folder) / GUIDE_FILE
         if not path.is_file():
@@ -673,6 +679,18 @@ def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
             else 'objective="forward_kl" learns from simulated latents; give none, or use "mle"'
         )
     return found
+
+
+def _latents_in(given: Any) -> Any:
+    """Given latents; the rows of a `DataFrame`."""
+    if not hasattr(given, "columns"):
+        return given
+    if "log_weight" in given.columns:
+        raise TypeError(
+            "given is a table of weighted samples, and of a table each row counts alike; give the "
+            "posterior itself, whose weights count"
+        )
+    return rows_in(given)
 
 
 def _held_out(

@@ -42,6 +42,11 @@ class MaskedGuide(Guide):
     name = "masked"
 
     def __init__(self, grammars: Mapping[str, Grammar]) -> None:
+        if not isinstance(grammars, Mapping):
+            raise TypeError(
+                f"MaskedGuide takes a mapping from sites to grammars, got {grammars!r}; write "
+                'MaskedGuide({"z": grammar})'
+            )
         for site, grammar in grammars.items():
             if not isinstance(grammar, Grammar):
                 raise TypeError(

@@ -19,11 +19,16 @@ class PromptedGuide(Guide):
 
     Args:
         context: makes the context; the default shows the observations that depend on the latent.
+
+    Raises:
+        TypeError: for a context that is no function.
     """
 
     name = "prompted"
 
     def __init__(self, context: ContextFunction | None = None) -> None:
+        if context is not None and not callable(context):
+            raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
         self.context = context or default_context
 
     def __repr__(self) -> str:

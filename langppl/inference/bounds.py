@@ -239,7 +239,7 @@ def evidence_bounds(
     if options and method != "smc":
         name = method if isinstance(method, str) else _name_of(method)
         raise TypeError(f"method {name!r} has no settings, got {', '.join(options)}")
-    check_options("smc", options)
+    check_options("smc", options, evidence_bounds)
     seed = as_seed(seed)
     if options.get("rejuvenation"):
         raise ValueError(

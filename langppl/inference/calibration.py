@@ -31,6 +31,7 @@ import rich.text
 import torch
 
 from langppl import diagnostics
+from langppl.diagnostics import InferenceWarning
 from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, given_guide, infer
@@ -53,6 +54,7 @@ from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
 from langppl.tables import Report, pandas_for
+from langppl.warn import warn
 
 if TYPE_CHECKING:
     import pandas
@@ -65,6 +67,7 @@ LIKELIHOOD = "log p(observations | latents)"
 
 _MOST_BINS = 20
 _LEAST_EXPECTED = 5.0
+_LEAST_BINS = 4
 _TIE_NATS = 1e-4
 """Log-probabilities that are equal come out of batches of other shapes a little different."""
 
@@ -131,8 +134,20 @@ class Calibration(Report):
         """The test of each summary."""
         return tuple(_test(n, r, self.draws, len(self.ranks)) for n, r in self.ranks.items())
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether a wrong method could well be seen.
+
+        That takes 5 simulations for each of 4 bins of ranks (or of all ranks, if these are fewer):
+        with fewer, hardly any ranks contradict a method.
+        """
+        return self.simulations >= _LEAST_EXPECTED * min(_LEAST_BINS, self.draws + 1)
+
     def passes(self, level: float = 0.01) -> bool:
         """Whether no summary's ranks contradict the method.
+
+        Where they do not, and there are too few simulations to tell (`is_telling`), a warning says
+        so.
 
         Args:
             level: probability with which a right method fails, over all summaries together.
@@ -142,6 +157,20 @@ class Calibration(Report):
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must be between 0 and 1, got {level!r}")
+        passed = self._passes(level)
+        if passed and not self.is_telling:
+            warn(f"the ranks pass, but there are {self._too_few}", InferenceWarning)
+        return passed
+
+    @property
+    def _too_few(self) -> str:
+        least = math.ceil(_LEAST_EXPECTED * min(_LEAST_BINS, self.draws + 1))
+        return (
+            f"too few simulations to tell: {self.simulations}, and {least} are the least in which "
+            "a wrong method could well be seen"
+        )
+
+    def _passes(self, level: float) -> bool:
         return all(t.adjusted > level for t in self.tests)
 
     def plot(self) -> Figure:
@@ -182,7 +211,9 @@ class Calibration(Report):
             f"method {self.method}, guide {self.guide}: {self.simulations} simulations, "
             f"{self.draws} draws each"
         ]
-        if self.passes():
+        if self._passes(0.01) and not self.is_telling:
+            lines.append(f"There are {self._too_few}.")
+        elif self._passes(0.01):
             lines.append(
                 "The ranks are as uniform as those of a calibrated method (level 0.01 over all "
                 "summaries)."
@@ -236,7 +267,7 @@ def calibrate(
             included), `"exact"`, or another method of `infer`: `"smc"`, whose particles are
             resampled to the draws, or `"mh"`, whose samples are taken without replacement. Of
             these many simulations are run at once, as batches of the LM allow.
-        simulations: how many.
+        simulations: how many; fewer than 20 are too few to tell (see `Calibration.is_telling`).
         num_samples: samples for each, of which the draws are chosen; take several times as many
             effective ones as draws, or the method looks worse than it is. Not used by `"raw"` and
             `"exact"`.
@@ -275,7 +306,7 @@ def calibrate(
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; methods are: {', '.join(methods)}")
     options, arguments = split_options(named)
-    check_options(method, options)
+    check_options(method, options, calibrate)
     seed = as_seed(seed)
     program = as_program(model, args, seed, arguments, names_of(calibrate, method))
     if not program.latents:

@@ -11,6 +11,7 @@ from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import CHAINS, check_names, given_guide, infer
 from langppl.inference.settings import check_options
+from langppl.keywords import with_rows
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.posterior import Posterior
@@ -22,6 +23,7 @@ from langppl.progress import bar
 from langppl.warn import warn
 
 
+@with_rows
 def infer_many(
     model: Callable[..., Any] | Program | Sequence[Any],
     data: Any = None,
@@ -40,8 +42,9 @@ def infer_many(
 
     Args:
         model: a model function, or a list of compiled programs and of (model, data) pairs.
-        data: the rows, as `GFlowNetGuide.fit` takes them: a sequence, or a `Dataset`, of tuples of
-            the model's arguments or of mappings from their names.
+        data: the rows, as `GFlowNetGuide.fit` takes them: a sequence, another iterable, a
+            `Dataset` or a `DataFrame`, of tuples of the model's arguments or of mappings from
+            their names.
         guide: as in `infer`, but for `"gflownet"`: train one guide for all rows, and give it.
         method: as in `infer`.
         num_samples: for each row.
@@ -66,7 +69,7 @@ def infer_many(
     """
     check_names(method, guide)
     num_samples = as_count("num_samples", num_samples, 1)
-    check_options(method, options)
+    check_options(method, options, infer_many)
     seed = as_seed(seed)
     settings: dict[str, Any] = {"method": method, "num_samples": num_samples, **options}
     if method != "exact":

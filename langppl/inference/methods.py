@@ -15,11 +15,11 @@ from langppl.inference.mh import mh
 from langppl.inference.settings import METHODS, OPTIONS, check_values, names_of
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
+from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.arguments import did_you_mean
 from langppl.program.program import as_program
 
 GUIDES = ("prior", "prompted", "gflownet")

@@ -47,6 +47,7 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
         ValueError: for no bounds, other methods, other observations, or bounds that are not
             independent: of one guide with the same method and options, whatever their
             `num_samples`, or already pooled.
+        TypeError: for what is no list of bounds.
 
     Example:
         >>> guides = ("prior", "prompted")
@@ -55,6 +56,12 @@ def pool_bounds(bounds: Sequence[EvidenceBounds]) -> list[EvidenceBounds]:
         >>> [own.guide for own in pool_bounds(found)]
         ['prior', 'prompted']
     """
+    is_list = isinstance(bounds, Sequence) and not isinstance(bounds, str)
+    if not is_list or not all(isinstance(b, EvidenceBounds) for b in bounds):
+        raise TypeError(
+            f"pool_bounds takes a list of what evidence_bounds returns, got {bounds!r}; write "
+            "pool_bounds([one, other])"
+        )
     if not bounds:
         raise ValueError("pool_bounds needs the bounds of at least one guide")
     first = bounds[0]

@@ -12,6 +12,7 @@ from langppl.guides.identity import of_function
 from langppl.inference.kernels import check_tail_share
 from langppl.inference.resampling import SCHEMES
 from langppl.inference.twists import check_twist
+from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count
 
 METHODS = ("importance", "smc", "mh", "exact")
@@ -95,8 +96,13 @@ def names_of(takes: Callable[..., Any], method: str = "") -> list[str]:
     return [*(p.name for p in own if p.kind is p.KEYWORD_ONLY), *OPTIONS.get(method, ())]
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
+def check_options(method: str, options: Mapping[str, Any], takes: Callable[..., Any]) -> None:
     """Checks what is passed on to a method.
+
+    Args:
+        method: the method.
+        options: what is given for it.
+        takes: what the user called, for whose arguments a name may have been meant.
 
     Raises:
         ValueError: for a value out of range.
@@ -106,7 +112,11 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             has = f"options are: {', '.join(known)}" if known else "it has none"
-            raise TypeError(f"method {method!r} has no option {name!r}; {has}")
+            hint = did_you_mean(name, names_of(takes, method))
+            raise TypeError(
+                f"method {method!r} has no option {name!r}; {has}; nor has {takes.__name__} an "
+                f"argument of that name{hint}"
+            )
     check_values(**options)
 
 

@@ -44,7 +44,7 @@ from langppl.lm.counts import as_pair
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.arguments import pairs_of
+from langppl.program.arguments import pairs_of, rows_in
 from langppl.program.program import lms_of
 from langppl.progress import bar
 from langppl.tables import Report
@@ -125,7 +125,8 @@ def em(
         model: a model function, a compiled `Program` (then without data), or a list of programs
             and of (model, data) pairs.
         data: the observations, each a tuple of the model's arguments or a mapping from their
-            names: a sequence, or a `Dataset` of torch or Hugging Face.
+            names: a sequence, another iterable, a `Dataset` of torch or Hugging Face, or a
+            `DataFrame`.
         guide: what proposes the latents: `"prior"`, `"prompted"`, `"gflownet"` (made here) or a
             guide object. None for a model without latents, and for `method="exact"`.
         rounds: how many. A last E step after them measures the model as it ended, and leaves a
@@ -206,7 +207,7 @@ def em(
         weight_decay=weight_decay,
         clip=clip,
     )
-    check_options(method, options)
+    check_options(method, options, em)
     seed = as_seed(seed)
     held_out = _held_out(pairs, validation)
     made = _guide(guide, programs, settings, seed)
@@ -360,7 +361,7 @@ def _with_models(pairs: Sequence[tuple[Any, Any]], validation: Any) -> list[Any]
     """Held-out data as (model, data) pairs."""
     models = [m for m, _ in pairs]
     if len(models) == 1 and not isinstance(models[0], Program):
-        return [(models[0], validation)]
+        return [(models[0], rows_in(validation))]  # it is read more than once
     return list(validation)
 
 

@@ -100,6 +100,11 @@ def regex(pattern: str) -> Grammar:
         >>> regex(r"[0-9]{4}-[0-9]{2}")
         regex('[0-9]{4}-[0-9]{2}')
     """
+    if isinstance(pattern, re.Pattern):
+        raise TypeError(
+            "a regex is a string, in the syntax of Rust's regex crate, and got one that Python "
+            f"compiled, {pattern!r}; give its .pattern, without flags: write (?i) and such into it"
+        )
     pattern = _check_text("a regex", pattern)
     return Grammar("regex", pattern, _regex(pattern))
 
@@ -133,6 +138,12 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise ValueError(f"the schema is not JSON: {error}") from error
+    if hasattr(schema, "model_json_schema"):
+        shown = schema.__name__ if isinstance(schema, type) else repr(schema)
+        raise TypeError(
+            f"a schema must be a mapping or JSON of one, and {shown} is a model of Pydantic; write "
+            f"json_schema({shown}.model_json_schema())"
+        )
     if not isinstance(schema, Mapping):
         raise TypeError(f"a schema must be a mapping or JSON of one, got {schema!r}")
     try:

@@ -10,6 +10,8 @@ Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
 
 
+_ROLES = ("system", "user", "assistant")
+_MORE_ROLES = ("tool", "developer", "function", "ipython", "model")
 _MARK = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -55,25 +57,65 @@ def check_prompt(prompt: object) -> Prompt:
     )
 
 
+def begun_answer(prompt: Prompt) -> str | None:
+    """The text that a string goes on with at once; None if a chat has the answer still to begin."""
+    if not is_chat(prompt):
+        return str(prompt)
+    return str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else None
+
+
+def _check_roles(template: str, messages: Chat) -> None:
+    """Raises ValueError for a role that is none of the usual ones and not in the template."""
+
+    def is_named(role: str) -> bool:
+        return f"'{role}'" in template or f'"{role}"' in template
+
+    for message in messages:
+        role = message["role"]
+        if role not in _ROLES and not is_named(role):
+            known = [*_ROLES, *(r for r in _MORE_ROLES if is_named(r))]
+            raise ValueError(
+                f"a message has the role {role!r}, which the tokenizer's chat template does not "
+                f"name; roles are: {', '.join(known)}"
+            )
+
+
 def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
     """Token ids of a chat, ready for the assistant's answer.
 
+    An assistant's message at its end is the beginning of that answer, which goes on from there.
     Special tokens come from the template alone: a message that spells one is tokenised as plain
     text.
 
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: if the tokenizer has no chat template, a role is not known, or the template
+            changes the message that is to go on.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "a chat prompt needs a tokenizer with a chat template, and this one has none; "
             "give the prompt as a string"
         )
+    _check_roles(str(tokenizer.chat_template), messages)
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    goes_on = messages[-1]["role"] == "assistant"
 
     def render(contents: Sequence[str]) -> str:
         chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = tokenizer.apply_chat_template(
+                chat,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+            )
+        except ValueError as error:
+            if not goes_on:
+                raise
+            raise ValueError(
+                f"the chat template changes the assistant's message {messages[-1]['content']!r}, "
+                "so the string cannot go on from it; end the chat with the user's message"
+            ) from error
         return text
 
     def encode(text: str, split: bool) -> list[int]:

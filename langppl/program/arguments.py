@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from langppl.keywords import did_you_mean
 
 if TYPE_CHECKING:
     from langppl.program.program import Program
 
 ModelOrProgram: TypeAlias = "Callable[..., Any] | Program"
-
-
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one that is, if any."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def arguments_by_place(
@@ -68,8 +63,9 @@ def pairs_of(model: Any, data: Any) -> list[tuple[ModelOrProgram, list[tuple[Any
     Args:
         model: a model function, a compiled `Program`, or a list of such programs and of
             (model, data) pairs.
-        data: a sequence, or a `Dataset` of torch or Hugging Face, of the model's arguments: tuples
-            of them, or mappings from their names.
+        data: rows of the model's arguments, tuples of them or mappings from their names: a
+            sequence, another iterable, a `Dataset` of torch or Hugging Face, or a `DataFrame`,
+            whose columns are the arguments' names.
 
     Raises:
         TypeError: for data that are no such sequence or do not fit the model, or are given besides
@@ -102,27 +98,44 @@ def arguments_of_rows(model: Callable[..., Any], data: Any) -> list[tuple[Any, .
 
     Args:
         model: a model function.
-        data: a sequence, or a `Dataset`, which need not be iterable; see `pairs_of`.
+        data: see `pairs_of`.
 
     Raises:
         TypeError: for data that are no such sequence, or a row that does not fit the model.
         ValueError: for no data.
+    """
+    rows = rows_in(data)
+    if not rows:
+        raise ValueError("data is empty: give at least one tuple of the model's arguments")
+    return [_arguments_of(model, row) for row in rows]
+
+
+def rows_in(data: Any) -> list[Any]:
+    """The rows of data of any kind that `pairs_of` takes; what can be read once is read here.
+
+    Raises:
+        TypeError: for data that have no rows, or none in order.
     """
     if isinstance(data, Mapping):
         raise TypeError(
             "data must be a sequence of tuples of the model's arguments, got a mapping; of columns "
             "make rows: list(zip(*columns.values()))"
         )
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+        # Polars has a method of its own for rows.
+        return list(data.to_dicts() if hasattr(data, "to_dicts") else data.to_dict("records"))
     try:
-        rows = [data[i] for i in range(len(data))]
+        if isinstance(data, set | frozenset):
+            raise TypeError("no order")
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "iloc"):
+            # A Dataset need not be iterable.
+            return [data[i] for i in range(len(data))]
+        return list(data)
     except TypeError as error:
         raise TypeError(
             f"data must be a sequence (or a Dataset) of tuples of the model's arguments, got "
             f"a {type(data).__name__}"
         ) from error
-    if not rows:
-        raise ValueError("data is empty: give at least one tuple of the model's arguments")
-    return [_arguments_of(model, row) for row in rows]
 
 
 def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
@@ -133,10 +146,34 @@ def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
             f"each observation must be a tuple of the model's arguments, or a mapping from their "
             f"names, got {row!r}"
         )
+    wrong = _why_unfit(model, row)
     try:
         return arguments_by_place(model, (), row)
     except TypeError as error:
         raise TypeError(
-            f"an observation with {', '.join(map(repr, row))} does not fit the model: {error}; "
-            "leave out what is none of its arguments"
+            f"an observation with {', '.join(map(repr, row))} does not fit the model"
+            f"{inspect.signature(model)}: {wrong or error}"
         ) from error
+
+
+def _why_unfit(model: Callable[..., Any], row: Mapping[str, Any]) -> str:
+    """What a row by name lacks, and what it has too much; empty if neither."""
+    parameters = inspect.signature(model).parameters
+    wanted = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    lacks = [p.name for p in wanted if p.name not in row and p.default is p.empty]
+    extra = [name for name in row if name not in parameters]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        extra = []
+    clauses = []
+    if lacks:
+        clauses.append(f"it lacks {', '.join(map(repr, lacks))}")
+    if extra:
+        columns = [p.name for p in wanted if p.name in row]
+        hint = did_you_mean(str(extra[0]), lacks)
+        mend = (
+            f"; take the columns it has, e.g. data.select_columns({columns}) of a Dataset, "
+            f"data[{columns}] of a DataFrame"
+        )
+        word = "is no argument" if len(extra) == 1 else "are no arguments"
+        clauses.append(f"{', '.join(map(repr, extra))} {word} of the model{hint or mend}")
+    return "; ".join(clauses)

@@ -14,7 +14,7 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 
-from langppl.distributions import StringDistribution
+from langppl.distributions import StringDistribution, Tempered
 from langppl.distributions.base import Key, Pending
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
@@ -28,6 +28,7 @@ from langppl.program.statements import (
     Model,
     as_value,
     check_string_site,
+    factor_of_tempered,
     memo_of_calls,
     plate_error,
     unboxed,
@@ -221,6 +222,8 @@ class _Handler(Messenger):
                 f"site {name!r} is met twice in one execution; give each site its own name, in a "
                 f'loop for instance f"{name}_{{i}}"'
             )
+        if isinstance(fn, Tempered):
+            fn = _split_tempered(msg)
         if is_users_own(fn):
             msg["infer"] = {**msg["infer"], "langppl_made_of": parameters(fn)}
         if isinstance(fn, StringDistribution):
@@ -268,6 +271,19 @@ class _Handler(Messenger):
             defence=choice.defence,
             made_of=msg["infer"].get("langppl_made_of"),
         )
+
+
+def _split_tempered(msg: Any) -> Any:
+    """Makes a tempered site of Pyro's own `sample` what `langppl.sample` would have made of it."""
+    tempered, go_on = msg["fn"], msg["continuation"]
+
+    def then(msg: Any) -> None:
+        factor_of_tempered(msg["name"], tempered, msg["value"])
+        if go_on is not None:
+            go_on(msg)
+
+    msg["fn"], msg["continuation"] = tempered.base, then
+    return tempered.base
 
 
 def run_once(

@@ -6,12 +6,54 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from langppl.distributions import LMString
+from langppl.distributions import LMString, Text
+from langppl.distributions.base import Key
 from langppl.lm.counts import as_count
 from langppl.warn import warn
 
 if TYPE_CHECKING:
     from langppl.program.program import Program
+
+
+MOST_ATTEMPTS = 200
+"""Runs for one draw, before it is given up."""
+
+
+class EndedEarly(BaseException):
+    """The LM ended an open string before the length asked for, or the string was rejected."""
+
+
+def draw_open(name: str, fn: LMString, key: Key, lengths: Mapping[str, int], by: str) -> Text:
+    """Draws the first tokens of an open string.
+
+    Args:
+        name: of its site.
+        fn: its distribution.
+        key: what the random numbers depend on.
+        lengths: tokens of each open string.
+        by: what the user calls, for an error.
+
+    Raises:
+        ValueError: if its length is not among them.
+        EndedEarly: if the LM ended the text before.
+    """
+    if name not in lengths:
+        raise ValueError(
+            f"site {name!r} is an open string; say how long it is to be: "
+            f"{by}(..., lengths={{{name!r}: 10}})"
+        )
+    drawn = fn.draw_open(key, lengths[name])
+    if drawn is None:
+        raise EndedEarly(f"the open string {name!r} ended before its {lengths[name]} tokens")
+    return drawn[0]
+
+
+def too_short(lengths: Mapping[str, int]) -> ValueError:
+    """What is raised when no attempt succeeds."""
+    return ValueError(
+        f"in {MOST_ATTEMPTS} attempts the LM ended an open string before its length "
+        f"{dict(lengths)}; ask for shorter ones"
+    )
 
 
 def as_lengths(lengths: Any) -> dict[str, int]:

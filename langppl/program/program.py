@@ -13,9 +13,10 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.distributions.sites import naming
+from langppl.keywords import did_you_mean
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
-from langppl.program.arguments import arguments_by_place, did_you_mean
+from langppl.program.arguments import arguments_by_place
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
@@ -30,7 +31,14 @@ from langppl.program.execution import (
 )
 from langppl.program.graph import ProgramGraph
 from langppl.program.keys import hashable
-from langppl.program.lengths import as_lengths, check_lengths
+from langppl.program.lengths import (
+    MOST_ATTEMPTS,
+    EndedEarly,
+    as_lengths,
+    check_lengths,
+    draw_open,
+    too_short,
+)
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
 from langppl.program.templates import fill_all, signatures
@@ -38,7 +46,6 @@ from langppl.warn import warn
 
 After = Callable[[Execution], Execution]
 
-_MOST_ATTEMPTS = 200
 _FIRST_CHECKED = 8
 """Rows of a static program that are run before only one of each batch is."""
 
@@ -93,12 +100,15 @@ class Program:
 
     def _check_names(self) -> None:
         for named in named_in(self.model):
-            missing = sorted(named.names - named.met)
-            if missing:
-                warn(
-                    f"{named.by} names the site {', '.join(map(repr, missing))}, and no run of the "
-                    f"model has met it; its sites are {', '.join(map(repr, self.sites))}",
-                )
+            self._warn_unmet(named.by, sorted(named.names - named.met), tuple(self.sites))
+
+    def _warn_unmet(self, by: str, missing: Sequence[str], known: Sequence[str]) -> None:
+        if missing:
+            hint = did_you_mean(missing[0], known)
+            warn(
+                f"{by} names the site {', '.join(map(repr, missing))}, and no run of the model has "
+                f"met it; its sites are {', '.join(map(repr, known))}{hint}"
+            )
 
     def _of_kind(self, kind: str) -> tuple[str, ...]:
         return tuple(n for n, d in self.graph.nodes(data=True) if d["kind"] == kind)
@@ -154,7 +164,7 @@ class Program:
         """The same program with other observations; its structure is not searched again.
 
         Args:
-            values: observed site → value.
+            values: observed site → value; a warning names sites that no run has met yet.
 
         Raises:
             ValueError: if a site is known and not observed, or the program is static and has none
@@ -168,6 +178,10 @@ class Program:
                 )
             if name in self.sites and self.sites[name].kind != "observed":
                 raise ValueError(f"site {name!r} is {self.sites[name].kind}, not observed")
+        self._warn_unmet("observing", [n for n in values if n not in self.sites], self.observed)
+        return self._observing(values)
+
+    def _observing(self, values: Mapping[str, Any]) -> Program:
         new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
 
         def renewed(site: Site) -> Site:
@@ -271,7 +285,8 @@ class Program:
         """Log joint density of latents and observations.
 
         Args:
-            assignments: latent → value, or a list of such mappings.
+            assignments: latent → value, or a list of such mappings; a warning names sites that no
+                run has met.
 
         Returns:
             Nats, float64: a scalar for one mapping, shape [n] for n of them; −inf where the
@@ -282,9 +297,15 @@ class Program:
         """
         single = isinstance(assignments, Mapping)
         rows = [assignments] if isinstance(assignments, Mapping) else list(assignments)
-        for name in dict.fromkeys(n for row in rows for n in row):
+        names = dict.fromkeys(n for row in rows for n in row)
+        for name in names:
             self._check_latent(name)
-        totals = torch.tensor([e.log_joint for e in self.executions(rows)], dtype=torch.float64)
+        found = self.executions(rows)
+        # What an execution would have met after an error is not known.
+        if not any(e.error for e in found):
+            met = {"_RETURN", *self.sites, *(n for e in found for n in e.sites)}
+            self._warn_unmet("log_joint", [n for n in names if n not in met], self.latents)
+        totals = torch.tensor([e.log_joint for e in found], dtype=torch.float64)
         return totals[0] if single else totals
 
     def _check_latent(self, name: str) -> None:
@@ -343,20 +364,17 @@ class Program:
         return known
 
     def _simulate_one(self, i: int, seed: int, lengths: Mapping[str, int]) -> dict[str, Any]:
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(MOST_ATTEMPTS):
             try:
                 execution = self._attempt((seed, "simulate", i, attempt), lengths)
-            except _EndedEarly:
+            except EndedEarly:
                 continue
             return {
                 s.name: s.value
                 for s in execution.sites.values()
                 if s.kind in ("latent", "observed")
             }
-        raise ValueError(
-            f"in {_MOST_ATTEMPTS} attempts the LM ended an open string before its length "
-            f"{dict(lengths)}; ask for shorter ones"
-        )
+        raise too_short(lengths)
 
     def simulated(
         self, key: tuple[int | str, ...], lengths: Mapping[str, int] | None = None
@@ -381,18 +399,18 @@ class Program:
         memo_of_calls.set(self.memo)
         known = self._lengths(lengths)
         reasons: set[str] = set()
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(MOST_ATTEMPTS):
             try:
                 execution = self._attempt((*key, attempt), known, redraw=True)
-            except _EndedEarly as early:
+            except EndedEarly as early:
                 reasons.add(str(early))
                 continue
             sites = execution.sites.values()
             observed = {s.name: s.value for s in sites if s.kind == "observed"}
-            return execution.latents, self.observing(observed)
+            return execution.latents, self._observing(observed)
         often = " or ".join(sorted(reasons))
         raise ValueError(
-            f"{_MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
+            f"{MOST_ATTEMPTS} draws from the model came to nothing: {often}. Ask for shorter open "
             "strings (lengths=...), and give strings that are rejected more max_tokens"
         )
 
@@ -408,21 +426,10 @@ class Program:
                         f"simulated as data; {mend}"
                     )
                 if fn.is_open:
-                    if name not in lengths:
-                        raise ValueError(
-                            f"site {name!r} is an open string; say how long it is to be: "
-                            f"simulate(..., lengths={{{name!r}: 10}})"
-                        )
-                    length = lengths[name]
-                    drawn = fn.draw_open((*key, name), length)
-                    if drawn is None:
-                        raise _EndedEarly(
-                            f"the open string {name!r} ended before its {length} tokens"
-                        )
-                    return drawn[0]
+                    return draw_open(name, fn, (*key, name), lengths, "simulate")
             choice = draw_prior(fn, (*key, name))
             if choice.log_prob == -torch.inf:
-                raise _EndedEarly(f"the string {name!r} was rejected by its own rules")
+                raise EndedEarly(f"the string {name!r} was rejected by its own rules")
             return choice.value
 
         def choose(name: str, fn: Any, execution: Execution) -> Any:
@@ -458,10 +465,6 @@ def lms_of(programs: Iterable[Program]) -> list[LM]:
     """The LMs that the sites of some programs stand on."""
     fns = [s.fn for p in programs for s in p.sites.values()]
     return list({id(f.lm): f.lm for f in fns if isinstance(f, StringDistribution)}.values())
-
-
-class _EndedEarly(BaseException):
-    """The LM ended an open string before the length asked for, or the string was rejected."""
 
 
 def _renewed(argument: Any, new: Mapping[str, Any], sites: Mapping[str, Site]) -> Any:

@@ -66,8 +66,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         TypeError: if the name, the distribution or an observation is of the wrong type.
         ValueError: for a string site in a vectorised plate, or a NaN that is observed.
     """
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"a site's name must be a non-empty string, got {name!r}")
+    _check_name(name)
     with naming(name):
         if isinstance(dist, Tempered):
             return _sample_tempered(name, dist, obs)
@@ -90,6 +89,12 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         if isinstance(dist, StringDistribution):
             check_string_site(name, value)
         return value
+
+
+def _check_name(name: object) -> None:
+    """Raises TypeError for what is no site's name."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a site's name must be a non-empty string, got {name!r}; it comes first")
 
 
 def _check_distribution(name: str, fn: Any) -> None:
@@ -127,9 +132,20 @@ def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
     # A site that `do` removed has no density, and so no tempered one.
     removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
     if _PYRO_STACK and not removed and not _is_hidden(name, tempered.base, value, obs):
-        fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
-        pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
+        factor_of_tempered(name, tempered, value)
     return value
+
+
+def factor_of_tempered(name: str, tempered: Tempered, value: str) -> None:
+    """The factor that makes a site tempered.
+
+    Args:
+        name: of the site.
+        tempered: its distribution.
+        value: its value.
+    """
+    fn: Any = TemperedFactor(tempered.base, 1.0 / tempered.temperature - 1.0, value)
+    pyro.sample(f"{name}/tempered", fn, obs=torch.empty(0), infer={"is_auxiliary": True})
 
 
 def _is_hidden(name: str, fn: Any, value: Any, obs: Any) -> bool:
@@ -155,6 +171,7 @@ def factor(name: str, log_weight: torch.Tensor | float) -> None:
     Raises:
         ValueError: if the weight is NaN, +inf, or not a scalar.
     """
+    _check_name(name)
     pyro.factor(name, _log_weight(f"factor {name!r}", log_weight))
 
 
@@ -184,6 +201,7 @@ def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -
         ...     potential("short", lambda text: -float(len(text) > 40), z)
         >>> posterior = infer(letter, method="smc", num_samples=8)
     """
+    _check_name(name)
     value = _log_weight(f"potential {name!r}", fn(text))
     unit: Any = Potential(value)  # type: ignore[no-untyped-call]
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True})
@@ -272,6 +290,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         RuntimeError: if a tool that is not pure would be evaluated a second time.
         TypeError: if it is no function, or returns an iterator.
     """
+    _check_name(name)
     if not callable(fn):
         raise TypeError(f"call {name!r} needs a function, got {fn!r}; write call(name, fn, *args)")
 
@@ -396,6 +415,7 @@ def deterministic(name: str, value: R) -> R:
     Returns:
         The value.
     """
+    _check_name(name)
     return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
 
 

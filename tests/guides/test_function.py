@@ -236,7 +236,7 @@ def test_names_that_no_latent_has() -> None:
     ("guide", "message"),
     [
         (3, "a guide is a name, a Guide or a function, got 3"),
-        (lp.GFlowNetGuide, "GFlowNetGuide is a class: make one of it"),
+        (lp.GFlowNetGuide, r"the class; make one: GFlowNetGuide\(...\)"),
         (lp.compile(story, "a"), "a guide is a name, a Guide or a function"),
     ],
 )

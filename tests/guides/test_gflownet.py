@@ -373,6 +373,24 @@ def test_given_draws_of_a_chain_show_no_later_latent() -> None:
     assert set((site, *values) for site, values in shown) == {("one",), ("two", "one")}
 
 
+def test_given_draws_may_be_a_table_of_latents_alone() -> None:
+    pytest.importorskip("pandas")
+    shown = []
+    for as_table in (False, True):
+        program = compile(chain, make_lm(1))
+        prior = infer(program, num_samples=16, progress=False)
+        table = prior.to_pandas()
+        guide = GFlowNetGuide(program.args[0], rank=2, seed=0)
+        with pytest.raises(TypeError, match="give the posterior itself, whose weights count"):
+            guide.fit(program, given=table, steps=1, progress=False)
+        # In a table a string is its text, and not the tokens that it was drawn as.
+        texts = [{name: str(text) for name, text in row.items()} for row in prior.samples]
+        given: Any = table[list(program.latents)] if as_table else texts
+        guide.fit(program, given=given, steps=2, batch=8, progress=False)
+        shown.append(guide.history)
+    assert shown[0] == shown[1]
+
+
 def test_given_draws_with_several_observations_are_an_error() -> None:
     lm = make_lm()
     with pytest.raises(ValueError, match="given latents belong to one observation"):

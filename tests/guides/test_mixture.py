@@ -163,7 +163,7 @@ def propose(*args: Any) -> None:
         (PriorGuide(), None, TypeError, "list of guides"),
         (["prior"], None, ValueError, "at least two guides, got 1"),
         ([], None, ValueError, "at least two guides, got 0"),
-        (["prior", 3], None, TypeError, "a name or a Guide, got 3"),
+        (["prior", 3], None, TypeError, "a name, a Guide or a function, got 3"),
         (["prior", "gflownet"], None, ValueError, "'gflownet'.*trained as objects"),
         (["prior", "prompted"], [1.0], ValueError, "2 guides, and 1 shares"),
         (["prior", "prompted"], [0.5, 0.6], ValueError, r"sum to 1, got \[0.5, 0.6\]"),

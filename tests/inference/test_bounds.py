@@ -312,7 +312,7 @@ def test_bad_input() -> None:
         evidence_bounds(PROGRAM, guide="gflownet", **quick)
     with pytest.raises(ValueError, match="unknown guide 'posterior'"):
         evidence_bounds(PROGRAM, guide="posterior", **quick)
-    with pytest.raises(TypeError, match="a name or a Guide"):
+    with pytest.raises(TypeError, match="a name, a Guide or a function"):
         evidence_bounds(PROGRAM, guide=3, **quick)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method must be"):
         evidence_bounds(PROGRAM, method="smoke", **quick)

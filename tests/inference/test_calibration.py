@@ -25,6 +25,7 @@ from langppl import (
     factor,
     sample,
 )
+from langppl.diagnostics import InferenceWarning
 from langppl.guides import Guide, PriorGuide
 from langppl.guides.policy import Policy
 from langppl.inference import Calibration, calibration
@@ -302,6 +303,32 @@ def test_its_picture() -> None:
         assert edges.min() >= 0.0 and max(test.counts) <= edges.max()
     with pytest.raises(ValueError, match="level must be between"):
         plot_calibration(found("exact"), level=0.0)
+
+
+@pytest.mark.parametrize(
+    ("simulations", "draws", "is_telling"),
+    [(5, 15, False), (19, 15, False), (20, 15, True), (10, 1, True), (9, 1, False)],
+)
+def test_too_few_simulations_tell_nothing(simulations: int, draws: int, is_telling: bool) -> None:
+    # Each in one bin or the other, in turns: as even as can be.
+    ranks = tuple((k % 2) * draws for k in range(simulations))
+    found = Calibration("prior", "raw", simulations, draws, draws, {"z": ranks}, None)
+    assert found.is_telling == is_telling
+    if draws == 1:
+        assert ("as uniform as" in str(found)) == is_telling
+    if is_telling:
+        assert "too few simulations" not in str(found)
+        return
+    assert "too few simulations to tell" in str(found) and "as uniform as" not in str(found)
+    with pytest.warns(InferenceWarning, match=f"too few simulations to tell: {simulations}, and"):
+        assert found.passes()
+
+
+def test_what_fails_with_few_simulations_fails() -> None:
+    ranks = (0,) * 12
+    found = Calibration("prior", "raw", 12, 15, 15, {"z": ranks}, None)
+    assert not found.is_telling
+    assert not found.passes() and "Not calibrated" in str(found)
 
 
 def test_few_effective_samples_are_said() -> None:

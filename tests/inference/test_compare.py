@@ -363,7 +363,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"methods": []}, ValueError, "at least one method"),
     ({"methods": "smc"}, TypeError, r"methods must be a list, got 'smc'"),
     ({"guides": "prior"}, TypeError, "guides must be a list"),
-    ({"guides": [3]}, TypeError, "a guide is a name or a Guide, got 3"),
+    ({"guides": [3]}, TypeError, "a guide is a name, a Guide or a function, got 3"),
     ({"rows": []}, ValueError, "at least one row"),
     ({"rows": [("smc", "prior")], "guides": ["prior"]}, ValueError, "not both"),
     ({"rows": ["smc"]}, TypeError, r"a row is \(method, guide\)"),

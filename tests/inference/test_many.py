@@ -98,6 +98,26 @@ def test_rows_may_be_mappings() -> None:
     assert [p.samples for p in mixed] == [p.samples for p in wanted]
 
 
+def test_rows_may_be_a_table_or_any_iterable() -> None:
+    pd = pytest.importorskip("pandas")
+    # Of a table that was filtered or sorted, the labels are no places.
+    table = pd.DataFrame(ROWS, columns=["prompt", "seen"], index=[3, 1, 0, 2, 7])
+    wanted = lp.infer_many(story, ROWS, num_samples=4, progress=False)
+    kinds = {
+        "table": table,
+        "itertuples": table.itertuples(index=False),
+        "map": map(tuple, table.to_numpy().tolist()),
+        "generator": (row for row in ROWS),
+        "series": pd.Series(ROWS, index=table.index),
+    }
+    for kind, data in kinds.items():
+        found = lp.infer_many(story, data, num_samples=4, progress=False)
+        assert [p.samples for p in found] == [p.samples for p in wanted], kind
+    for data in (3, set(ROWS)):
+        with pytest.raises(TypeError, match="data must be a sequence"):
+            lp.infer_many(story, data)
+
+
 def test_a_mapping_fills_defaults_only_before_what_it_gives() -> None:
     from langppl.program.arguments import arguments_of_rows
 
@@ -116,9 +136,11 @@ def by_keyword(a: str, *, b: str) -> None: ...
         (
             story,
             {"prompt": "a", "label": 1},
-            r"'prompt', 'label' does .*'label' is no .*; leave",
+            r"'prompt', 'label' does .*: 'label' is no argument of the model; take the columns it "
+            r"has, e.g. data.select_columns\(\['prompt'\]\)",
         ),
-        (story, {"seen": "a"}, r"missing a required argument: 'prompt'"),
+        (story, {"seen": "a"}, r"fit the model\(.*: it lacks 'prompt'$"),
+        (story, {"promt": "a"}, r"it lacks 'prompt'; 'promt' is no .*; did you mean 'prompt'\?$"),
         (story, "ab", r"must be a tuple of the model's arguments, or a mapping"),
         (by_keyword, {"a": "a", "b": "b"}, r"takes 'b' by keyword alone"),
     ],

@@ -66,3 +66,29 @@ def test_seeds_are_of_any_size(seed: int) -> None:
     posterior = infer(story, num_samples=16, seed=seed, progress=False)
     assert posterior.resample(5, seed=seed) == posterior.resample(5, seed=seed)
     assert len(posterior.predict(after, "b", num_samples=3, seed=seed)) == 3
+
+
+def goes_on(prompt: str, ending: str | None = None) -> None:
+    middle = sample("middle", LMString(LM, prompt, stop=".", max_tokens=2))
+    sample("ending", LMString(LM, f"{prompt}{middle}"), obs=ending)
+
+
+def test_an_open_string_is_predicted_at_a_given_length() -> None:
+    posterior = infer(goes_on, "ab", "bb.", method="exact", progress=False)
+    n = 600
+    found = posterior.predict(goes_on, prompt="ab", lengths={"ending": 1}, num_samples=n, seed=1)
+    want: dict[str, float] = {}
+    for z, p in zip(posterior.samples, posterior.weights, strict=True):
+        fn = LMString(LM, f"ab{z['middle']}")
+        firsts = {c: math.exp(float(fn.log_prob(c))) for c in "ab."}
+        for c, own in firsts.items():
+            want[c] = want.get(c, 0.0) + p * own / sum(firsts.values())
+    for c, p in want.items():
+        share = np.mean([row["ending"] == c for row in found])
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / n), c
+    with pytest.raises(ValueError, match=r"predict\(..., lengths=\{'ending': 10\}\)"):
+        posterior.predict(goes_on, "ab", None)
+    with pytest.raises(TypeError, match=r"'promt' is no argument .* did you mean 'prompt'"):
+        posterior.predict(goes_on, promt="ab")
+    with pytest.warns(UserWarning, match="lengths name 'endng'.*did you mean 'ending'"):
+        posterior.predict(goes_on, "ab", lengths={"endng": 1, "ending": 2}, num_samples=2)

@@ -428,6 +428,22 @@ def test_held_out_data_are_measured():
     assert result.history.to_pandas().shape == (3, len(result.history))
 
 
+def test_data_and_held_out_data_may_be_tables_and_iterators():
+    pd = pytest.importorskip("pandas")
+    found = []
+    for data, held_out in [
+        (DATA, [("a.", "a")]),
+        (pd.DataFrame(DATA, columns=["text", "label"]), iter([("a.", "a")])),
+    ]:
+        lm = make_lm()
+        model = rationales(lm, lm.trainable("v", rank=2))
+        guide = lp.GFlowNetGuide(lm, rank=2)
+        options = {"rounds": 2, "steps": 2, "fit": {"steps": 1, "batch": 2}, "num_samples": 4}
+        result = lp.em(model, data, guide, validation=held_out, **options)
+        found.append(result.history)
+    assert found[0] == found[1]
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -468,7 +484,7 @@ def test_bad_arguments_say_what_to_do():
         with pytest.raises(ValueError, match=message):
             call()
     for call, message in [
-        (lambda: lp.em(model, DATA, 3), "a guide is a name or a Guide, got 3"),
+        (lambda: lp.em(model, DATA, 3), "a guide is a name, a Guide or a function, got 3"),
         (lambda: lp.em(model, DATA, "prior", trainable=[lm]), "views made by lm.trainable"),
         (lambda: lp.em(model, DATA, "gflownet", fit=3), "fit is True, False or a mapping"),
     ]:

@@ -231,6 +231,60 @@ def test_a_chat_template_that_changes_a_message_with_a_special_token() -> None:
         lm.encode_prompt([{"role": "user", "content": "a</s>"}])
 
 
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_an_assistants_message_at_the_end_goes_on(trim: str) -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">", " "])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['content']TRIM }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    ).replace("TRIM", trim)
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+
+    def after(answer: str) -> tuple[int, ...]:
+        chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": answer}]
+        return lm.encode_prompt(chat)
+
+    asked = (0, *lm.encode_text("ab"), 1, 0)
+    assert after("ba") == (*asked, *lm.encode_text("ba"))
+    assert after("") == asked
+    assert after("b</s> ") == (*asked, *lm.encode_text("b</s>" if trim else "b</s> "))
+
+
+def test_a_word_glued_to_an_assistants_message_is_seen() -> None:
+    lm = tiny_lm(["a", "b"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    with pytest.warns(lp.JoinWarning, match="right after 'ba'"):
+        chat = [{"role": "assistant", "content": "ba"}]
+        lp.LMString(lm, chat, max_tokens=2).log_prob("ab")
+
+
+def test_an_assistants_message_that_the_template_changes_cannot_go_on() -> None:
+    lm = tiny_lm(["a", "A"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] | upper }}{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    with pytest.raises(ValueError, match=r"changes the assistant's message 'a'.*end the chat with"):
+        lm.encode_prompt([{"role": "assistant", "content": "a"}])
+
+
+def test_a_misspelt_role_is_an_error() -> None:
+    lm = tiny_lm(["a", "b"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] in ('tool', \"critic\") %}<s>{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    message = "has the role 'usr'.*roles are: system, user, assistant, tool$"
+    with pytest.raises(ValueError, match=message):
+        lm.encode_prompt([{"role": "usr", "content": "a"}])
+    for role in ("tool", "critic"):
+        assert lm.encode_prompt([{"role": role, "content": "a"}]) == (0, *lm.encode_text("a"))
+
+
 def test_token_budget_must_be_positive() -> None:
     lm = tiny_lm()
     with pytest.raises(ValueError, match="token_budget must be at least 1"):

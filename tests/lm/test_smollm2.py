@@ -33,3 +33,22 @@ def test_draws_score_alike(lm: LM) -> None:
     for k in range(8):
         value, log_prob = dist.draw(("real", k))
         assert float(dist.log_prob(value)) == pytest.approx(log_prob, abs=1e-3), repr(value)
+
+
+@pytest.mark.parametrize("answer", ["Sure, here", "Sure, ", " Sure", "", "a <|im_end|> b"])
+def test_a_chat_goes_on_as_transformers_renders_it(lm: LM, answer: str) -> None:
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Name a fish."},
+        {"role": "assistant", "content": answer},
+    ]
+    tokenizer = lm.tokenizer
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    ids = lm.encode_prompt(chat)
+    assert tokenizer.decode(list(ids)) == rendered
+    assert rendered.endswith("assistant\n" + answer)
+    if "<" not in answer:
+        assert list(ids) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    # The template's own: the two that end the first messages, and the three that begin one.
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    assert (names.count("<|im_end|>"), names.count("<|im_start|>")) == (2, 3)

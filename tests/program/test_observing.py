@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -322,3 +323,40 @@ def test_executions_of_a_dynamic_program_are_its_runs(observations: dict[str, st
     score_all(ran)
     assert [shown(e) for e in program.executions(ROWS)] == [shown(e) for e in ran]
     assert len({e.sites["y"].fn.prompt for e in ran}) == 2
+
+
+def test_a_misspelt_site_of_a_dynamic_program_is_named() -> None:
+    def model(ending: str) -> None:
+        z = lp.sample("middle", short())
+        if len(z) > 1:
+            lp.sample("more", short())
+        lp.sample("ending", goes_on(z), obs=ending)
+
+    program = lp.compile(model, "a")
+    message = "names the site '{}', and no run of the model has met it.*did you mean '{}'"
+    with pytest.warns(UserWarning, match="observing " + message.format("endng", "ending")):
+        program.observing({"endng": "b"})
+    row = {"middle": ".", "midle": "."}
+    with pytest.warns(UserWarning, match="log_joint " + message.format("midle", "middle")):
+        found = program.log_joint(row)
+    with pytest.warns(UserWarning, match="condition " + message.format("mor", "more")):
+        lp.compile(lp.condition(model, {"mor": "a"}), "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", lp.JoinWarning)
+        # A site that some runs meet alone is no misspelling.
+        assert program.log_joint({"middle": ".", "more": "b"}) == found
+        program.observing({"ending": "b"})
+
+
+def test_a_pair_of_a_dynamic_program_is_no_misspelling() -> None:
+    def model() -> None:
+        k = int(lp.sample("k", dist.Uniform(0.0, 1e6)))
+        lp.sample(f"y_{k}", short("b"), obs="a")
+
+    program = lp.compile(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ((latents, pair),) = run([partial(program.simulated, (0, 1))])
+    assert f"y_{int(latents['k'])}" not in program.sites
+    assert list(pair._observations) == [f"y_{int(latents['k'])}"]

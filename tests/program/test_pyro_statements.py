@@ -140,3 +140,77 @@ def test_smc_sees_pyros_deterministic_as_the_model_does(twist: str | None) -> No
     assert found[0].resampled == found[1].resampled > 1
     assert found[0].samples == found[1].samples
     np.testing.assert_allclose(found[0].log_weights, found[1].log_weights, atol=1e-5)
+
+
+BASE = lp.LMString(LM, "a", max_tokens=2)
+TEMPERED = lp.Tempered(BASE, 0.25)
+
+
+def tempered_by(sample: Any, obs: str | None = None, scale: float = 1.0) -> Any:
+    def model() -> None:
+        a = lp.sample("a", lp.LMChoice(LM, "a", ["a", "b"]))
+        for i in pyro.plate("strings", 1):
+            with poutine.scale(scale=scale):
+                z = sample(f"z{i}", TEMPERED, obs=obs)
+            lp.sample(f"y{i}", lp.LMString(LM, f"{a}{z}"), obs="b")
+
+    return model
+
+
+@pytest.mark.parametrize("obs", [None, "ab"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_pyros_sample_tempers_as_langppls_does(obs: str | None, scale: float) -> None:
+    ours, pyros = (lp.compile(tempered_by(s, obs, scale)) for s in (lp.sample, pyro.sample))
+    assert list(pyros.sites) == list(ours.sites) == ["a", "z0", "z0/tempered", "y0"]
+    assert pyros.latents == ours.latents and pyros.is_static
+    rows = [{"a": "b", **({} if obs else {"z0": z})} for z in ("ab", "b", "x")]
+    np.testing.assert_array_equal(pyros.log_joint(rows), ours.log_joint(rows))
+    options: dict[str, Any] = {"num_samples": 16, "progress": False}
+    for method in ("importance", "smc", "mh", "exact"):
+        found = [lp.infer(p, method=method, **options) for p in (ours, pyros)]
+        assert found[1].samples == found[0].samples
+        np.testing.assert_array_equal(found[1].log_weights, found[0].log_weights)
+
+
+def test_pyros_tempered_site_has_the_evidence_of_the_power() -> None:
+    plain = lp.infer(lambda: lp.sample("z", BASE), method="exact", progress=False)
+    powers = {z: p**4 for z, p in plain.probabilities("z").items()}
+    program = lp.compile(lambda: pyro.sample("z", TEMPERED))
+    exact = lp.infer(program, method="exact", progress=False)
+    # The texts of this LM have one tokenisation each.
+    assert exact.log_evidence == pytest.approx(math.log(sum(powers.values())), abs=1e-5)
+    with pytest.raises(ValueError, match="site 'z/tempered' is a factor"):
+        program.simulate(1)
+    guide = lp.GFlowNetGuide(LM, rank=4)
+    guide.fit(program, steps=20, batch=16, learning_rate=2e-2, progress=False)
+    drawn = lp.infer(program, guide=guide, num_samples=64, progress=False)
+    assert drawn.log_evidence == pytest.approx(exact.log_evidence, abs=0.3)
+    q = np.exp(guide.log_q(program, [{"z": exact.mode("z")}]))
+    # Untempered it has the prior's probability of it.
+    truth = exact.probabilities("z")[exact.mode("z")]
+    before = plain.probabilities("z")[exact.mode("z")]
+    assert q[0] > (truth + before) / 2
+
+
+@pytest.mark.parametrize("changed", ["block", "do", "condition"])
+def test_handlers_see_a_tempered_site_of_pyro_as_ours(changed: str) -> None:
+    def change(model: Any) -> Any:
+        if changed == "block":
+            return poutine.block(model, hide=["z0"])
+        return getattr(lp, changed)(model, {"z0": "ab"})
+
+    obs = "ab" if changed == "block" else None
+    programs = [lp.compile(change(tempered_by(s, obs))) for s in (lp.sample, pyro.sample)]
+    assert list(programs[0].sites) == list(programs[1].sites)
+    assert ("z0/tempered" in programs[1].sites) == (changed == "condition")
+    found = [float(p.log_joint({"a": "a"})) for p in programs]
+    assert found[0] == found[1]
+
+
+def test_a_tempered_site_of_pyro_in_a_vectorised_plate() -> None:
+    def model() -> None:
+        with pyro.plate("strings", 2):
+            pyro.sample("z", TEMPERED)
+
+    with pytest.raises(ValueError, match="use a sequential plate"):
+        lp.compile(model)

@@ -59,6 +59,22 @@ def test_a_drawn_string_is_a_text_with_its_tokens() -> None:
     assert LM.vocabulary.join(value.ids).decode() == value
 
 
+@pytest.mark.parametrize("write", ["f{}".format, "f%s".__mod__, lambda z: "f" + str(z)])
+@pytest.mark.parametrize("temper", [False, True])
+def test_a_forgotten_sample_is_no_prompt(write: Callable[[Any], str], temper: bool) -> None:
+    plain = lp.LMString(LM, "a", max_tokens=2)
+    z = lp.Tempered(plain, 0.5) if temper else plain
+    assert str(z) == repr(z)
+
+    def model() -> None:
+        lp.sample("y", lp.LMString(LM, write(z)), obs="b")
+
+    with pytest.raises(TypeError, match=r"is a distribution.*draw it with lp.sample\(name, ...\)"):
+        lp.compile(model)
+    with pytest.raises(TypeError, match="is a distribution"):
+        f"{z}"
+
+
 def test_an_observed_string_is_returned_as_it_is() -> None:
     given = "ab"
 
