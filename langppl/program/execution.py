@@ -82,8 +82,24 @@ class Site:
 
     def counted(self, log_prob: float) -> float:
         """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
-        plain = torch.tensor(log_prob, dtype=torch.float64)
-        return float(scale_and_mask(plain, self.scale, self.mask).sum())
+        return counted(log_prob, self.scale, self.mask)
+
+
+def counted(self, log_prob: float) -> float:
+        """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
+        return counted(log_prob, self.scale, self.mask)
+
+    def learn(self, log_prob: float) -> None:
+        """Takes the log-probability (nats) of the value under the site's distribution."""
+        if self.defence and self.log_q is not None:
+            self.log_q, self.defence = mixed(self.log_q, log_prob, self.defence), 0.0
+        self.log_prob = self.counted(log_prob)
+
+
+def counted(log_prob: float, scale: Any, mask: Any) -> float:
+    """A log-probability (nats) after Pyro's scale and mask."""
+    plain = torch.tensor(log_prob, dtype=torch.float64)
+    return float(scale_and_mask(plain, scale, mask).sum())
 
 
 class Pause(BaseException):
@@ -93,7 +109,14 @@ class Pause(BaseException):
         name: the site that was met.
         fn: its distribution.
         request: what was asked for there, if anything was.
+
+    Attributes:
+        scale: Pyro's scale at a latent; known once the execution has stopped.
+        mask: Pyro's mask there.
     """
+
+    scale: Any = 1.0
+    mask: Any = None
 
     def __init__(self, name: str, fn: Any, request: Request | None = None) -> None:
         super().__init__(name)
@@ -231,8 +254,12 @@ class _Handler(Messenger):
         if isinstance(fn, Known) and self.know is not None:
             msg["value"], msg["done"] = self.know(name, fn), True
         elif kind_of(fn, is_observed=False) == "latent":
-            with naming(name):
-                choice = self.choose(name, fn, self.execution)
+            try:
+                with naming(name):
+                    choice = self.choose(name, fn, self.execution)
+            except Pause as pause:
+                pause.scale, pause.mask = msg["scale"], msg["mask"]
+                raise
             msg["value"], msg["done"] = choice.value, True
             msg["infer"] = {**msg["infer"], "langppl_choice": choice}
 
