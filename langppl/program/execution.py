@@ -84,11 +84,6 @@ class Site:
         """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
         return counted(log_prob, self.scale, self.mask)
 
-
-def counted(self, log_prob: float) -> float:
-        """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
-        return counted(log_prob, self.scale, self.mask)
-
     def learn(self, log_prob: float) -> None:
         """Takes the log-probability (nats) of the value under the site's distribution."""
         if self.defence and self.log_q is not None:
@@ -415,11 +410,7 @@ def score_all(
     for site, pending in wanted:
         mine = replies[at : at + len(pending.requests)]
         at += len(mine)
-        plain = torch.tensor(pending.finish(mine), dtype=torch.float64)
-        if site.defence and site.log_q is not None:
-            site.log_q = mixed(site.log_q, float(plain), site.defence)
-            site.defence = 0.0
-        site.log_prob = float(scale_and_mask(plain, site.scale, site.mask).sum())
+        site.learn(pending.finish(mine))
     for execution in executions:
         for site in execution.sites.values():
             check_number(site.name, site.log_prob)
