@@ -243,8 +243,9 @@ class Crowd:
         moving = [p for _, p in going]
         before = [p.execution for p in moving]
         found = run_together([(self.program, c) for c in choosers])
-        if any(c.log_q == -math.inf for new in decided for c in new.values()):
-            raise MissedError  # others are drawn, so they can be
+        for (i, _), new in zip(going, decided, strict=True):
+            if self._held_by(i) is not None and any(c.log_q == -math.inf for c in new.values()):
+                raise MissedError
         for particle, execution, new, old in zip(moving, found, decided, before, strict=True):
             particle.known = {**particle.known, **new}
             pause = execution.pause
@@ -256,6 +257,18 @@ class Crowd:
             _carry(old, execution)
             particle.execution = execution
         score_all([p.execution for p in moving])
+        for particle in moving:
+            self._check_drawn(particle)
+
+    def _check_drawn(self, particle: Particle) -> None:
+        """Raises ValueError for a possible value that its own proposal says it never draws."""
+        for site in particle.execution.sites.values():
+            if site.log_q == -math.inf and not particle.is_dead:
+                raise ValueError(
+                    f"site {site.name!r}: the guide {self.guide.name!r} drew {site.value!r} and "
+                    "says that it cannot (log q is -inf); log_q must be the log-probability with "
+                    "which its chooser draws the value"
+                )
 
     def _held_by(self, i: int) -> Held | None:
         return self.held if self.held is not None and self.held.at == i else None

@@ -16,7 +16,7 @@ from torch.distributions.transforms import AffineTransform
 import langppl as lp
 from langppl.guides.trajectories import Batch, make_draws
 from langppl.program.densities import drawing, log_density
-from langppl.program.execution import given, score
+from langppl.program.execution import Choice, given, score
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=2)
@@ -192,6 +192,37 @@ def test_a_draw_without_a_density_is_impossible_and_told(
     assert 0 < int(is_lost.sum()) < 64
     assert torch.equal(torch.tensor(found.log_weights) == -math.inf, is_lost)
     assert found.failed_sites == {"s": int(is_lost.sum())}
+
+
+def far(x: float) -> None:
+    lp.sample("s", EXTREME["inside"]())
+    lp.sample("n", dist.Normal(0.0, 1.0), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore:site 's'.* no density")
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_such_draws_die_under_every_method(method: Any) -> None:
+    # P(s > 3.4e38) = exp(-0.01 log 3.4e38) = 0.412; of 300, the error of the log of 0.588 is 0.05.
+    expected = math.log(0.588) + float(dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0)))
+    found = lp.infer(far, 1.0, method=method, num_samples=300, progress=False)
+    assert found.log_evidence == pytest.approx(expected, abs=0.2)
+    # The exact sample that one particle keeps to has a density.
+    bounds = lp.evidence_bounds(
+        far, 1.0, method=method, num_samples=8, num_observations=6, progress=False
+    )
+    assert math.isfinite(bounds.upper) and 0.2 < bounds.impossible < 0.6
+
+
+def test_particles_refuse_a_draw_that_the_guide_cannot_make() -> None:
+    class Wrong(lp.PriorGuide):
+        def chooser(self, program: Any, key: Any) -> Any:
+            return lambda name, fn, execution: Choice(torch.tensor(0.5), -math.inf)
+
+    def model() -> None:
+        lp.sample("s", dist.Uniform(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"'s': the guide 'prior' drew .* cannot \(log q is"):
+        lp.infer(model, guide=Wrong(), method="smc", num_samples=4, progress=False)
 
 
 def test_in_float64_they_are_not_lost() -> None:
