@@ -17,6 +17,7 @@ from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.program import Program, compile, run_together
 from langppl.program.arguments import pairs_of
+from langppl.program.densities import log_density
 from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
 from langppl.program.execution import given as given_values
 from langppl.program.program import as_program
@@ -354,7 +355,7 @@ def raw_log_prob(
         Nats; −inf for a value that is never drawn.
     """
     if not isinstance(fn, StringDistribution):
-        return density(fn, value)
+        return log_density(fn, value)
     if isinstance(fn, LMChoice):
         if value not in fn.options:
             return -math.inf
@@ -365,12 +366,3 @@ def raw_log_prob(
     (reply,) = perform([request])
     assert isinstance(reply, ScoreReply)
     return reply.log_prob
-
-
-def density(fn: Any, value: Any) -> float:
-    """Log-density (nats) of one of Pyro's distributions; −inf outside of its support."""
-    try:
-        inside = bool(fn.support.check(value).all())
-    except NotImplementedError:  # a distribution that does not say what its support is
-        inside = True
-    return float(fn.log_prob(value).sum()) if inside else -math.inf

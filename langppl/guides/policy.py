@@ -10,7 +10,7 @@ import pyro.poutine as poutine
 import torch
 
 from langppl.distributions import StringDistribution
-from langppl.guides.base import Key, density, raw_log_prob
+from langppl.guides.base import Key, raw_log_prob
 from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.model import LM
@@ -18,7 +18,15 @@ from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.lm.seeds import generator, seeded
 from langppl.program import Program
 from langppl.program.apart import unseen
-from langppl.program.execution import Choice, Execution, draw_prior, mixed
+from langppl.program.densities import log_density
+from langppl.program.execution import (
+    Choice,
+    Execution,
+    choice_of_number,
+    draw_number,
+    draw_prior,
+    mixed,
+)
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
 
@@ -102,7 +110,7 @@ class Policy:
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, own.adapter)
         else:
-            log_q = density(self._made(fn, prompt), value)
+            log_q = log_density(self._made(fn, prompt), value)
         if self.defensive:
             log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
         return log_q
@@ -130,13 +138,13 @@ class Policy:
     def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
         made = self._made(fn, prompt)
         if self.defensive and generator((*key, "defence")).random() < self.defensive:
-            value = draw_prior(fn, (*key, "prior")).value
+            value = draw_number(fn, (*key, "prior"))
         else:
-            value = draw_prior(made, key).value
-        log_q = float(made.log_prob(value).sum())
+            value = draw_number(made, key)
+        log_q = log_density(made, value)
         if self.defensive:
-            log_q = mixed(log_q, float(fn.log_prob(value).sum()), self.defensive)
-        return Choice(value, log_q)
+            log_q = mixed(log_q, log_density(fn, value), self.defensive)
+        return choice_of_number(made, value, log_q)
 
     def _made(self, fn: Any, prompt: tuple[int, ...]) -> Any:
         """What the heads propose for a number after a context."""
@@ -153,7 +161,7 @@ class Policy:
         if site is None:
             return draw_prior(fn, key)
         value = site["value"]
-        return Choice(value, float(site["fn"].log_prob(value).sum()))
+        return choice_of_number(site["fn"], value, log_density(site["fn"], value))
 
     def _site_elsewhere(self, name: str, fn: Any, execution: Execution) -> Any:
         """A latent's site in the user's guide, None where the prior proposes it.
@@ -196,7 +204,7 @@ class GivenPolicy(Policy):
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, self.proposer.adapter)
         else:
-            log_q = density(self._made(fn, prompt), value)
+            log_q = log_density(self._made(fn, prompt), value)
         if self.defensive:
             log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
         return Choice(value, log_q)
@@ -216,7 +224,7 @@ class GivenPolicy(Policy):
                     f"({', '.join(self.values)}) lack, so it does not know their probability"
                 )
         site = self._proposed.get(name)
-        return density(fn if site is None else site["fn"], value)
+        return log_density(fn if site is None else site["fn"], value)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

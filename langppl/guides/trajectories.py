@@ -19,6 +19,7 @@ from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.program import Program
+from langppl.program.densities import log_density
 from langppl.program.execution import (
     Choice,
     Execution,
@@ -269,10 +270,15 @@ def _terms(
             terms[name] = _Term(own, 0.0, number[name], of)
             continue
         # A latent that the guide does not cover counts as drawn from the prior.
-        proposed = own if site.kind == "latent" and site.log_q is None else site.log_q
+        proposed = _log_prior(site) if site.kind == "latent" and site.log_q is None else site.log_q
         rest = -math.inf if own == -math.inf else own - (proposed or 0.0)
         terms[name] = _Term(0.0, rest, stage, of)
     return terms
+
+
+def _log_prior(site: Site) -> float:
+    """Log-probability (nats) with which the prior draws a latent's value."""
+    return site.log_prob or 0.0 if site.is_string else log_density(site.fn, site.value)
 
 
 def _sums(terms: Iterable[_Term]) -> tuple[float, float]:

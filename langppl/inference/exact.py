@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,22 +18,14 @@ from langppl.inference.sites import site_log_probs
 from langppl.lm import enumeration
 from langppl.posterior import Posterior
 from langppl.program import Program
-from langppl.program.execution import Choice, Execution, given, run_many, score_all
+from langppl.program.execution import Choice, Execution, Pause, counted, given, score_all
 from langppl.progress import bar
 
 BATCH = 4096
 
 
-class _Undecided(BaseException):
-    """A run met a latent that has no value yet."""
-
-    def __init__(self, name: str, fn: Any) -> None:
-        super().__init__(name)
-        self.name, self.fn = name, fn
-
-
 def exact(program: Program, limit: int, progress: bool) -> Posterior:
-    """The posterior over all latents that are possible under the prior's rules.
+    """The posterior over all latents that are possible under the prior's rules, or masked.
 
     Args:
         program: a program whose latents are strings with `max_tokens`, choices, or discrete
@@ -53,13 +45,14 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
             batch, pending = pending[-BATCH:], pending[:-BATCH]
             ran = _run(program, batch)
             for at, (values, found) in enumerate(zip(batch, ran, strict=True)):
-                if isinstance(found, Execution):
+                latent = found.pause
+                if latent is None:
                     done.append(found)
                     advance(1)
                     continue
                 # The rest of the batch, each at least one execution, is in no list yet.
                 room = limit - len(done) - len(pending) - (len(batch) - at - 1)
-                pending += [{**values, found.name: v} for v in _support(found, room, limit)]
+                pending += [{**values, latent.name: v} for v in _support(latent, room, limit)]
     for first in range(0, len(done), BATCH):
         score_all(done[first : first + BATCH])
     failed, notes = failures(program, done)
@@ -79,20 +72,16 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
     )
 
 
-def _run(program: Program, batch: Sequence[Mapping[str, Any]]) -> list[Execution | _Undecided]:
-    def task(values: Mapping[str, Any]) -> Execution | _Undecided:
-        def undecided(name: str, fn: Any, execution: Execution) -> Choice:
-            raise _Undecided(name, fn)
+def _run(program: Program, batch: Sequence[Mapping[str, Any]]) -> list[Execution]:
+    """Runs that stop before the first latent without a value."""
 
-        try:
-            return program.run_once(given(values, undecided))
-        except _Undecided as stop:
-            return stop
+    def undecided(name: str, fn: Any, execution: Execution) -> Choice:
+        raise Pause(name, fn)
 
-    return run_many([partial(task, v) for v in batch], program.memo)
+    return program.run([given(values, undecided) for values in batch])
 
 
-def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
+def _support(latent: Pause, room: int, limit: int) -> list[Any]:
     """All values of a latent, if there is room for them."""
     name, fn = latent.name, latent.fn
     if isinstance(fn, LMChoice):
@@ -112,10 +101,12 @@ def _support(latent: _Undecided, room: int, limit: int) -> list[Any]:
                 f"site {name!r} alone has {has}, and the limit of exact inference is {limit} "
                 f"executions{left}; shorten it, raise the limit, or use another method"
             )
+        # Under a mask a rejected string counts as any other does.
+        with_rejected = counted(-math.inf, latent.scale, latent.mask) > -math.inf
         found = [
             Text(text, ids, fn.lm.fingerprint)
             for ids, text, rejected in enumeration.strings(fn.bound, most)
-            if not rejected
+            if with_rejected or not rejected
         ]
     elif getattr(fn, "has_enumerate_support", False):
         each = fn.enumerate_support(expand=False)

@@ -181,7 +181,9 @@ class _Move:
         """Scores the proposed execution and finds the acceptance ratio; within the scheduler."""
         for site in execution.sites.values():
             if site.log_prob is None:
-                site.log_prob = _log_prob_before(site, self.state.sites.get(site.name))
+                known = _log_prob_before(site, self.state.sites.get(site.name))
+                if known is not None:
+                    site.learn(known)
         if self.decided is not None and execution.pause is None:
             return execution
         score(execution)

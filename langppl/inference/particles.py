@@ -31,7 +31,15 @@ from langppl.lm.requests import (
 )
 from langppl.lm.rules import Path
 from langppl.program import Program, run_together
-from langppl.program.execution import Choice, Chooser, Execution, Pause, Site, score_all
+from langppl.program.execution import (
+    Choice,
+    Chooser,
+    Execution,
+    Pause,
+    Site,
+    counted,
+    score_all,
+)
 from langppl.program.scheduler import run
 from langppl.program.statements import Known, Potential
 from langppl.program.templates import fill_site
@@ -58,6 +66,8 @@ class Growing:
         name: its site.
         fn: its distribution.
         request: what the guide asks the LM for.
+        scale: Pyro's scale at the site.
+        mask: Pyro's mask there.
         ids: the tokens so far.
         text: their text.
         log_q: nats, with which they were drawn; of the whole string when it has ended.
@@ -70,6 +80,8 @@ class Growing:
     name: str
     fn: LMString
     request: DrawRequest
+    scale: Any = 1.0
+    mask: Any = None
     ids: tuple[int, ...] = ()
     text: str = ""
     log_q: float = 0.0
@@ -95,6 +107,10 @@ class Growing:
             and request.prompt == own
             and request.limit == fn.limit(len(own))
         )
+
+    def counted(self, log_prob: float) -> float:
+        """A log-probability (nats) of the string, after Pyro's scale and mask."""
+        return counted(log_prob, self.scale, self.mask)
 
     def path(self) -> Path | None:
         """Its actions under the model's rules; None if they do not allow it."""
@@ -227,17 +243,32 @@ class Crowd:
         moving = [p for _, p in going]
         before = [p.execution for p in moving]
         found = run_together([(self.program, c) for c in choosers])
-        if any(c.log_q == -math.inf for new in decided for c in new.values()):
-            raise MissedError  # others are drawn, so they can be
+        for (i, _), new in zip(going, decided, strict=True):
+            if self._held_by(i) is not None and any(c.log_q == -math.inf for c in new.values()):
+                raise MissedError
         for particle, execution, new, old in zip(moving, found, decided, before, strict=True):
             particle.known = {**particle.known, **new}
             pause = execution.pause
             if pause is not None and isinstance(pause.request, DrawRequest):
-                particle.growing = Growing(pause.name, pause.fn, pause.request)
+                particle.growing = Growing(
+                    pause.name, pause.fn, pause.request, pause.scale, pause.mask
+                )
                 continue
             _carry(old, execution)
             particle.execution = execution
         score_all([p.execution for p in moving])
+        for particle in moving:
+            self._check_drawn(particle)
+
+    def _check_drawn(self, particle: Particle) -> None:
+        """Raises ValueError for a possible value that its own proposal says it never draws."""
+        for site in particle.execution.sites.values():
+            if site.log_q == -math.inf and not particle.is_dead:
+                raise ValueError(
+                    f"site {site.name!r}: the guide {self.guide.name!r} drew {site.value!r} and "
+                    "says that it cannot (log q is -inf); log_q must be the log-probability with "
+                    "which its chooser draws the value"
+                )
 
     def _held_by(self, i: int) -> Held | None:
         return self.held if self.held is not None and self.held.at == i else None
@@ -347,14 +378,16 @@ class Crowd:
 
         Returns:
             For the identity of each particle that grows one: log-probability of its tokens (of the
-            whole string if it has ended), and of ending here, nats; −inf where it cannot.
+            whole string if it has ended), and of ending here, nats, after Pyro's scale and mask;
+            −inf where it cannot and that counts.
         """
         found: dict[int, tuple[float, float]] = {}
         wanted: list[tuple[Particle, Growing, ScoreRequest]] = []
         for particle, g in self.growing():
             path = g.path()
             if path is None or path.rejected:
-                found[id(particle)] = (-math.inf, -math.inf)
+                never = g.counted(-math.inf)
+                found[id(particle)] = (never, never)
             else:
                 own = g.fn.prompt_ids()
                 request = ScoreRequest(g.fn.lm, own, path, g.fn.rules.temperature, g.fn.adapter)
@@ -363,7 +396,7 @@ class Crowd:
         for (particle, g, _), reply in zip(wanted, replies, strict=True):
             assert isinstance(reply, ScoreReply)
             ending = 0.0 if g.is_ended else float(reply.canonical[-1])
-            found[id(particle)] = (reply.log_prob, ending)
+            found[id(particle)] = (g.counted(reply.log_prob), g.counted(ending))
         return found
 
     def log_q_ending(self) -> dict[int, float]:

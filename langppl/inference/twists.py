@@ -286,13 +286,16 @@ def _weigh(crowd: Crowd) -> set[str]:
             continue
         own = 0.0
         if g is not None:
-            own = g.twist
-            if not g.is_prior:
-                own += log_p[id(particle)][0] - g.log_q
-            elif g.is_ended and g.fn.why_impossible(g.value) is not None:
-                own = -math.inf
+            of_text = _of_prior(g) if g.is_prior else log_p[id(particle)][0]
+            own = g.twist + (of_text - g.log_q)
         particle.ratio = particle.of_latents + own + _sum(views[id(particle)], counted)
     return counted
+
+
+def _of_prior(g: Growing) -> float:
+    """What counts, nats, of a string as it stands that is drawn from the model itself."""
+    is_impossible = g.is_ended and g.fn.why_impossible(g.value) is not None
+    return g.counted(-math.inf if is_impossible else g.log_q)
 
 
 def _view(particle: Particle, g: Growing | None) -> View:

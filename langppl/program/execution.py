@@ -16,11 +16,12 @@ from pyro.poutine.messenger import Messenger
 
 from langppl.distributions import StringDistribution, Tempered
 from langppl.distributions.base import Key, Pending
-from langppl.distributions.sites import naming
+from langppl.distributions.sites import current, naming, where
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.requests import Reply, Request, perform
 from langppl.lm.seeds import generator, seeded
 from langppl.program.contents import is_users_own, parameters
+from langppl.program.densities import drawing, is_outside, log_density
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     Known,
@@ -33,6 +34,7 @@ from langppl.program.statements import (
     plate_error,
     unboxed,
 )
+from langppl.warn import warn
 
 _NOTED = 5
 
@@ -82,8 +84,19 @@ class Site:
 
     def counted(self, log_prob: float) -> float:
         """A log-probability (nats) under the site's distribution, after Pyro's scale and mask."""
-        plain = torch.tensor(log_prob, dtype=torch.float64)
-        return float(scale_and_mask(plain, self.scale, self.mask).sum())
+        return counted(log_prob, self.scale, self.mask)
+
+    def learn(self, log_prob: float) -> None:
+        """Takes the log-probability (nats) of the value under the site's distribution."""
+        if self.defence and self.log_q is not None:
+            self.log_q, self.defence = mixed(self.log_q, log_prob, self.defence), 0.0
+        self.log_prob = self.counted(log_prob)
+
+
+def counted(log_prob: float, scale: Any, mask: Any) -> float:
+    """A log-probability (nats) after Pyro's scale and mask."""
+    plain = torch.tensor(log_prob, dtype=torch.float64)
+    return float(scale_and_mask(plain, scale, mask).sum())
 
 
 class Pause(BaseException):
@@ -96,7 +109,14 @@ class Pause(BaseException):
         name: the site that was met.
         fn: its distribution.
         request: what was asked for there, if anything was.
+
+    Attributes:
+        scale: Pyro's scale at a latent; known once the execution has stopped.
+        mask: Pyro's mask there.
     """
+
+    scale: Any = 1.0
+    mask: Any = None
 
     def __init__(self, name: str, fn: Any, request: Request | None = None) -> None:
         super().__init__(name)
@@ -249,8 +269,12 @@ class _Handler(Messenger):
         if isinstance(fn, Known) and self.know is not None:
             msg["value"], msg["done"] = self.know(name, fn), True
         elif kind_of(fn, is_observed=False) == "latent":
-            with naming(name):
-                choice = self.choose(name, fn, self.execution)
+            try:
+                with naming(name):
+                    choice = self.choose(name, fn, self.execution)
+            except Pause as pause:
+                pause.scale, pause.mask = msg["scale"], msg["mask"]
+                raise
             msg["value"], msg["done"] = choice.value, True
             msg["infer"] = {**msg["infer"], "langppl_choice": choice}
 
@@ -258,13 +282,15 @@ class _Handler(Messenger):
         if self._is_internal(msg):
             return
         choice = msg["infer"].get("langppl_choice", Choice(None))
+        # Under Pyro's scale or mask, what the proposal knows is not the site's term; but a draw
+        # that cannot be is no draw, whatever counts of it.
+        is_known = is_plain(msg["scale"], msg["mask"]) or choice.log_q == -math.inf
         self.execution.sites[msg["name"]] = Site(
             name=msg["name"],
             kind=kind_of(msg["fn"], msg["is_observed"]),
             fn=msg["fn"],
             value=msg["value"],
-            # Under Pyro's scale or mask, what the proposal knows is not the site's term.
-            log_prob=choice.log_prob if is_plain(msg["scale"], msg["mask"]) else None,
+            log_prob=choice.log_prob if is_known else None,
             log_q=choice.log_q,
             scale=msg["scale"],
             mask=msg["mask"],
@@ -361,35 +387,12 @@ def _plain_log_prob(site: Site) -> float:
     A value outside of the support is impossible, as a string is that breaks its rules.
     """
     try:
-        if _is_outside(site):
+        if is_outside(site.fn, site.value, site.mask):
             return -math.inf
         plain = site.fn.log_prob(site.value)
     except ValueError as error:
         raise ValueError(f"site {site.name!r}, of {site.fn!r}: {error}") from error
     return float(scale_and_mask(plain, site.scale, site.mask).sum())
-
-
-def _is_outside(site: Site) -> bool:
-    if isinstance(site.fn, Known | Unit) or not isinstance(site.value, torch.Tensor):
-        return False
-    fn = site.fn
-    while fn is not None:
-        # Told not to look at values, as for labels between 0 and 1 of a Bernoulli.
-        if not getattr(fn, "_validate_args", True):
-            return False
-        fn = getattr(fn, "base_dist", None)
-    try:
-        is_inside = site.fn.support.check(site.value)
-    except (NotImplementedError, AttributeError, RuntimeError):  # no support, or no such shape
-        return False
-    if bool(torch.isnan(site.value).any()):
-        return False  # an error, which the distribution raises
-    if site.mask is None:
-        return not bool(is_inside.all())
-    try:
-        return not bool((is_inside | ~torch.as_tensor(site.mask)).all())
-    except RuntimeError:
-        return False
 
 
 def _note_latents(error: Exception, execution: Execution) -> None:
@@ -458,11 +461,7 @@ def score_all(
     for site, pending in wanted:
         mine = replies[at : at + len(pending.requests)]
         at += len(mine)
-        plain = torch.tensor(pending.finish(mine), dtype=torch.float64)
-        if site.defence and site.log_q is not None:
-            site.log_q = mixed(site.log_q, float(plain), site.defence)
-            site.defence = 0.0
-        site.log_prob = float(scale_and_mask(plain, site.scale, site.mask).sum())
+        site.learn(pending.finish(mine))
     for execution in executions:
         for site in execution.sites.values():
             check_number(site.name, site.log_prob)
@@ -502,10 +501,38 @@ def draw_prior(fn: Any, key: Key) -> Choice:
         value, log_q = fn.draw(key)
         impossible = fn.why_impossible(value) is not None
         return Choice(value, log_q, -np.inf if impossible else log_q)
+    value = draw_number(fn, key)
+    log_q = log_density(fn, value)
+    return choice_of_number(fn, value, log_q, log_q if drawing(fn) is fn else None)
+
+
+def draw_number(fn: Any, key: Key) -> Any:
+    """Draws a value from one of Pyro's distributions."""
     seed = int(generator(key).integers(2**62))
     with seeded(seed):
-        value = fn()
-    log_q = float(fn.log_prob(value).sum())
+        return fn()
+
+
+def choice_of_number(fn: Any, value: Any, log_q: float, log_prob: float | None = None) -> Choice:
+    """A number that was drawn; one without a density is impossible, and a warning says so.
+
+    Args:
+        fn: the distribution that drew it.
+        value: the value.
+        log_q: nats, with which it was drawn.
+        log_prob: nats, under the model, where it is known already.
+    """
+    if log_q != -math.inf:
+        return Choice(value, log_q, log_prob)
+    # Outside of a site it is a trial value of the search for a program's structure.
+    if current() is not None:
+        warn(
+            f"{where()}{fn!r} drew {_short(value)}, which has no density under it: the number "
+            f"under- or overflows {getattr(value, 'dtype', 'its type')}. Such draws count as "
+            "impossible, so what they stand for is missing from the posterior and the evidence; "
+            "give the distribution parameters in torch.float64, or less extreme ones",
+            once=("no density", current()),
+        )
     return Choice(value, log_q, log_q)
 
 

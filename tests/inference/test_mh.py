@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 from scipy.stats import chi2
 
 import langppl.inference.mh as driver
@@ -25,6 +26,7 @@ from langppl import (
 )
 from langppl.chains import Chains, agreement, chain_notes
 from langppl.diagnostics import InferenceWarning
+from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide
 from langppl.inference.comparison import Comparison
 from langppl.inference.kernels import move
@@ -223,6 +225,29 @@ def test_the_acceptance_ratio_is_the_one_made_by_hand() -> None:
             assert m.site in before and m.site in after
     ways = {(kind, n, k) for kind in ("site", "tail") for n in (1, 2) for k in (1, 2)}
     assert set(shapes) == ways, "every change of shape is tried by both moves"
+
+
+def test_an_observation_that_becomes_a_latent_is_proposed_with_the_share_of_the_prior() -> None:
+    def drawn() -> LMString:
+        return LMString(LM, "ab", max_tokens=1, min_tokens=0)
+
+    def model(x: Any) -> None:
+        k = sample("k", dist.Bernoulli(torch.tensor(0.5)))
+        sample("y", drawn(), obs=x if float(k) == 1.0 else None)
+
+    x = Text("b", LM.encode_text("b"), LM.fingerprint)
+    program = compile(model, x)
+    guide = GFlowNetGuide(LM, defensive=0.5, numeric="prior", context=lambda info: "....aa")
+    (state,) = program.executions([{"k": 1.0}])
+    moved = move(program, guide, [state] * 40, [("defence", i) for i in range(40)], 0.0)
+    same = [m for m in moved if m.execution.latents.get("y") == x and math.isfinite(m.log_ratio)]
+    # Two latents for one. What was observed is as likely as what is drawn; the guide's log q stays.
+    log_q = guide.log_q(program, [{"k": 0.0, "y": x}])[0] - math.log(0.5)
+    assert abs(log_q - float(drawn().log_prob(x))) > 0.3
+    assert same
+    for m in same:
+        assert m.log_ratio == pytest.approx(-math.log(2.0) - log_q, abs=1e-3)
+        assert m.execution.sites["y"].log_q == pytest.approx(log_q, abs=1e-3)
 
 
 def test_a_tail_keeps_what_stands_before_the_cut() -> None:
