@@ -10,9 +10,9 @@ from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMChoice, StringDistribution
 from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
 from langppl.guides.identity import of_function
+from langppl.keywords import did_you_mean
 from langppl.program import Program
 from langppl.program.apart import unseen
-from langppl.program.arguments import did_you_mean
 from langppl.program.execution import (
     Choice,
     Chooser,
