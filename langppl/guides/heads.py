@@ -144,7 +144,10 @@ class Heads(nn.Module):
             return fn
         base = _base(fn)
         # The LM may be elsewhere; what is proposed lives where the site's own distribution does.
-        own = self.numbers(found[0], state).to(_device(base))
+        # Its numbers go up to the site's precision: draws of a coarser grid have no density there.
+        own = self.numbers(found[0], state)
+        for parameter in _parameters(base):
+            own = own.to(parameter.device, torch.promote_types(parameter.dtype, own.dtype))
         shape = (*base.batch_shape, -1)
         own = own.reshape(shape)
         made: Any
@@ -211,9 +214,8 @@ class Heads(nn.Module):
             raise ValueError(f"{path} is corrupt: it holds NaN or infinity")
 
 
-def _device(base: Any) -> torch.device:
-    device: torch.device = getattr(base, next(iter(base.arg_constraints))).device
-    return device
+def _parameters(base: Any) -> list[Tensor]:
+    return [getattr(base, name) for name in base.arg_constraints]
 
 
 def _factor(number: Tensor) -> Tensor:

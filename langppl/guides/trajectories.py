@@ -67,7 +67,8 @@ class Part:
         state = found[0].state
         assert heads is not None and state is not None
         log_prob: torch.Tensor = heads.proposal(fn, state).log_prob(self.site.value)
-        return log_prob.sum().to(state.device)
+        # Of any type by now; the parts of a draw are in one, and not every device knows float64.
+        return log_prob.sum().to(state.device, torch.float32)
 
 
 @dataclass

@@ -111,6 +111,34 @@ def test_what_the_numbers_of_a_head_mean() -> None:
     assert category.probs.tolist() == pytest.approx([2.0 / 3.0, 1.0 / 3.0])
 
 
+DOUBLE: dict[str, Callable[[], Any]] = {
+    "beta": lambda: dist.Beta(torch.tensor(2.0, dtype=torch.float64), 3.0),
+    "gamma": lambda: dist.Gamma(torch.tensor(2.0), torch.tensor(3.0, dtype=torch.float64)),
+    "normal": lambda: dist.Normal(torch.tensor(1e6, dtype=torch.float64), 0.02),
+    "categorical": lambda: dist.Categorical(torch.tensor([0.25, 0.75], dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_a_proposal_is_as_fine_as_its_site(name: str) -> None:
+    fn = DOUBLE[name]()
+    heads = made(fn)
+    shake(heads, 0.1)
+    with torch.no_grad():
+        proposal = heads.proposal(fn, state())
+    kinds = {getattr(proposal, parameter).dtype for parameter in fn.arg_constraints}
+    assert kinds == {torch.float64}
+    if name == "normal":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            values = proposal.sample((1000,))
+        # Float32 has one number in 0.0625 there, three times the spread.
+        assert len(set(values.tolist())) == 1000
+        gap = float(proposal.loc) - 1e6
+        numbers = heads.numbers("normal-1", state())
+        assert gap == pytest.approx(0.02 * float(numbers[0].detach()), rel=1e-3)
+
+
 def test_heads_are_named_by_family_and_size() -> None:
     assert head_of(dist.Beta(1.0, 1.0)) == ("beta-1", 2)
     assert head_of(dist.Normal(torch.zeros(3), 1.0).to_event(1)) == ("normal-3", 6)
@@ -281,6 +309,22 @@ def test_a_head_learns_a_posterior_of_its_family() -> None:
     assert guide.heads.specification == {"beta-1": 2}
     assert truth - after.elbo_possible < 0.05 * (truth - before.elbo_possible)
     assert float(np.mean([float(s["p"]) for s in after.samples])) == pytest.approx(6 / 9, abs=0.04)
+
+
+def test_a_guide_of_fine_numbers_gives_the_exact_evidence() -> None:
+    """Of a float64 site whose spread is less than the step of float32 there."""
+    mean, spread = torch.tensor(1e6, dtype=torch.float64), 0.02
+
+    def model() -> None:
+        x = lp.sample("x", dist.Normal(mean, spread))
+        lp.sample("y", dist.Normal(x, spread), obs=mean + spread)
+
+    truth = float(dist.Normal(mean, spread * 2**0.5).log_prob(mean + spread))
+    guide = lp.GFlowNetGuide(LM, rank=2, seed=1)
+    guide.fit(model, steps=3, batch=4, learning_rate=1e-2, progress=False)
+    found = lp.infer(model, guide=guide, num_samples=DRAWS, seed=2, progress=False)
+    assert found.log_evidence_error < 0.05
+    assert abs(found.log_evidence - truth) < 4 * found.log_evidence_error
 
 
 # -- a Pyro guide --------------------------------------------------------------------------------
