@@ -13,7 +13,7 @@ import numpy as np
 from langppl.distributions import LMString
 from langppl.guides.base import Key
 from langppl.guides.observations import GivenLatents, Observation, Turn
-from langppl.guides.policy import Policy, Proposer
+from langppl.guides.policy import Policy, Proposer, RewardedPolicy
 from langppl.guides.settings import BALANCE, LEAST_NEW, Settings
 from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
 from langppl.lm.seeds import generator
@@ -202,15 +202,20 @@ class Drawing:
         observation.given = []
         if not rows:
             return
-        policies = [
-            Policy(self.proposer, program, (self.seed, "given", i), 1.0, row)
-            for i, row in enumerate(rows)
-        ]
         settings = self.settings
         if settings.objective == "mle":
+            policies = [
+                Policy(self.proposer, program, (self.seed, "given", i), 1.0, row)
+                for i, row in enumerate(rows)
+            ]
             draws = self._unscored([program] * len(rows), policies)
         else:
-            draws = self._scored_given(program, given, rows, policies)
+            rewarded = [
+                RewardedPolicy(self.proposer, program, (self.seed, "given", i), 1.0, row)
+                for i, row in enumerate(rows)
+            ]
+            draws = self._scored_given(program, given, rows, rewarded)
+            draws = [d for d, p in zip(draws, rewarded, strict=True) if p.is_proposable]
         draws = [d for d in draws if all(p.requests(self.lm, None) for p in d.parts)]
         if not draws:
             raise ValueError(

@@ -39,11 +39,14 @@ def loss_of(
     total = torch.stack([q.sum() for q in log_qs])
     if objective == "mle":
         return objectives.likelihood(total)
-    reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
+    whole = [plus(d.log_prior, d.log_rest, power) for d in draws]
     if objective == "rao_blackwell":
-        rest = [power * d.log_rest if d.log_reward > -math.inf else -math.inf for d in draws]
         assert actions is not None
+        # The actions have the prior of what they make.
+        made = [sum(p.site.log_prob or 0.0 for p in d.parts) for d in draws]
+        rest = [-math.inf if w == -math.inf else w - m for w, m in zip(whole, made, strict=True)]
         return objectives.rao_blackwell(actions, total.new_tensor(rest))
+    reward = total.new_tensor(whole)
     if objective in OF_WHOLE_DRAWS:
         return OF_WHOLE_DRAWS[objective](reward, total)
     if draws[0].ends:
@@ -58,7 +61,7 @@ def loss_of(
     ]
     drawn = torch.tensor(is_own, device=total.device)
     counts = {len(d.pieces) for d in draws}
-    if len(counts) > 1 or counts <= {0, 1}:
+    if len(counts) > 1 or counts == {0}:
         return _balance(turn, 0, reward, total, scores, [0] * len(draws), learned, power, drawn)
     losses = []
     for k in range(counts.pop()):

@@ -29,7 +29,7 @@ from langppl.guides.memory import Memory
 from langppl.guides.objectives import Actions
 from langppl.guides.observations import Observation, Turn
 from langppl.guides.settings import Settings, learning_rate
-from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
+from langppl.guides.trajectories import Found, actions_of, log_q, plus, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
 from langppl.lm.requests import alone, weights_changed
@@ -400,9 +400,9 @@ class Trainer:
             own = log_qs[at : at + len(turn.own)]
             at += len(turn.own) + len(turn.simulated)
             gaps += [
-                d.log_reward - float(q.detach().sum())
+                plus(*d.balanced) - float(q.detach().sum())
                 for d, q in zip(turn.own, own, strict=True)
-                if d.log_reward > -math.inf
+                if plus(*d.balanced) > -math.inf
             ]
         pieces = 0  # of which a flow is; over sites it is of the whole program
         if self.settings.objective == "tb":

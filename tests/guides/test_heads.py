@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -19,7 +21,12 @@ from scipy.integrate import quad
 
 import langppl as lp
 from langppl.guides.heads import HEADS_FILE, Heads, head_of
+from langppl.guides.observations import Observation
 from langppl.guides.policy import Policy
+from langppl.guides.replay import ReplayBuffer
+from langppl.guides.settings import Settings
+from langppl.guides.training import Trainer
+from langppl.guides.workers import Workers
 from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.testing import tiny_lm
 
@@ -370,6 +377,83 @@ def test_what_a_pyro_guide_leaves_out_is_drawn_from_the_prior() -> None:
     (execution,) = own.run([guide.chooser(own, ("none",))])
     site = execution.sites["p"]
     assert site.log_q == pytest.approx(float(dist.Beta(2.0, 3.0).log_prob(site.value)), abs=1e-5)
+
+
+def far(*args: Any) -> None:
+    pyro.sample("x", dist.Normal(3.0, 1.0))
+
+
+def beside(is_apart: bool) -> None:
+    x = lp.sample("x", dist.Normal(0.0, 1.0))
+    z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+    w = lp.sample("w", lp.LMString(LM, "b", max_tokens=1))
+    shift = 0.0 if is_apart else float(len(z + w))
+    lp.sample("seen", dist.Normal(x + shift, 2.0), obs=torch.tensor(1.0))
+
+
+def trainer_of(guide: lp.GFlowNetGuide, own: lp.Program) -> Trainer:
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    asked = inspect.signature(lp.GFlowNetGuide.fit).parameters
+    plain = {n: p.default for n, p in asked.items() if n in fields}
+    settings = {**plain, "observations": 1, "objective": "vargrad"}
+    settings["schedule"] = lp.RewardSchedule()
+    row = Observation(own, (), ReplayBuffer(0))
+    return Trainer(guide, [row], None, Settings(**settings), Workers(), [])
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_given_numbers_are_held_to_what_proposes_them(is_apart: bool) -> None:
+    guide = guide_of(far)
+    own = lp.compile(beside, is_apart)
+    drawing = trainer_of(guide, own).drawing
+    policies = [Policy(guide.proposer, own, ("own", i)) for i in range(4)]
+    (drawn,) = drawing.rewards([own], [policies])
+    row = Observation(own, (), ReplayBuffer(0), [dict(d.latents) for d in drawn])
+    drawing._score_given(row)
+    assert row.given is not None
+    for one, two in zip(drawn, row.given, strict=True):
+        x = one.latents["x"]
+        ratio = float(dist.Normal(0.0, 1.0).log_prob(x) - dist.Normal(3.0, 1.0).log_prob(x))
+        strings = sum(p.site.log_prob or 0.0 for p in one.parts)
+        shift = 0.0 if is_apart else float(len(one.latents["z"] + one.latents["w"]))
+        seen = float(dist.Normal(x + shift, 2.0).log_prob(torch.tensor(1.0)))
+        for draw in (one, two):
+            assert draw.log_prior == pytest.approx(strings + ratio, abs=1e-4)
+            assert draw.log_rest == pytest.approx(seen, abs=1e-4)
+            # Apart from the strings, numbers are noise to their balance.
+            left = (strings, 0.0) if is_apart else (strings + ratio, seen)
+            assert draw.stages[-1] == pytest.approx(left, abs=1e-4)
+            assert [p.parts for p in draw.pieces] == ([[0], [1]] if is_apart else [])
+
+
+@pytest.mark.parametrize("objective", ["vargrad", "subtb"])
+def test_given_numbers_leave_independent_strings_alone(objective: str) -> None:
+    """Nothing is observed of the string, and the untrained guide is its prior."""
+
+    def model() -> None:
+        lp.sample("x", dist.Normal(0.0, 1.0))
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+
+    guide = guide_of(far, context=lambda info: info.prompt)
+    options: dict[str, Any] = {"batch": 8, "given_share": 0.25, "progress": False}
+    options |= {"learning_rate": 1e-12, "objective": objective}
+    guide.fit(model, given=[{"z": "a", "x": 0.0}] * 6, steps=3, **options)
+    # The flow of `subtb` begins at log Z, which is 0.
+    assert guide.history["loss"] == pytest.approx([0.0] * 3, abs=1e-8)
+
+
+def test_given_numbers_that_nothing_proposes_are_left_out() -> None:
+    def model() -> None:
+        x = lp.sample("x", dist.Normal(0.0, 1.0))
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+        lp.sample("seen", dist.Normal(x + len(z), 1.0), obs=torch.tensor(1.0))
+
+    guide = guide_of(lambda: pyro.sample("x", dist.Uniform(0.0, 1.0)))
+    own = lp.compile(model)
+    row = Observation(own, (), ReplayBuffer(0), [{"x": x, "z": "a"} for x in (0.5, 2.0)])
+    trainer_of(guide, own).drawing._score_given(row)
+    assert row.given is not None
+    assert [float(d.latents["x"]) for d in row.given] == [0.5]
 
 
 def test_numeric_is_a_name_or_a_function() -> None:
