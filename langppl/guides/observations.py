@@ -104,12 +104,15 @@ class Turn:
         own: draws that the loss is of; those that log Z is estimated from come first.
         fresh: how many these are.
         simulated: pairs of latents and data from the model itself.
+        idle: the guide's own draws whose executions meet no latent of its: there is nothing to
+            learn from them, but they are draws.
     """
 
     observation: Observation
     own: list[Draw]
     fresh: int
     simulated: list[Draw] = field(default_factory=list)
+    idle: list[Draw] = field(default_factory=list)
 
     @property
     def learns_from_given(self) -> bool:

@@ -311,7 +311,7 @@ class Trainer:
         losses: list[torch.Tensor] = []
         own_log_qs: list[list[float]] = []
         # One look at the device for all draws, as each waits for it.
-        totals = torch.stack([q.detach().sum() for q in log_qs]).tolist()
+        totals = torch.stack([q.detach().sum() for q in log_qs]).tolist() if log_qs else []
         at = 0
         for turn in turns:
             size, pairs = len(turn.own), len(turn.simulated)
@@ -338,7 +338,9 @@ class Trainer:
                 raise FloatingPointError(f"the loss is {value} at step {number}, sites {sites}")
         shares = [t.observation.share for t in turns]
         weighted = [s * loss for s, loss in zip(shares, losses, strict=True)]
-        (torch.stack(weighted).sum() / len(self.pools)).backward()
+        loss = torch.stack(weighted).sum() / len(self.pools)
+        if loss.requires_grad:  # not if no draw of the step has a latent of the guide's
+            loss.backward()
         if self.settings.replay_share:
             owned = [(t.observation.buffer, d) for t in turns for d in t.own]
             for (buffer, d), q in zip(owned, itertools.chain(*own_log_qs), strict=True):
@@ -451,6 +453,7 @@ def _figures(turn: Turn, log_qs: list[float], loss: float) -> dict[str, float]:
         for d, q in zip(turn.own[: turn.fresh], log_qs[: turn.fresh], strict=True)
         if not (d.is_tempered or d.is_given)
     ]
+    untempered += [(d.log_reward, 0.0) for d in turn.idle if not d.is_tempered]
     possible = [(r, q) for r, q in untempered if r > -math.inf]
     return {
         "loss": loss,

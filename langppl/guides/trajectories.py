@@ -535,6 +535,8 @@ def actions_of(
 
 def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:
     """The policy's log-probability of each part of a draw, shape [parts], with gradients."""
+    if not draw.parts:
+        return torch.zeros(0)
     return torch.stack([p.log_q(f, heads) for p, f in zip(draw.parts, found, strict=True)])
 
 
