@@ -141,7 +141,8 @@ class Trainer:
             if proposer.heads is not None and proposer.numeric is None:
                 found = [head_of(program.sites[n].fn) for n in program.latents]
                 needed.update(f for f in found if f is not None)
-            if self._flows(program):
+            # Validation asks for no flow: one of a program that is only held out never learns.
+            if self._flows(program) and id(observation) in self._trained_on:
                 needed[FLOW] = 1
         # Every process must have the same heads and know the same latents, whichever observations
         # it takes.
@@ -401,6 +402,8 @@ class Trainer:
         for turn in turns:
             own = log_qs[at : at + len(turn.own)]
             at += len(turn.own) + len(turn.simulated)
+            if not self._flows(turn.observation.program):
+                continue
             gaps += [
                 plus(*d.balanced) - float(q.detach().sum())
                 for d, q in zip(turn.own, own, strict=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from test_checkpoints import cut_off
@@ -1103,3 +1104,76 @@ def test_a_flow_begins_at_the_first_batch_s_log_z(
     ]
     last: Any = guide.heads.made["flow"][-1]  # type: ignore[index]
     assert float(last.bias.detach()) == pytest.approx(np.mean(gaps) / pieces, abs=1e-3)
+
+
+def test_a_flow_is_of_the_programs_that_are_trained_on_one() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="subtb")
+    options: dict[str, Any] = {"steps": 1, "batch": 4, "learning_rate": 1e-12, "progress": False}
+    other = lp.compile(both, lm)
+    guide.fit([lp.compile(story, lm)], validation=[other], **options)
+    assert guide.heads.specification == {} and guide.flows == set()
+    # The other program has evidence of another size, and no flow.
+    guide.fit([lp.compile(far, lm), other], replay_share=0.0, **options)
+    alone = lp.GFlowNetGuide(make_lm(), rank=2, objective="subtb")
+    alone.fit([lp.compile(both, alone.lm)], replay_share=0.0, **options)
+    biases = [float(g.heads.made["flow"][-1].bias.detach()) for g in (guide, alone)]  # type: ignore[index]
+    # Both are means of few draws; the other program's log Z is 100 nats higher.
+    assert abs(biases[0] - biases[1]) < 10.0
+
+
+def far(lm: LM) -> None:
+    lp.sample("middle", lp.LMString(lm, "ab", stop=".", max_tokens=3))
+    lp.factor("far", 100.0)
+
+
+def rarely_three(lm: LM) -> None:
+    """Two independent pieces, and rarely a latent that `compile` does not meet."""
+    both(lm)
+    if lp.sample("x", dist.Poisson(1e-6)) > 0:
+        lp.sample("third", lp.LMString(lm, "a", max_tokens=1))
+
+
+def test_the_whole_and_its_first_piece_have_their_own_log_z() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, numeric="prior")
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    plain = [{"z_0": a, "z_1": b, "x": zero} for a, b in (("a", "b"), ("ab", "a"), ("b", "bb"))]
+    rare = {"z_0": "a", "z_1": "b", "x": one, "third": "b"}
+    for objective in ("vargrad", "tb"):
+        trainer = trainer_of(guide, rarely_three, [(lm,)] * 2, objective=objective)
+        for observation in trainer.observations:
+            trainer.prepare([observation])
+            assert "third" not in observation.program.latents
+        if objective == "tb":
+            guide.heads.start_flow(-3.0)
+
+        def loss(at: int, rows: Any, trainer: Trainer = trainer) -> tuple[float, list[float]]:
+            own = trainer.observations[at]
+            executions = own.program.run([given(row) for row in rows])
+            contexts = [
+                {
+                    s.name: s.fn.prompt_ids()
+                    for s in e.sites.values()
+                    if s.kind == "latent" and s.is_string
+                }
+                for e in executions
+            ]
+            (draws,) = make_draws([Batch(own.program, executions, contexts)])
+            for d in draws:
+                d.is_given = True
+            scores = policy_scores(draws, lm, guide.adapter)
+            logs = [log_q(d, f, guide.heads) for d, f in zip(draws, scores, strict=True)]
+            turn = Turn(own, draws, len(draws))
+            found = loss_of(turn, scores, logs, trainer.settings, guide.heads, 1.0, None)
+            gaps = [
+                d.log_reward - float(q.detach().sum()) for d, q in zip(draws, logs, strict=True)
+            ]
+            return float(found.detach()), gaps
+
+        mixed, gaps = loss(0, [rare, *plain[1:]])
+        if objective == "vargrad":
+            assert mixed == pytest.approx(np.var(gaps), rel=1e-3)
+        else:  # −3 at the first latent of either piece
+            assert mixed == pytest.approx(np.mean((np.array(gaps) + 6.0) ** 2), rel=1e-3)
+        assert loss(0, plain)[0] == pytest.approx(loss(1, plain)[0], rel=1e-4)
