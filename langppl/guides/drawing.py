@@ -129,11 +129,11 @@ class Drawing:
         """The guide's own draws, some of them from a tempered policy, spread evenly."""
         if not plans:
             return
-        share, (low, high) = self.settings.tempered_share, self.settings.temperatures
+        low, high = self.settings.temperatures
         seed = self.seed
         policies: list[list[Policy]] = []
         for plan in plans:
-            hot = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(plan.wanted)]
+            hot = self._hot(plan, number)
             own = []
             for i in range(plan.wanted):
                 key = (seed, "train", number, i, *plan.suffix)
@@ -153,6 +153,20 @@ class Drawing:
             for d, policy in zip(found, own, strict=True):
                 d.is_tempered = policy.temperature != 1.0
             plan.observation.ready += found
+
+    def _hot(self, plan: _Plan, number: int) -> list[bool]:
+        """Which of the draws that are made are tempered.
+
+        The share is of the batch, and of what is not drawn too: where it makes less than a draw,
+        some steps have one.
+        """
+        size = self.settings.batch * self.settings.tempered_share
+        found: list[bool] = []
+        for step in range(number, number + plan.wanted // max(plan.own, 1)):
+            count = _whole(size * (step + 1)) - _whole(size * step)
+            count = min(count, plan.own)
+            found += [(i + 1) * count // plan.own > i * count // plan.own for i in range(plan.own)]
+        return found
 
     def rewards(
         self,
@@ -317,6 +331,11 @@ class _Plan:
     replayed: int
     simulated: int
     wanted: int
+
+
+def _whole(number: float) -> int:
+    """The whole part, of a product that may have lost its last bits."""
+    return math.floor(number + 1e-6)
 
 
 def _check_same_program(

@@ -942,6 +942,37 @@ def test_given_choices_that_are_no_options_are_left_out() -> None:
         guide.fit(mood, [("a",)], given=[{"mood": "bad"}], **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch": 8}, [1] * 6),
+        ({"batch": 16}, [2] * 6),
+        ({"batch": 4, "tempered_share": 0.25, "replay_share": 0.5}, [1] * 6),
+        ({"batch": 4}, [0, 1, 0, 1, 0, 1]),
+        ({"batch": 10, "tempered_share": 0.3, "replay_share": 0.0}, [3] * 6),
+        ({"batch": 2, "tempered_share": 0.4, "replay_share": 0.0}, [0, 1, 1, 1, 1, 0]),
+        ({"batch": 4, "replay_share": 0.0, "draw_ahead": 3}, [0, 1, 0, 1, 0, 1]),
+        ({"batch": 4, "tempered_share": 0.0}, [0] * 6),
+    ],
+)
+def test_tempered_draws_are_a_share_of_the_batch(
+    options: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = drawing.Drawing.turns
+
+    def turns(self: Any, chosen: Any, number: int) -> list[Turn]:
+        found = plain(self, chosen, number)
+        seen.extend(sum(d.is_tempered for d in t.own[: t.fresh]) for t in found)
+        return found
+
+    monkeypatch.setattr(drawing.Drawing, "turns", turns)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="vargrad")
+    guide.fit(story, rows_of(lm)[:1], steps=6, replay_distance=0.0, progress=False, **options)
+    assert seen == expected
+
+
 # -- partial rewards -----------------------------------------------------------------------------
 
 
