@@ -253,7 +253,7 @@ class Drawing:
                     f"first is { {k: str(v) for k, v in rows[0].items()} }"
                 )
             return
-        draws = [d for d in met if all(p.requests(self.lm, None) for p in d.parts)]
+        draws = [d for d in met if all(p.is_drawable(self.lm) for p in d.parts)]
         if not draws:
             raise ValueError(
                 f"none of the {len(rows)} given draws follows the latents' own rules, the first is "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString, Text
+from langppl.guides.base import density
 from langppl.guides.heads import Heads
 from langppl.guides.objectives import Actions, Trajectory
 from langppl.lm.divergence import step_divergences
@@ -55,6 +56,12 @@ class Part:
             is_option = value in fn.options
             return list(fn.requests(prompt=self.context, adapter=adapter)) if is_option else []
         return [StateRequest(lm, self.context, adapter)]
+
+    def is_drawable(self, lm: LM) -> bool:
+        """Whether the value is the policy's to make: it keeps the rules, or has a density."""
+        if self.site.is_string:
+            return bool(self.requests(lm, None))
+        return math.isfinite(density(self.site.fn, self.site.value))
 
     def log_q(self, found: Sequence[PathLogProbs], heads: Heads | None) -> torch.Tensor:
         """The policy's log-probability of the value, a scalar with gradients."""

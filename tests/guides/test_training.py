@@ -973,6 +973,30 @@ def test_tempered_draws_are_a_share_of_the_batch(
     assert seen == expected
 
 
+@pytest.mark.parametrize("objective", ["mle", "vargrad"])
+def test_given_numbers_that_have_no_density_are_left_out(objective: str) -> None:
+    lm = make_lm()
+
+    def model() -> None:
+        x = lp.sample("x", dist.Beta(2.0, 2.0))
+        lp.sample("z", lp.LMString(lm, "a", max_tokens=2))
+        lp.sample("seen", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    options: dict[str, Any] = {"objective": objective, "steps": 2, "batch": 2, "progress": False}
+    rows = [{"x": torch.tensor(x), "z": "a"} for x in (1.5, 0.5, 1.0, -1.0, 0.25)]
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(model, [()], given=rows, **options)
+    assert guide.history.rows == 2 and np.isfinite(guide.history["loss"]).all()
+    trainer = trainer_of(guide, model, [()], objective=objective)
+    (row,) = trainer.observations
+    row.latents = rows
+    trainer.drawing._score_given(row)
+    assert row.given is not None
+    assert [float(d.latents["x"]) for d in row.given] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="none of the 1 given draws follows"):
+        guide.fit(model, [()], given=rows[:1], **options)
+
+
 # -- partial rewards -----------------------------------------------------------------------------
 
 
