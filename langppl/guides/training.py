@@ -99,6 +99,8 @@ class Trainer:
         self._known: set[int] = set()
         self._prepared: set[int] = set()
         self._flow_is_new = False
+        # The guide is told with the first step: one that took none has learned nothing.
+        self.learned, self.flows = set(guide.learned), set(guide.flows)
         self.take_heads()
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
         self.mean = Mean()
@@ -146,22 +148,26 @@ class Trainer:
                 needed[FLOW] = 1
         # Every process must have the same heads and know the same latents, whichever observations
         # it takes.
-        guide = self.guide
-        for several, learned, flows in self.workers.gather([(needed, guide.learned, guide.flows)]):
-            guide.learned |= learned
-            guide.flows |= flows
+        for several, learned, flows in self.workers.gather([(needed, self.learned, self.flows)]):
+            self.learned |= learned
+            self.flows |= flows
             for name, count in sorted(several.items()):
-                is_new = guide.heads.ensure(name, count)
+                is_new = self.guide.heads.ensure(name, count)
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()
 
     def note(self, program: Program) -> None:
-        """Keeps in the guide what it learns of a program."""
+        """Keeps what is learned of a program."""
         own = self.guide.sites_of(program)
-        self.guide.learned |= own
+        self.learned |= own
         if self._flows(program) and self.settings.objective != "tb":
-            self.guide.flows |= own
+            self.flows |= own
+
+    def hand_over(self) -> None:
+        """Tells the guide what it has learned of."""
+        self.guide.learned |= self.learned
+        self.guide.flows |= self.flows
 
     def _flows(self, program: Program) -> bool:
         """Whether the objective learns flows of a program's states."""
@@ -252,6 +258,7 @@ class Trainer:
             )
         self.optimiser.step()
         weights_changed()
+        self.hand_over()
         if settings.is_averaged(step):
             self.mean.add(self.all_named())
         figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}

@@ -765,6 +765,18 @@ def turns_of(lm: LM, count: int) -> None:
         lp.sample(f"heard_{i}", lp.LMString(lm, f"{said}"), obs="b")
 
 
+def test_a_training_that_fails_at_once_leaves_an_untrained_guide() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="subtb")
+    options: dict[str, Any] = {"steps": 1, "batch": 4, "progress": False}
+    with pytest.raises(ValueError, match="none of the 1 given draws follows"):
+        guide.fit(chain, [(lm,)], given=[{"one": "aaaaa", "two": "a"}], **options)
+    assert (guide.learned, guide.flows) == (set(), set()) and guide.remarks
+    guide.check(lp.compile(story, lm))
+    guide.fit(chain, [(lm,)], **options)
+    assert guide.learned == guide.flows == {"one", "two"} and not guide.remarks
+
+
 def test_a_guide_refuses_latents_that_it_was_not_trained_on(tmp_path: Path) -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=2)
