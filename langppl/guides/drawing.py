@@ -143,12 +143,7 @@ class Drawing:
                     temperature = low * (high / low) ** spread
                 own.append(Policy(self.proposer, plan.observation.program, key, temperature))
             policies.append(own)
-        try:
-            draws = self.rewards([p.observation.program for p in plans], policies)
-        except ValueError as error:
-            if " is nan" in str(error):
-                raise FloatingPointError(f"at training step {number}, {error}") from error
-            raise
+        draws = self.rewards([p.observation.program for p in plans], policies)
         for plan, found, own in zip(plans, draws, policies, strict=True):
             for d, policy in zip(found, own, strict=True):
                 d.is_tempered = policy.temperature != 1.0

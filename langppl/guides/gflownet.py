@@ -418,7 +418,8 @@ class GFlowNetGuide(Guide):
                 that do not belong to the observations, a given posterior of another program,
                 a setting out of range, a length of what is no open string, or an accelerator on
                 another device than the LM's.
-            FloatingPointError: if a loss or reward is NaN; names the step and the site.
+            FloatingPointError: if a loss or reward is NaN, or a reward infinite; names the step and
+                the site. If a gradient is not finite; names the step.
             OSError: if a checkpoint cannot be written, or the disk has no room for two, before the
                 first step.
             torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before

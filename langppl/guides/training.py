@@ -36,6 +36,7 @@ from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.program import lms_of
+from langppl.program.statements import BadNumber
 from langppl.progress import bar
 from langppl.warn import warn
 
@@ -221,7 +222,17 @@ class Trainer:
 
     @alone
     def step(self, step: int) -> dict[str, float]:
-        """One gradient step; returns the figures to report."""
+        """One gradient step; returns the figures to report.
+
+        Raises:
+            FloatingPointError: if a reward, a loss or the gradient is not a number; names the step.
+        """
+        try:
+            return self._step(step)
+        except BadNumber as error:
+            raise FloatingPointError(f"at training step {self.done + step}, {error}") from error
+
+    def _step(self, step: int) -> dict[str, float]:
         settings, number = self.settings, self.done + step
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
@@ -253,8 +264,8 @@ class Trainer:
         of_heads = float(torch.nn.utils.clip_grad_norm_(heads, settings.clip)) if heads else 0.0
         if not math.isfinite(norm + of_heads):
             raise FloatingPointError(
-                f"the gradient is {norm} at step {number}; nothing was changed by this step; "
-                "lower the learning rate"
+                f"the norm of the gradient is {norm} of the adapter and {of_heads} of the heads at "
+                f"step {number}; nothing was changed by this step; lower the learning rate"
             )
         self.optimiser.step()
         weights_changed()

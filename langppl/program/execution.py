@@ -22,6 +22,7 @@ from langppl.lm.seeds import generator, seeded
 from langppl.program.contents import is_users_own, parameters
 from langppl.program.scheduler import run
 from langppl.program.statements import (
+    BadNumber,
     Known,
     Memo,
     Model,
@@ -434,9 +435,9 @@ def _tempered(fn: TemperedFactor) -> Pending:
 
 
 def check_number(site: str, log_prob: float | None) -> None:
-    """Raises ValueError, naming the site, if a log-probability is NaN or +inf."""
+    """Raises `BadNumber`, naming the site, if a log-probability is NaN or +inf."""
     if log_prob is not None and (math.isnan(log_prob) or log_prob == math.inf):
-        raise ValueError(f"the log-probability of site {site!r} is {log_prob}")
+        raise BadNumber(f"the log-probability of site {site!r} is {log_prob}")
 
 
 # -- choosers ----------------------------------------------------------------------------------
