@@ -38,12 +38,13 @@ from langppl import diagnosis, diagnostics, summary
 from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
+from langppl.lm.files import write_atomically
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
 from langppl.program import Program
 from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
 from langppl.program.statements import Model
-from langppl.records import decode, encode, floats, numbers, optional, write_atomically
+from langppl.records import decode, encode, floats, numbers, optional
 from langppl.tables import Report, pandas_for
 from langppl.values import (
     ABSENT,

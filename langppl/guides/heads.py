@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from langppl.lm.files import write_atomically
 from langppl.lm.seeds import seeded
 
 FLOW = "flow"
@@ -178,16 +179,19 @@ class Heads(nn.Module):
         return {n: m[-1].out_features for n, m in self.made.items()}  # type: ignore[index]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the heads' weights (safetensors); nothing if there are none."""
-        from safetensors.torch import save_file
+        """Writes the heads' weights (safetensors); nothing if there are none.
+
+        Raises:
+            OSError: if the file cannot be written; names it.
+        """
+        from safetensors.torch import save
 
         path = Path(folder) / HEADS_FILE
         if not self.made:
             path.unlink(missing_ok=True)
             return
-        partial = path.with_suffix(".partial")
-        save_file({k: v.detach().cpu() for k, v in self.state_dict().items()}, str(partial))
-        os.replace(partial, path)
+        tensors = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        write_atomically(path, save(tensors), "guide's heads")
 
     def load(self, folder: str | os.PathLike[str], specification: Mapping[str, int]) -> None:
         """Reads what `save` wrote.

@@ -354,6 +354,29 @@ def fit_given(program: Program, given: Any, steps: int, **changes: Any) -> GFlow
     return guide.fit(program, given=given, steps=steps, batch=32, **{**options, **changes})
 
 
+@pytest.mark.parametrize(
+    ("given", "rows", "said"),
+    [
+        ({"middle": "a."}, 1, r"given is \{'middle': 'a.'\}; given must be a list of mappings"),
+        ("a.", 1, "given is 'a.'; given must be"),
+        (5, 1, "given is 5; given must be"),
+        ([["a."]], 1, r"given\[0\]\[0\] is 'a.'; given must be"),
+        (["a."], 1, r"given\[0\] is 'a.'; given must be"),
+        ([[{"middle": "a."}], [{"middle": "a."}, 3]], 2, r"given\[1\]\[1\] is 3; given must be"),
+    ],
+)
+def test_given_latents_of_another_form(given: Any, rows: int, said: str) -> None:
+    guide = GFlowNetGuide(make_lm())
+    with pytest.raises(TypeError, match=said):
+        guide.fit(story, [(guide.lm,)] * rows, given=given, **QUICK)
+
+
+def test_given_may_be_none() -> None:
+    one, two = (GFlowNetGuide(make_lm()) for _ in range(2))
+    one.fit(story, [(one.lm,)], given=None, **QUICK)
+    assert one.history == two.fit(story, [(two.lm,)], **QUICK).history
+
+
 def test_given_draws_come_first_and_teach_the_guide() -> None:
     program = compile(story, make_lm(1), SEEDS[1])
     prior = infer(program, num_samples=128, seed=5, progress=False)

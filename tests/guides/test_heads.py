@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -477,6 +478,31 @@ def test_saved_and_loaded_heads_are_the_same_bit_for_bit(tmp_path: Path) -> None
     draws = [lp.infer(program(), guide=g, num_samples=9, progress=False) for g in (guide, loaded)]
     assert draws[0].log_q is not None and draws[1].log_q is not None
     np.testing.assert_array_equal(draws[0].log_q, draws[1].log_q)
+
+
+def test_heads_that_cannot_be_written_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = made(dist.Beta(1.0, 1.0))
+    heads.save(tmp_path)
+    before = (tmp_path / HEADS_FILE).read_bytes()
+    shake(heads, 0.1)
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(
+            OSError, match=r"guide's heads cannot be saved \(No space left.*\); give"
+        ):
+            heads.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [HEADS_FILE]
+    assert (tmp_path / HEADS_FILE).read_bytes() == before
+    heads.save(tmp_path)
+    assert (tmp_path / HEADS_FILE).read_bytes() != before
 
 
 def test_a_guide_without_heads_leaves_no_file(tmp_path: Path) -> None:
