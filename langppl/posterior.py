@@ -42,6 +42,7 @@ from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions import LMString
 from langppl.distributions.base import Key
 from langppl.keywords import did_you_mean
+from langppl.lm.files import write_atomically
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
 from langppl.program import Program
@@ -55,7 +56,7 @@ from langppl.program.lengths import (
     too_short,
 )
 from langppl.program.statements import Model
-from langppl.records import decode, encode, floats, numbers, optional, write_atomically
+from langppl.records import decode, encode, floats, numbers, optional
 from langppl.tables import Report, pandas_for
 from langppl.values import (
     ABSENT,

@@ -1,11 +1,9 @@
-"""Values of sites as strict JSON, and files that are whole or not there."""
+"""Values of sites as strict JSON."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,29 +75,3 @@ def decode(value: Any) -> Any:
     if "tuple" in value:
         return tuple(decode(entry) for entry in value["tuple"])
     return {key: decode(entry) for key, entry in value["dict"].items()}
-
-
-def write_atomically(path: Path, text: str, what: str) -> None:
-    """Replaces a file in one step, so that a broken write never looks like a good file.
-
-    Args:
-        path: the file; missing folders are made.
-        text: what it is to hold.
-        what: what that is, for the error.
-
-    Raises:
-        OSError: if the file cannot be written; names the path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        # Errors of the temporary file, or of a folder above, would not say what was to be written.
-        mend = "give a file in a folder that can be written to"
-        reason = f"the {what} cannot be saved ({error.strerror}); {mend}"
-        raise OSError(error.errno, reason, str(path)) from error

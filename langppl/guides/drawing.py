@@ -13,7 +13,7 @@ import numpy as np
 from langppl.distributions import LMString
 from langppl.guides.base import Key
 from langppl.guides.observations import GivenLatents, Observation, Turn
-from langppl.guides.policy import Policy, Proposer
+from langppl.guides.policy import Policy, Proposer, RewardedPolicy
 from langppl.guides.settings import BALANCE, LEAST_NEW, Settings
 from langppl.guides.trajectories import Batch, Contexts, Draw, Part, key_of, make_draws
 from langppl.lm.seeds import generator
@@ -68,7 +68,10 @@ class Drawing:
         turns = []
         for plan, pairs in zip(plans, simulated, strict=True):
             observation = plan.observation
-            fresh, observation.ready = observation.ready[: plan.own], observation.ready[plan.own :]
+            drawn, observation.ready = observation.ready[: plan.own], observation.ready[plan.own :]
+            fresh, idle = [d for d in drawn if d.parts], [d for d in drawn if not d.parts]
+            if idle and not fresh:
+                self._check_meets(observation, number)
             taken = {d.key for d in (*fresh, *plan.given)}
             rng = generator((self.seed, "replay", number, *plan.suffix))
             replayed = observation.buffer.sample(plan.replayed, rng, taken)
@@ -76,14 +79,26 @@ class Drawing:
             # Those that log Z is estimated from come first.
             if not fresh:
                 fresh, given = given, []
+            if idle and len(fresh) < LEAST_NEW:
+                replayed = []
             own = [*fresh, *given, *replayed]
             least = 2 if self.settings.objective in BALANCE else 1
-            if self.settings.objective != "forward_kl" and len(own) < least:
+            if self.settings.objective != "forward_kl" and len(own) < least and not idle:
                 raise ValueError(
                     f"at training step {number}, no draw follows the latents' own rules"
                 )
-            turns.append(Turn(observation, own, len(fresh), pairs))
+            turns.append(Turn(observation, own, len(fresh), pairs, idle))
         return turns
+
+    def _check_meets(self, observation: Observation, number: int) -> None:
+        """Raises ValueError if a program is not known to have a latent that the guide covers."""
+        program = observation.program
+        if not any(self.proposer.covers(program.sites[n].fn) for n in program.latents):
+            raise ValueError(
+                f"at training step {number}, no execution meets a latent that this guide covers: "
+                f"the program's are {', '.join(program.latents) or 'none'}, and it covers strings "
+                f'of {self.lm!r} and, with numeric="head", numbers of some families'
+            )
 
     def _plan(self, slot: int, observation: Observation, number: int, ready: int) -> _Plan:
         settings = self.settings
@@ -114,11 +129,11 @@ class Drawing:
         """The guide's own draws, some of them from a tempered policy, spread evenly."""
         if not plans:
             return
-        share, (low, high) = self.settings.tempered_share, self.settings.temperatures
+        low, high = self.settings.temperatures
         seed = self.seed
         policies: list[list[Policy]] = []
         for plan in plans:
-            hot = [math.floor((i + 1) * share) > math.floor(i * share) for i in range(plan.wanted)]
+            hot = self._hot(plan, number)
             own = []
             for i in range(plan.wanted):
                 key = (seed, "train", number, i, *plan.suffix)
@@ -128,16 +143,25 @@ class Drawing:
                     temperature = low * (high / low) ** spread
                 own.append(Policy(self.proposer, plan.observation.program, key, temperature))
             policies.append(own)
-        try:
-            draws = self.rewards([p.observation.program for p in plans], policies)
-        except ValueError as error:
-            if " is nan" in str(error):
-                raise FloatingPointError(f"at training step {number}, {error}") from error
-            raise
+        draws = self.rewards([p.observation.program for p in plans], policies)
         for plan, found, own in zip(plans, draws, policies, strict=True):
             for d, policy in zip(found, own, strict=True):
                 d.is_tempered = policy.temperature != 1.0
             plan.observation.ready += found
+
+    def _hot(self, plan: _Plan, number: int) -> list[bool]:
+        """Which of the draws that are made are tempered.
+
+        The share is of the batch, and of what is not drawn too: where it makes less than a draw,
+        some steps have one.
+        """
+        size = self.settings.batch * self.settings.tempered_share
+        found: list[bool] = []
+        for step in range(number, number + plan.wanted // max(plan.own, 1)):
+            count = _whole(size * (step + 1)) - _whole(size * step)
+            count = min(count, plan.own)
+            found += [(i + 1) * count // plan.own > i * count // plan.own for i in range(plan.own)]
+        return found
 
     def rewards(
         self,
@@ -163,7 +187,6 @@ class Drawing:
         for k, (program, own) in enumerate(zip(programs, policies, strict=True)):
             contexts = [p.contexts for p in own]
             ran = [next(executions) for _ in own]
-            _check_contexts(contexts)
             takes = self._takes_prefixes(program, contexts) if prefixes is None else prefixes
             known = None if log_joints is None else log_joints[k]
             batches.append(Batch(program, ran, contexts, takes, known, self.settings.every))
@@ -202,16 +225,30 @@ class Drawing:
         observation.given = []
         if not rows:
             return
-        policies = [
-            Policy(self.proposer, program, (self.seed, "given", i), 1.0, row)
-            for i, row in enumerate(rows)
-        ]
         settings = self.settings
         if settings.objective == "mle":
+            policies = [
+                Policy(self.proposer, program, (self.seed, "given", i), 1.0, row)
+                for i, row in enumerate(rows)
+            ]
             draws = self._unscored([program] * len(rows), policies)
         else:
-            draws = self._scored_given(program, given, rows, policies)
-        draws = [d for d in draws if all(p.requests(self.lm, None) for p in d.parts)]
+            rewarded = [
+                RewardedPolicy(self.proposer, program, (self.seed, "given", i), 1.0, row)
+                for i, row in enumerate(rows)
+            ]
+            draws = self._scored_given(program, given, rows, rewarded)
+            draws = [d for d, p in zip(draws, rewarded, strict=True) if p.is_proposable]
+        # Of an execution that meets no latent of the guide's there is nothing to learn.
+        met = [d for d in draws if d.parts]
+        if draws and not met:
+            if settings.objective == "mle":
+                raise ValueError(
+                    f"none of the {len(rows)} given draws has a latent that this guide covers, the "
+                    f"first is { {k: str(v) for k, v in rows[0].items()} }"
+                )
+            return
+        draws = [d for d in met if all(p.is_drawable(self.lm) for p in d.parts)]
         if not draws:
             raise ValueError(
                 f"none of the {len(rows)} given draws follows the latents' own rules, the first is "
@@ -252,7 +289,6 @@ class Drawing:
     def _unscored(self, programs: Sequence[Program], policies: Sequence[Policy]) -> list[Draw]:
         """Draws of given latents whose reward does not matter."""
         executions = run_together(list(zip(programs, policies, strict=True)))
-        _check_contexts([p.contexts for p in policies])
         draws = []
         for execution, policy in zip(executions, policies, strict=True):
             parts = [Part(execution.sites[n], ids) for n, ids in policy.contexts.items()]
@@ -275,7 +311,8 @@ class Drawing:
             for i, (latents, program) in enumerate(pairs)
         ]
         draws = iter(self._unscored([program for _, program in pairs], policies))
-        return [[next(draws) for _ in range(plan.simulated)] for plan in plans]
+        found = [[next(draws) for _ in range(plan.simulated)] for plan in plans]
+        return [[d for d in own if d.parts] for own in found]
 
 
 @dataclass
@@ -291,9 +328,9 @@ class _Plan:
     wanted: int
 
 
-def _check_contexts(contexts: Sequence[Contexts]) -> None:
-    if not all(contexts):
-        raise ValueError("some executions meet no latent that this guide covers")
+def _whole(number: float) -> int:
+    """The whole part, of a product that may have lost its last bits."""
+    return math.floor(number + 1e-6)
 
 
 def _check_same_program(

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm.counts import as_count, as_number, as_pair
+from langppl.lm.files import write_atomically
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
 from langppl.lm.requests import StateReply, StateRequest, alone, perform
@@ -47,13 +48,17 @@ from langppl.program import Program, compile
 from langppl.program.arguments import ModelOrProgram, pairs_of, rows_in
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
-from langppl.records import floats, numbers, write_atomically
+from langppl.records import floats, numbers
 from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
 REPLAYED = 16_384
 """Most draws that are kept for replay over all observations."""
 _VERSION = 2
+_FORM_OF_GIVEN = (
+    'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
+    "posterior; for several observations a list of such, one for each"
+)
 
 _numbers = itertools.count()
 
@@ -375,7 +380,8 @@ class GFlowNetGuide(Guide):
                 which is cheaper; the whole string always counts.
             given: latents (site → value) to learn from, in the place of the guide's own draws: a
                 list or a posterior of a single observation; of several, a list of such, one for
-                each. A posterior's log joints are not computed anew where they suffice. With
+                each; none if it is empty or None. A posterior's log joints are not computed anew
+                where they suffice. With
                 `mle` they are all that is learned from, as often as there are steps; those of a
                 posterior count by their weights.
             given_share: share of a batch's new draws that are given ones, while these last. With
@@ -421,7 +427,8 @@ class GFlowNetGuide(Guide):
                 that do not belong to the observations, a given posterior of another program,
                 a setting out of range, a length of what is no open string, or an accelerator on
                 another device than the LM's.
-            FloatingPointError: if a loss or reward is NaN; names the step and the site.
+            FloatingPointError: if a loss or reward is NaN, or a reward infinite; names the step and
+                the site. If a gradient is not finite; names the step.
             OSError: if a checkpoint cannot be written, or the disk has no room for two, before the
                 first step.
             torch.OutOfMemoryError: if memory does not suffice for the smallest passes; before
@@ -656,12 +663,16 @@ def _context_of(
 
 def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
     """The given latents of each observation."""
+    if given is None:
+        given = ()
     if isinstance(given, Posterior):
         found: list[GivenLatents] = [given]
-    elif len(given) and all(isinstance(g, Mapping) for g in given) and count == 1:
-        found = [list(given)]
     else:
-        found = [[g] if isinstance(g, Mapping) else g for g in given]
+        several = _rows("given", given)
+        if several and all(isinstance(g, Mapping) for g in several) and count == 1:
+            found = [several]
+        else:
+            found = [_given_row(k, g) for k, g in enumerate(several)]
     if not found:
         if objective == "mle":
             raise ValueError('objective="mle" learns from given latents: fit(..., given=...)')
@@ -691,6 +702,25 @@ def _latents_in(given: Any) -> Any:
             "posterior itself, whose weights count"
         )
     return rows_in(given)
+
+
+def _given_row(number: int, given: Any) -> GivenLatents:
+    """The given latents of one of several observations."""
+    if isinstance(given, Posterior):
+        return given
+    if isinstance(given, Mapping):
+        return [given]
+    rows = _rows(f"given[{number}]", given)
+    for k, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"given[{number}][{k}] is {row!r}; {_FORM_OF_GIVEN}")
+    return rows
+
+
+def _rows(what: str, given: Any) -> list[Any]:
+    if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
+        raise TypeError(f"{what} is {given!r}; {_FORM_OF_GIVEN}")
+    return list(given)
 
 
 def _held_out(

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from langppl.lm.files import write_atomically
 from langppl.lm.seeds import seeded
 
 FLOW = "flow"
@@ -144,7 +145,10 @@ class Heads(nn.Module):
             return fn
         base = _base(fn)
         # The LM may be elsewhere; what is proposed lives where the site's own distribution does.
-        own = self.numbers(found[0], state).to(_device(base))
+        # Its numbers go up to the site's precision: draws of a coarser grid have no density there.
+        own = self.numbers(found[0], state)
+        for parameter in _parameters(base):
+            own = own.to(parameter.device, torch.promote_types(parameter.dtype, own.dtype))
         shape = (*base.batch_shape, -1)
         own = own.reshape(shape)
         made: Any
@@ -175,16 +179,19 @@ class Heads(nn.Module):
         return {n: m[-1].out_features for n, m in self.made.items()}  # type: ignore[index]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the heads' weights (safetensors); nothing if there are none."""
-        from safetensors.torch import save_file
+        """Writes the heads' weights (safetensors); nothing if there are none.
+
+        Raises:
+            OSError: if the file cannot be written; names it.
+        """
+        from safetensors.torch import save
 
         path = Path(folder) / HEADS_FILE
         if not self.made:
             path.unlink(missing_ok=True)
             return
-        partial = path.with_suffix(".partial")
-        save_file({k: v.detach().cpu() for k, v in self.state_dict().items()}, str(partial))
-        os.replace(partial, path)
+        tensors = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        write_atomically(path, save(tensors), "guide's heads")
 
     def load(self, folder: str | os.PathLike[str], specification: Mapping[str, int]) -> None:
         """Reads what `save` wrote.
@@ -211,9 +218,8 @@ class Heads(nn.Module):
             raise ValueError(f"{path} is corrupt: it holds NaN or infinity")
 
 
-def _device(base: Any) -> torch.device:
-    device: torch.device = getattr(base, next(iter(base.arg_constraints))).device
-    return device
+def _parameters(base: Any) -> list[Tensor]:
+    return [getattr(base, name) for name in base.arg_constraints]
 
 
 def _factor(number: Tensor) -> Tensor:

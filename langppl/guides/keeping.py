@@ -184,6 +184,8 @@ class Keeper:
             trainer.note(observation.program)
             _restore(observation, state, trainer.lm.device)
             observation.taken = -1
+        if step:
+            trainer.hand_over()
         _forget_scores(trainer)
         return step
 

@@ -10,9 +10,9 @@ import torch
 from langppl.guides import objectives
 from langppl.guides.heads import Heads
 from langppl.guides.objectives import Actions
-from langppl.guides.observations import Turn
+from langppl.guides.observations import WHOLE, Turn
 from langppl.guides.settings import OF_WHOLE_DRAWS, Settings
-from langppl.guides.trajectories import Found, plus, site_trajectory, trajectory
+from langppl.guides.trajectories import Draw, Found, plus, site_trajectory, trajectory
 
 
 def loss_of(
@@ -39,11 +39,14 @@ def loss_of(
     total = torch.stack([q.sum() for q in log_qs])
     if objective == "mle":
         return objectives.likelihood(total)
-    reward = total.new_tensor([plus(d.log_prior, d.log_rest, power) for d in draws])
+    whole = [plus(d.log_prior, d.log_rest, power) for d in draws]
     if objective == "rao_blackwell":
-        rest = [power * d.log_rest if d.log_reward > -math.inf else -math.inf for d in draws]
         assert actions is not None
+        # The actions have the prior of what they make.
+        made = [sum(p.site.log_prob or 0.0 for p in d.parts) for d in draws]
+        rest = [-math.inf if w == -math.inf else w - m for w, m in zip(whole, made, strict=True)]
         return objectives.rao_blackwell(actions, total.new_tensor(rest))
+    reward = total.new_tensor(whole)
     if objective in OF_WHOLE_DRAWS:
         return OF_WHOLE_DRAWS[objective](reward, total)
     if draws[0].ends:
@@ -58,16 +61,25 @@ def loss_of(
     ]
     drawn = torch.tensor(is_own, device=total.device)
     counts = {len(d.pieces) for d in draws}
-    if len(counts) > 1 or counts <= {0, 1}:
-        return _balance(turn, 0, reward, total, scores, [0] * len(draws), learned, power, drawn)
+    if len(counts) > 1 or counts == {0}:
+        roots = [_roots(turn, d) for d in draws]
+        return _balance(turn, WHOLE, reward, total, scores, roots, learned, power, drawn)
     losses = []
     for k in range(counts.pop()):
         pieces = [d.pieces[k] for d in draws]
         own = torch.stack([q[p.parts].sum() for q, p in zip(log_qs, pieces, strict=True)])
         reward = own.new_tensor([plus(p.log_prior, p.log_rest, power) for p in pieces])
-        first = [p.parts[0] for p in pieces]
+        first = [[p.parts[0]] for p in pieces]
         losses.append(_balance(turn, k, reward, own, scores, first, learned, power, drawn))
     return torch.stack(losses).sum()
+
+
+def _roots(turn: Turn, draw: Draw) -> list[int]:
+    """The first part of each independent piece, at which a flow is the log Z of that piece."""
+    names = [p.site.name for p in draw.parts]
+    groups = turn.observation.program.graph.independent()
+    found = [next((k for k, n in enumerate(names) if n in g), None) for g in groups]
+    return [k for k in found if k is not None] or [0]
 
 
 def _balance(
@@ -76,26 +88,31 @@ def _balance(
     reward: torch.Tensor,
     own: torch.Tensor,
     scores: Sequence[Found],
-    first: Sequence[int],
+    first: Sequence[Sequence[int]],
     learned: Heads | None,
     power: float,
     drawn: torch.Tensor,
 ) -> torch.Tensor:
-    """Trajectory balance of one independent piece.
+    """Trajectory balance of one independent piece, or of the whole.
 
     Args:
         turn: the draws.
-        piece: its number.
+        piece: its number, or `WHOLE`.
         reward: log R of it in each draw, shape [n].
         own: log q, shape [n], with gradients.
         scores: what the policy said of each draw.
-        first: the piece's first part in each.
+        first: the piece's first part in each; of the whole the first of every piece.
         learned: heads of which one gives log Z; None for the batch's own estimate.
         power: of the reward.
         drawn: bool [n], which of them the policy drew as it is.
     """
     if learned is not None:
-        log_z = torch.stack([_flow(learned, f, k) for f, k in zip(scores, first, strict=True)])
+        log_z = torch.stack(
+            [
+                torch.stack([_flow(learned, f, k) for k in own_first]).sum()
+                for f, own_first in zip(scores, first, strict=True)
+            ]
+        )
     else:
         gap = reward - own
         log_z = turn.observation.estimate(
@@ -116,7 +133,7 @@ def _over_prefixes(
         for d, f, q in zip(turn.own, scores, log_qs, strict=True)
     ]
     log_z = turn.observation.estimate(
-        0,
+        WHOLE,
         objectives.root_gaps(paths[: turn.fresh] or paths),
         objectives.root_gaps(paths),
         power,

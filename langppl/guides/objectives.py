@@ -182,7 +182,7 @@ def subtb(
         u, reached, at = _end_points(t, root)
         i, j = torch.triu_indices(len(u), len(u), 1, device=u.device)
         residual = u[i] + reached[j] - reached[i] - u[j]
-        losses.append(_weighted(t, residual, lam ** (at[j] - at[i]).to(u.dtype)))
+        losses.append(_weighted(t, residual, lam, at[j] - at[i]))
     return torch.stack(losses).mean()
 
 
@@ -202,7 +202,7 @@ def detailed_balance(trajectories: Sequence[Trajectory], log_z: Tensor | None = 
     for t, root in zip(trajectories, log_z.expand(len(trajectories)), strict=True):
         u, reached, _ = _end_points(t, root)
         residual = u[:-1] + reached[1:] - reached[:-1] - u[1:]
-        losses.append(_weighted(t, residual, torch.ones_like(residual)))
+        losses.append(_weighted(t, residual, 1.0, torch.zeros_like(residual)))
     return torch.stack(losses).mean()
 
 
@@ -215,14 +215,16 @@ def _end_points(t: Trajectory, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, torch.cat([c[:1], c[ends]]), torch.cat([ends.new_zeros(1), ends])
 
 
-def _weighted(t: Trajectory, residual: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of squared residuals; an impossible last end point is pushed down."""
-    total, norm = (weight * residual**2).sum(), weight.sum()
+def _weighted(t: Trajectory, residual: Tensor, lam: float, distance: Tensor) -> Tensor:
+    """Mean of squared residuals by λ^distance; an impossible last end point is pushed down."""
     if not torch.isfinite(t.log_reward[-1]):
         log_q = t.log_q.sum() + t.log_q_end[-1]
-        total = total + (log_q - log_q.detach() + FLOOR) ** 2
-        norm = norm + 1
-    return total / norm
+        residual = torch.cat([residual, (log_q - log_q.detach() + FLOOR)[None]])
+        distance = torch.cat([distance, distance.new_zeros(1)])
+    # A factor of all weights is none of the mean; without it, long strings' leave float32.
+    heaviest = distance.min() if lam < 1.0 else distance.max()
+    weight = lam ** (distance - heaviest).to(residual.dtype)
+    return (weight * residual**2).sum() / weight.sum()
 
 
 def reverse_kl(log_reward: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from langppl.guides.trajectories import Draw
 from langppl.posterior import Posterior
 from langppl.program import Program, compile
 
+WHOLE = -1
+"""In the place of an independent piece's number, the program as a whole."""
+
 GivenLatents = Posterior | Sequence[Mapping[str, Any]]
 
 
@@ -33,8 +36,8 @@ class Observation:
         share: how much its loss counts in a step, 1 where all are taken equally often.
         taken: the step, counted over all calls of `fit`, in which this process took it last; −1 for
             what a checkpoint had, None if there is nothing to keep.
-        anchors: for each independent piece of the program, power of the reward and the estimate of
-            log Z (nats) that given draws are held to.
+        anchors: for each independent piece of the program, and for all of it under `WHOLE`, power
+            of the reward and the estimate of log Z (nats) that given draws are held to.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Observation:
         """Log Z of a batch, detached.
 
         Args:
-            piece: number of the independent piece that it is of.
+            piece: number of the independent piece that it is of, or `WHOLE`.
             fresh: log R − log q of the guide's own draws, or of given ones where there are none;
                 replayed ones are replayed because theirs is high.
             everything: of all draws, for a batch in which no fresh one is possible.
@@ -104,12 +107,15 @@ class Turn:
         own: draws that the loss is of; those that log Z is estimated from come first.
         fresh: how many these are.
         simulated: pairs of latents and data from the model itself.
+        idle: the guide's own draws whose executions meet no latent of its: there is nothing to
+            learn from them, but they are draws.
     """
 
     observation: Observation
     own: list[Draw]
     fresh: int
     simulated: list[Draw] = field(default_factory=list)
+    idle: list[Draw] = field(default_factory=list)
 
     @property
     def learns_from_given(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,34 +181,23 @@ class Policy:
         return self._proposed.get(name)
 
 
-class GivenPolicy(Policy):
-    """Takes given latents, and knows with which probability the policy would have drawn them.
+class RewardedPolicy(Policy):
+    """Takes given latents, and of those that are not the policy's knows how they are proposed.
 
-    Args:
-        proposer: the guide's means.
-        program: the program.
-        values: latent → value.
-        defensive: share of proposals that are drawn from the prior.
+    Attributes:
+        is_proposable: whether what proposes these latents can draw the values that were given.
     """
 
-    def __init__(
-        self, proposer: Proposer, program: Program, values: Mapping[str, Any], defensive: float
-    ) -> None:
-        super().__init__(proposer, program, (), values=values, defensive=defensive)
+    is_proposable = True
 
     def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
         """See `langppl.program.execution.Chooser`."""
-        value = super().__call__(name, fn, execution).value
-        if not self.proposer.covers(fn):
-            return Choice(value, self._log_q_elsewhere(name, fn, value))
-        prompt = self.contexts[name]
-        if isinstance(fn, StringDistribution):
-            log_q = raw_log_prob(fn, value, prompt, self.proposer.adapter)
-        else:
-            log_q = log_density(self._made(fn, prompt), value)
-        if self.defensive:
-            log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
-        return Choice(value, log_q)
+        choice = super().__call__(name, fn, execution)
+        if self.proposer.covers(fn):
+            return choice
+        log_q = self._log_q_elsewhere(name, fn, choice.value)
+        self.is_proposable &= log_q > -math.inf
+        return replace(choice, log_q=log_q)
 
     def _log_q_elsewhere(self, name: str, fn: Any, value: Any) -> float:
         own = self.proposer
@@ -225,6 +215,36 @@ class GivenPolicy(Policy):
                 )
         site = self._proposed.get(name)
         return log_density(fn if site is None else site["fn"], value)
+
+
+class GivenPolicy(RewardedPolicy):
+    """Takes given latents, and knows with which probability the policy would have drawn them.
+
+    Args:
+        proposer: the guide's means.
+        program: the program.
+        values: latent → value.
+        defensive: share of proposals that are drawn from the prior.
+    """
+
+    def __init__(
+        self, proposer: Proposer, program: Program, values: Mapping[str, Any], defensive: float
+    ) -> None:
+        super().__init__(proposer, program, (), values=values, defensive=defensive)
+
+    def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
+        """See `langppl.program.execution.Chooser`."""
+        choice = super().__call__(name, fn, execution)
+        if not self.proposer.covers(fn):
+            return choice
+        value, prompt = choice.value, self.contexts[name]
+        if isinstance(fn, StringDistribution):
+            log_q = raw_log_prob(fn, value, prompt, self.proposer.adapter)
+        else:
+            log_q = log_density(self._made(fn, prompt), value)
+        if self.defensive:
+            log_q = mixed(log_q, raw_log_prob(fn, value), self.defensive)
+        return Choice(value, log_q)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

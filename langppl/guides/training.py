@@ -29,13 +29,14 @@ from langppl.guides.memory import Memory
 from langppl.guides.objectives import Actions
 from langppl.guides.observations import Observation, Turn
 from langppl.guides.settings import Settings, learning_rate
-from langppl.guides.trajectories import Found, actions_of, log_q, policy_scores
+from langppl.guides.trajectories import Found, actions_of, log_q, plus, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
 from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.program import lms_of
+from langppl.program.statements import BadNumber
 from langppl.progress import bar
 from langppl.warn import warn
 
@@ -99,6 +100,8 @@ class Trainer:
         self._known: set[int] = set()
         self._prepared: set[int] = set()
         self._flow_is_new = False
+        # The guide is told with the first step: one that took none has learned nothing.
+        self.learned, self.flows = set(guide.learned), set(guide.flows)
         self.take_heads()
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
         self.mean = Mean()
@@ -141,26 +144,31 @@ class Trainer:
             if proposer.heads is not None and proposer.numeric is None:
                 found = [head_of(program.sites[n].fn) for n in program.latents]
                 needed.update(f for f in found if f is not None)
-            if self._flows(program):
+            # Validation asks for no flow: one of a program that is only held out never learns.
+            if self._flows(program) and id(observation) in self._trained_on:
                 needed[FLOW] = 1
         # Every process must have the same heads and know the same latents, whichever observations
         # it takes.
-        guide = self.guide
-        for several, learned, flows in self.workers.gather([(needed, guide.learned, guide.flows)]):
-            guide.learned |= learned
-            guide.flows |= flows
+        for several, learned, flows in self.workers.gather([(needed, self.learned, self.flows)]):
+            self.learned |= learned
+            self.flows |= flows
             for name, count in sorted(several.items()):
-                is_new = guide.heads.ensure(name, count)
+                is_new = self.guide.heads.ensure(name, count)
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()
 
     def note(self, program: Program) -> None:
-        """Keeps in the guide what it learns of a program."""
+        """Keeps what is learned of a program."""
         own = self.guide.sites_of(program)
-        self.guide.learned |= own
+        self.learned |= own
         if self._flows(program) and self.settings.objective != "tb":
-            self.guide.flows |= own
+            self.flows |= own
+
+    def hand_over(self) -> None:
+        """Tells the guide what it has learned of."""
+        self.guide.learned |= self.learned
+        self.guide.flows |= self.flows
 
     def _flows(self, program: Program) -> bool:
         """Whether the objective learns flows of a program's states."""
@@ -214,7 +222,17 @@ class Trainer:
 
     @alone
     def step(self, step: int) -> dict[str, float]:
-        """One gradient step; returns the figures to report."""
+        """One gradient step; returns the figures to report.
+
+        Raises:
+            FloatingPointError: if a reward, a loss or the gradient is not a number; names the step.
+        """
+        try:
+            return self._step(step)
+        except BadNumber as error:
+            raise FloatingPointError(f"at training step {self.done + step}, {error}") from error
+
+    def _step(self, step: int) -> dict[str, float]:
         settings, number = self.settings, self.done + step
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
@@ -246,11 +264,12 @@ class Trainer:
         of_heads = float(torch.nn.utils.clip_grad_norm_(heads, settings.clip)) if heads else 0.0
         if not math.isfinite(norm + of_heads):
             raise FloatingPointError(
-                f"the gradient is {norm} at step {number}; nothing was changed by this step; "
-                "lower the learning rate"
+                f"the norm of the gradient is {norm} of the adapter and {of_heads} of the heads at "
+                f"step {number}; nothing was changed by this step; lower the learning rate"
             )
         self.optimiser.step()
         weights_changed()
+        self.hand_over()
         if settings.is_averaged(step):
             self.mean.add(self.all_named())
         figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
@@ -311,7 +330,7 @@ class Trainer:
         losses: list[torch.Tensor] = []
         own_log_qs: list[list[float]] = []
         # One look at the device for all draws, as each waits for it.
-        totals = torch.stack([q.detach().sum() for q in log_qs]).tolist()
+        totals = torch.stack([q.detach().sum() for q in log_qs]).tolist() if log_qs else []
         at = 0
         for turn in turns:
             size, pairs = len(turn.own), len(turn.simulated)
@@ -338,7 +357,9 @@ class Trainer:
                 raise FloatingPointError(f"the loss is {value} at step {number}, sites {sites}")
         shares = [t.observation.share for t in turns]
         weighted = [s * loss for s, loss in zip(shares, losses, strict=True)]
-        (torch.stack(weighted).sum() / len(self.pools)).backward()
+        loss = torch.stack(weighted).sum() / len(self.pools)
+        if loss.requires_grad:  # not if no draw of the step has a latent of the guide's
+            loss.backward()
         if self.settings.replay_share:
             owned = [(t.observation.buffer, d) for t in turns for d in t.own]
             for (buffer, d), q in zip(owned, itertools.chain(*own_log_qs), strict=True):
@@ -399,10 +420,12 @@ class Trainer:
         for turn in turns:
             own = log_qs[at : at + len(turn.own)]
             at += len(turn.own) + len(turn.simulated)
+            if not self._flows(turn.observation.program):
+                continue
             gaps += [
-                d.log_reward - float(q.detach().sum())
+                plus(*d.balanced) - float(q.detach().sum())
                 for d, q in zip(turn.own, own, strict=True)
-                if d.log_reward > -math.inf
+                if plus(*d.balanced) > -math.inf
             ]
         pieces = 0  # of which a flow is; over sites it is of the whole program
         if self.settings.objective == "tb":
@@ -451,6 +474,7 @@ def _figures(turn: Turn, log_qs: list[float], loss: float) -> dict[str, float]:
         for d, q in zip(turn.own[: turn.fresh], log_qs[: turn.fresh], strict=True)
         if not (d.is_tempered or d.is_given)
     ]
+    untempered += [(d.log_reward, 0.0) for d in turn.idle if not d.is_tempered]
     possible = [(r, q) for r, q in untempered if r > -math.inf]
     return {
         "loss": loss,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString, Text
+from langppl.guides.base import density
 from langppl.guides.heads import Heads
 from langppl.guides.objectives import Actions, Trajectory
 from langppl.lm.divergence import step_divergences
@@ -57,6 +58,12 @@ class Part:
             return list(fn.requests(prompt=self.context, adapter=adapter)) if is_option else []
         return [StateRequest(lm, self.context, adapter)]
 
+    def is_drawable(self, lm: LM) -> bool:
+        """Whether the value is the policy's to make: it keeps the rules, or has a density."""
+        if self.site.is_string:
+            return bool(self.requests(lm, None))
+        return math.isfinite(density(self.site.fn, self.site.value))
+
     def log_q(self, found: Sequence[PathLogProbs], heads: Heads | None) -> torch.Tensor:
         """The policy's log-probability of the value, a scalar with gradients."""
         fn = self.site.fn
@@ -68,7 +75,8 @@ class Part:
         state = found[0].state
         assert heads is not None and state is not None
         log_prob: torch.Tensor = heads.proposal(fn, state).log_prob(self.site.value)
-        return log_prob.sum().to(state.device)
+        # Of any type by now; the parts of a draw are in one, and not every device knows float64.
+        return log_prob.sum().to(state.device, torch.float32)
 
 
 @dataclass
@@ -77,9 +85,9 @@ class Piece:
 
     Attributes:
         parts: which of a draw's parts they are.
-        log_prior: nats; of those latents under the model.
-        log_rest: nats; of all other factors that depend on them, what the guide does not cover
-            cancelled.
+        log_prior: nats; of those latents under the model; of what else the guide does not cover and
+            depends on them, over what proposes it.
+        log_rest: nats; of all other factors that depend on them.
     """
 
     parts: list[int]
@@ -94,13 +102,14 @@ class Draw:
     Attributes:
         key: equal for equal draws.
         parts: the latents that the guide covers.
-        log_prior: nats; of those latents under the model.
-        log_rest: nats; of all other factors, what the guide does not cover cancelled.
+        log_prior: nats; of the latents under the model, those that the guide does not cover over
+            what proposes them, so that they cancel if that is the prior.
+        log_rest: nats; of all other factors, which a reward's power is of.
         ends: for SubTB over prefixes, the end points (position, log prior, log rest) of the first
             part, the real one last; latents that are met after it belong to that one.
         stages: after each part, log prior and log rest so far: of the factors that are known by
-            then.
-        pieces: the independent pieces of a draw that has several.
+            then, without those that are independent of all parts.
+        pieces: the independent pieces with a part of it, if others are independent of them.
         is_tempered: whether it was drawn from a tempered policy.
         is_given: whether it was not drawn by the guide at all.
         latents: values of all latents, those that the guide does not cover included.
@@ -121,6 +130,11 @@ class Draw:
     def log_reward(self) -> float:
         """Log R of the whole draw, nats, untempered."""
         return plus(self.log_prior, self.log_rest)
+
+    @property
+    def balanced(self) -> tuple[float, float]:
+        """Log prior and log rest, nats, of what is not independent of all parts."""
+        return self.stages[-1] if self.stages else (self.log_prior, self.log_rest)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -189,7 +203,11 @@ def make_draws(batches: Sequence[Batch]) -> list[list[Draw]]:
     """
     plain = [b for b in batches if not b.prefixes and b.log_joints is None]
     # Where parts of a program are balanced apart, an impossible one leaves the others theirs.
-    several = [b for b in plain if any(len(c) > 1 for c in b.contexts)]
+    several = [
+        b
+        for b in plain
+        if any(len(c) > 1 for c in b.contexts) or len(b.program.graph.independent()) > 1
+    ]
     score_all([e for b in several for e in b.executions], whole=True)
     score_all([e for b in plain for e in b.executions])
     plans = [_Prefixes(b) if b.prefixes else None for b in batches]
@@ -222,14 +240,17 @@ def _whole_draws(batch: Batch) -> list[Draw]:
         terms = _terms(above, execution, parts)
         total = _sums(terms.values())
         draw = Draw(key_of(parts, execution), parts, *total)
-        draw.stages = [_sums(t for t in terms.values() if t.stage <= k) for k in range(len(parts))]
         groups = [g for g in independent if any(p.site.name in g for p in parts)]
-        # Latents that the graph misses, as in a loop longer than any before, may depend on all.
-        if len(groups) > 1 and all(p.site.name in above for p in parts):
+        balanced = list(terms.values())
+        # Sites that the graph misses, as in a loop longer than any before, may depend on all.
+        if groups and len(independent) > 1 and terms.keys() <= above.keys():
             for k, group in enumerate(groups):
                 own = (t for t in terms.values() if t.of & group or (k == 0 and not t.of))
                 members = [n for n, p in enumerate(parts) if p.site.name in group]
                 draw.pieces.append(Piece(members, *_sums(own)))
+            # What is independent of all that the policy proposes is noise to it.
+            balanced = [t for t in balanced if not t.of or any(t.of & g for g in groups)]
+        draw.stages = [_sums(t for t in balanced if t.stage <= k) for k in range(len(parts))]
         draws.append(draw)
     return draws
 
@@ -239,8 +260,9 @@ class _Term:
     """One factor of a joint density.
 
     Attributes:
-        log_prior: nats, if it is a latent that the guide covers.
-        log_rest: nats, if it is not.
+        log_prior: nats, if it is a latent; of one that the guide does not cover, over what
+            proposes it.
+        log_rest: nats, if it is none.
         stage: number of the part with which it is known.
         of: the latents that it depends on, itself included.
     """
@@ -269,10 +291,13 @@ def _terms(
         if name in number:
             terms[name] = _Term(own, 0.0, number[name], of)
             continue
+        if site.kind != "latent":
+            terms[name] = _Term(0.0, own, stage, of)
+            continue
         # A latent that the guide does not cover counts as drawn from the prior.
-        proposed = _log_prior(site) if site.kind == "latent" and site.log_q is None else site.log_q
-        rest = -math.inf if own == -math.inf else own - (proposed or 0.0)
-        terms[name] = _Term(0.0, rest, stage, of)
+        proposed = _log_prior(site) if site.log_q is None else site.log_q
+        ratio = -math.inf if -math.inf in (own, proposed) else own - proposed
+        terms[name] = _Term(ratio, 0.0, stage, of)
     return terms
 
 
@@ -523,6 +548,8 @@ def actions_of(
 
 def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:
     """The policy's log-probability of each part of a draw, shape [parts], with gradients."""
+    if not draw.parts:
+        return torch.zeros(0)
     return torch.stack([p.log_q(f, heads) for p, f in zip(draw.parts, found, strict=True)])
 
 
@@ -564,7 +591,7 @@ def site_trajectory(
         power: of the reward.
     """
     known = log_q.new_tensor([plus(prior, rest, power) for prior, rest in draw.stages[:-1]])
-    last = log_q.new_tensor([plus(draw.log_prior, draw.log_rest, power)])
+    last = log_q.new_tensor([plus(*draw.balanced, power)])
     return Trajectory(
         log_q=log_q,
         ends=torch.arange(1, len(draw.parts) + 1, device=log_q.device),

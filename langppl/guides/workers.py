@@ -88,19 +88,25 @@ class Workers:
         return [item for items in found for item in items]
 
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replaces each gradient by the sum of all processes' gradients."""
+        """Replaces each gradient by the sum of all processes' gradients, None if none has one."""
         if self.count == 1:
             return
+        # Zeros in the place of none would let the optimiser move weights that took no part.
+        has_one = [p.grad is not None for p in parameters]
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         flat = torch.cat([p.grad.reshape(-1).float() for p in parameters if p.grad is not None])
+        flat = torch.cat([flat, flat.new_tensor(has_one)])
         flat = self._accelerator.reduce(flat, reduction="sum")
+        has_one = (flat[-len(parameters) :] > 0.0).tolist()
         at = 0
-        for p in parameters:
+        for p, is_needed in zip(parameters, has_one, strict=True):
             assert p.grad is not None
             p.grad.copy_(flat[at : at + p.numel()].reshape(p.shape))
             at += p.numel()
+            if not is_needed:
+                p.grad = None
 
     def wait(self) -> None:
         """Returns when all processes are here."""

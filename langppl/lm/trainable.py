@@ -14,6 +14,7 @@ import torch
 
 from langppl.lm import adapters
 from langppl.lm.counts import as_count
+from langppl.lm.files import write_atomically
 from langppl.lm.formats import check_format
 from langppl.lm.requests import alone
 from langppl.lm.seeds import as_seed, seeded
@@ -124,9 +125,7 @@ class TrainableLM:
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
         path = Path(folder) / TRAINABLE_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(record, indent=2) + "\n", "trainable view")
 
     def load(self, folder: str | os.PathLike[str]) -> TrainableLM:
         """Takes the weights of a folder that `save` wrote, or of any plain LoRA folder of PEFT's.

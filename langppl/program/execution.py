@@ -24,6 +24,7 @@ from langppl.program.contents import is_users_own, parameters
 from langppl.program.densities import drawing, is_outside, log_density
 from langppl.program.scheduler import run
 from langppl.program.statements import (
+    BadNumber,
     Known,
     Memo,
     Model,
@@ -484,9 +485,9 @@ def _tempered(fn: TemperedFactor) -> Pending:
 
 
 def check_number(site: str, log_prob: float | None) -> None:
-    """Raises ValueError, naming the site, if a log-probability is NaN or +inf."""
+    """Raises `BadNumber`, naming the site, if a log-probability is NaN or +inf."""
     if log_prob is not None and (math.isnan(log_prob) or log_prob == math.inf):
-        raise ValueError(f"the log-probability of site {site!r} is {log_prob}")
+        raise BadNumber(f"the log-probability of site {site!r} is {log_prob}")
 
 
 # -- choosers ----------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ _is_within: ContextVar[bool] = ContextVar("langppl_is_within", default=False)
 _impure: set[Any] = set()
 
 
+class BadNumber(ValueError):
+    """A log-probability or log weight that is NaN or +inf; names the site."""
+
+
 @overload
 def sample(name: str, dist: StringDistribution | Tempered, obs: str | None = None) -> Text: ...
 @overload
@@ -223,7 +227,7 @@ def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
     if value.numel() != 1:
         raise ValueError(f"{what} must be one number, got shape {tuple(value.shape)}")
     if math.isnan(float(value)) or float(value) == math.inf:
-        raise ValueError(f"{what} is {float(value)}; a log weight must be below infinity")
+        raise BadNumber(f"{what} is {float(value)}; a log weight must be below infinity")
     return value.reshape(())
 
 

@@ -215,6 +215,43 @@ def test_a_nan_reward_names_step_and_site() -> None:
         GFlowNetGuide(lm).fit(model, [()], **QUICK)
 
 
+def good_or_not(seen: str) -> None:
+    sample("middle", LMString(NAN_LM, "ab", max_tokens=2))
+    factor("form", math.nan if seen == "bad" else 0.0)
+
+
+NAN_LM = make_lm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": [("bad",)], "given": [{"middle": "a"}] * 8},
+        {"data": [("good",)], "validation": [("bad",)], "validate_every": 1},
+    ],
+)
+def test_a_nan_reward_is_named_wherever_it_comes_from(options: dict[str, Any]) -> None:
+    with pytest.raises(FloatingPointError, match="at training step 0, factor 'form' is nan"):
+        GFlowNetGuide(NAN_LM).fit(good_or_not, **options, **QUICK)
+
+
+def test_a_gradient_that_is_no_number_says_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = GFlowNetGuide(NAN_LM, objective="tb")
+    plain = Trainer._descend
+
+    def descend(self: Trainer, *args: Any) -> Any:
+        found = plain(self, *args)
+        for p in self.guide.heads.parameters():
+            assert p.grad is not None
+            p.grad.fill_(math.inf)
+        return found
+
+    monkeypatch.setattr(Trainer, "_descend", descend)
+    said = r"norm of the gradient is \S+ of the adapter and (inf|nan) of the heads at step 0;"
+    with pytest.raises(FloatingPointError, match=said):
+        guide.fit(good_or_not, [("good",)], **QUICK)
+
+
 def test_a_latent_under_another_lm_is_drawn_from_the_prior() -> None:
     lm, other = make_lm(1), make_lm(2)
 
@@ -315,6 +352,29 @@ def fit_given(program: Program, given: Any, steps: int, **changes: Any) -> GFlow
     )
     options = {"schedule": RewardSchedule(start=1.0), "replay_share": 0.0, "progress": False}
     return guide.fit(program, given=given, steps=steps, batch=32, **{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "said"),
+    [
+        ({"middle": "a."}, 1, r"given is \{'middle': 'a.'\}; given must be a list of mappings"),
+        ("a.", 1, "given is 'a.'; given must be"),
+        (5, 1, "given is 5; given must be"),
+        ([["a."]], 1, r"given\[0\]\[0\] is 'a.'; given must be"),
+        (["a."], 1, r"given\[0\] is 'a.'; given must be"),
+        ([[{"middle": "a."}], [{"middle": "a."}, 3]], 2, r"given\[1\]\[1\] is 3; given must be"),
+    ],
+)
+def test_given_latents_of_another_form(given: Any, rows: int, said: str) -> None:
+    guide = GFlowNetGuide(make_lm())
+    with pytest.raises(TypeError, match=said):
+        guide.fit(story, [(guide.lm,)] * rows, given=given, **QUICK)
+
+
+def test_given_may_be_none() -> None:
+    one, two = (GFlowNetGuide(make_lm()) for _ in range(2))
+    one.fit(story, [(one.lm,)], given=None, **QUICK)
+    assert one.history == two.fit(story, [(two.lm,)], **QUICK).history
 
 
 def test_given_draws_come_first_and_teach_the_guide() -> None:

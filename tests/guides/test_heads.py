@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import inspect
 import json
 import math
 import sys
@@ -19,7 +22,12 @@ from scipy.integrate import quad
 
 import langppl as lp
 from langppl.guides.heads import HEADS_FILE, Heads, head_of
+from langppl.guides.observations import Observation
 from langppl.guides.policy import Policy
+from langppl.guides.replay import ReplayBuffer
+from langppl.guides.settings import Settings
+from langppl.guides.training import Trainer
+from langppl.guides.workers import Workers
 from langppl.lm.requests import StateReply, StateRequest, perform
 from langppl.testing import tiny_lm
 
@@ -109,6 +117,34 @@ def test_what_the_numbers_of_a_head_mean() -> None:
     assert two.base_dist.loc.tolist() == pytest.approx([1.0, 7.0])
     category = proposal(dist.Categorical(torch.tensor([0.25, 0.75])), [math.log(6.0), 0.0])
     assert category.probs.tolist() == pytest.approx([2.0 / 3.0, 1.0 / 3.0])
+
+
+DOUBLE: dict[str, Callable[[], Any]] = {
+    "beta": lambda: dist.Beta(torch.tensor(2.0, dtype=torch.float64), 3.0),
+    "gamma": lambda: dist.Gamma(torch.tensor(2.0), torch.tensor(3.0, dtype=torch.float64)),
+    "normal": lambda: dist.Normal(torch.tensor(1e6, dtype=torch.float64), 0.02),
+    "categorical": lambda: dist.Categorical(torch.tensor([0.25, 0.75], dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_a_proposal_is_as_fine_as_its_site(name: str) -> None:
+    fn = DOUBLE[name]()
+    heads = made(fn)
+    shake(heads, 0.1)
+    with torch.no_grad():
+        proposal = heads.proposal(fn, state())
+    kinds = {getattr(proposal, parameter).dtype for parameter in fn.arg_constraints}
+    assert kinds == {torch.float64}
+    if name == "normal":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            values = proposal.sample((1000,))
+        # Float32 has one number in 0.0625 there, three times the spread.
+        assert len(set(values.tolist())) == 1000
+        gap = float(proposal.loc) - 1e6
+        numbers = heads.numbers("normal-1", state())
+        assert gap == pytest.approx(0.02 * float(numbers[0].detach()), rel=1e-3)
 
 
 def test_heads_are_named_by_family_and_size() -> None:
@@ -283,6 +319,22 @@ def test_a_head_learns_a_posterior_of_its_family() -> None:
     assert float(np.mean([float(s["p"]) for s in after.samples])) == pytest.approx(6 / 9, abs=0.04)
 
 
+def test_a_guide_of_fine_numbers_gives_the_exact_evidence() -> None:
+    """Of a float64 site whose spread is less than the step of float32 there."""
+    mean, spread = torch.tensor(1e6, dtype=torch.float64), 0.02
+
+    def model() -> None:
+        x = lp.sample("x", dist.Normal(mean, spread))
+        lp.sample("y", dist.Normal(x, spread), obs=mean + spread)
+
+    truth = float(dist.Normal(mean, spread * 2**0.5).log_prob(mean + spread))
+    guide = lp.GFlowNetGuide(LM, rank=2, seed=1)
+    guide.fit(model, steps=3, batch=4, learning_rate=1e-2, progress=False)
+    found = lp.infer(model, guide=guide, num_samples=DRAWS, seed=2, progress=False)
+    assert found.log_evidence_error < 0.05
+    assert abs(found.log_evidence - truth) < 4 * found.log_evidence_error
+
+
 # -- a Pyro guide --------------------------------------------------------------------------------
 
 CALLS: list[tuple[Any, ...]] = []
@@ -328,6 +380,83 @@ def test_what_a_pyro_guide_leaves_out_is_drawn_from_the_prior() -> None:
     assert site.log_q == pytest.approx(float(dist.Beta(2.0, 3.0).log_prob(site.value)), abs=1e-5)
 
 
+def far(*args: Any) -> None:
+    pyro.sample("x", dist.Normal(3.0, 1.0))
+
+
+def beside(is_apart: bool) -> None:
+    x = lp.sample("x", dist.Normal(0.0, 1.0))
+    z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+    w = lp.sample("w", lp.LMString(LM, "b", max_tokens=1))
+    shift = 0.0 if is_apart else float(len(z + w))
+    lp.sample("seen", dist.Normal(x + shift, 2.0), obs=torch.tensor(1.0))
+
+
+def trainer_of(guide: lp.GFlowNetGuide, own: lp.Program) -> Trainer:
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    asked = inspect.signature(lp.GFlowNetGuide.fit).parameters
+    plain = {n: p.default for n, p in asked.items() if n in fields}
+    settings = {**plain, "observations": 1, "objective": "vargrad"}
+    settings["schedule"] = lp.RewardSchedule()
+    row = Observation(own, (), ReplayBuffer(0))
+    return Trainer(guide, [row], None, Settings(**settings), Workers(), [])
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_given_numbers_are_held_to_what_proposes_them(is_apart: bool) -> None:
+    guide = guide_of(far)
+    own = lp.compile(beside, is_apart)
+    drawing = trainer_of(guide, own).drawing
+    policies = [Policy(guide.proposer, own, ("own", i)) for i in range(4)]
+    (drawn,) = drawing.rewards([own], [policies])
+    row = Observation(own, (), ReplayBuffer(0), [dict(d.latents) for d in drawn])
+    drawing._score_given(row)
+    assert row.given is not None
+    for one, two in zip(drawn, row.given, strict=True):
+        x = one.latents["x"]
+        ratio = float(dist.Normal(0.0, 1.0).log_prob(x) - dist.Normal(3.0, 1.0).log_prob(x))
+        strings = sum(p.site.log_prob or 0.0 for p in one.parts)
+        shift = 0.0 if is_apart else float(len(one.latents["z"] + one.latents["w"]))
+        seen = float(dist.Normal(x + shift, 2.0).log_prob(torch.tensor(1.0)))
+        for draw in (one, two):
+            assert draw.log_prior == pytest.approx(strings + ratio, abs=1e-4)
+            assert draw.log_rest == pytest.approx(seen, abs=1e-4)
+            # Apart from the strings, numbers are noise to their balance.
+            left = (strings, 0.0) if is_apart else (strings + ratio, seen)
+            assert draw.stages[-1] == pytest.approx(left, abs=1e-4)
+            assert [p.parts for p in draw.pieces] == ([[0], [1]] if is_apart else [])
+
+
+@pytest.mark.parametrize("objective", ["vargrad", "subtb"])
+def test_given_numbers_leave_independent_strings_alone(objective: str) -> None:
+    """Nothing is observed of the string, and the untrained guide is its prior."""
+
+    def model() -> None:
+        lp.sample("x", dist.Normal(0.0, 1.0))
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+
+    guide = guide_of(far, context=lambda info: info.prompt)
+    options: dict[str, Any] = {"batch": 8, "given_share": 0.25, "progress": False}
+    options |= {"learning_rate": 1e-12, "objective": objective}
+    guide.fit(model, given=[{"z": "a", "x": 0.0}] * 6, steps=3, **options)
+    # The flow of `subtb` begins at log Z, which is 0.
+    assert guide.history["loss"] == pytest.approx([0.0] * 3, abs=1e-8)
+
+
+def test_given_numbers_that_nothing_proposes_are_left_out() -> None:
+    def model() -> None:
+        x = lp.sample("x", dist.Normal(0.0, 1.0))
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+        lp.sample("seen", dist.Normal(x + len(z), 1.0), obs=torch.tensor(1.0))
+
+    guide = guide_of(lambda: pyro.sample("x", dist.Uniform(0.0, 1.0)))
+    own = lp.compile(model)
+    row = Observation(own, (), ReplayBuffer(0), [{"x": x, "z": "a"} for x in (0.5, 2.0)])
+    trainer_of(guide, own).drawing._score_given(row)
+    assert row.given is not None
+    assert [float(d.latents["x"]) for d in row.given] == [0.5]
+
+
 def test_numeric_is_a_name_or_a_function() -> None:
     with pytest.raises(ValueError, match='numeric must be "head", "prior" or a Pyro guide, got 3'):
         lp.GFlowNetGuide(LM, numeric=3)  # type: ignore[arg-type]
@@ -349,6 +478,31 @@ def test_saved_and_loaded_heads_are_the_same_bit_for_bit(tmp_path: Path) -> None
     draws = [lp.infer(program(), guide=g, num_samples=9, progress=False) for g in (guide, loaded)]
     assert draws[0].log_q is not None and draws[1].log_q is not None
     np.testing.assert_array_equal(draws[0].log_q, draws[1].log_q)
+
+
+def test_heads_that_cannot_be_written_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = made(dist.Beta(1.0, 1.0))
+    heads.save(tmp_path)
+    before = (tmp_path / HEADS_FILE).read_bytes()
+    shake(heads, 0.1)
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(
+            OSError, match=r"guide's heads cannot be saved \(No space left.*\); give"
+        ):
+            heads.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [HEADS_FILE]
+    assert (tmp_path / HEADS_FILE).read_bytes() == before
+    heads.save(tmp_path)
+    assert (tmp_path / HEADS_FILE).read_bytes() != before
 
 
 def test_a_guide_without_heads_leaves_no_file(tmp_path: Path) -> None:

@@ -518,6 +518,31 @@ def test_subtb_by_hand() -> None:
         assert float(subtb([one], lam)) == pytest.approx(want)
 
 
+@pytest.mark.parametrize("lam", [0.1, 10.0])
+@pytest.mark.parametrize("is_possible", [True, False])
+def test_subtb_of_a_long_string_stays_a_number(lam: float, is_possible: bool) -> None:
+    """In float32 λ^50 is 0 or infinite."""
+    last = 1.5 if is_possible else -math.inf
+    log_q = torch.full((50,), -0.01).requires_grad_()
+    path = Trajectory(
+        log_q, torch.tensor([49, 50]), torch.zeros(2), torch.tensor([-math.inf, last])
+    )
+    loss = subtb([path], lam, torch.tensor(0.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert log_q.grad is not None and bool(torch.isfinite(log_q.grad).all())
+    if is_possible:
+        assert float(loss.detach()) == pytest.approx((0.0 - 0.5 - 1.5) ** 2, rel=1e-5)
+        two = Trajectory(log_q, path.ends, torch.zeros(2), torch.tensor([1.0, 1.5]))
+        # Pairs: root and 49, root and 50, 49 and 50, of which one or two neighbours count.
+        squares = [(-0.49 - 1.0) ** 2, (-0.5 - 1.5) ** 2, (1.0 - 0.01 - 1.5) ** 2]
+        weights = [lam**k for k in (49, 50, 1)]
+        expected = sum(w * s for w, s in zip(weights, squares, strict=True)) / sum(weights)
+        found = float(subtb([two], lam, torch.tensor(0.0)).detach())
+        assert found == pytest.approx(expected, rel=1e-4)
+    else:
+        assert float(loss.detach()) == pytest.approx(FLOOR**2)
+
+
 @pytest.mark.parametrize("loss", [subtb, detailed_balance])
 def test_each_trajectory_may_have_its_own_log_z(loss: Callable[..., Tensor]) -> None:
     one = Trajectory(

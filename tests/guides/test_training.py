@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from test_checkpoints import cut_off
@@ -764,6 +765,18 @@ def turns_of(lm: LM, count: int) -> None:
         lp.sample(f"heard_{i}", lp.LMString(lm, f"{said}"), obs="b")
 
 
+def test_a_training_that_fails_at_once_leaves_an_untrained_guide() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="subtb")
+    options: dict[str, Any] = {"steps": 1, "batch": 4, "progress": False}
+    with pytest.raises(ValueError, match="none of the 1 given draws follows"):
+        guide.fit(chain, [(lm,)], given=[{"one": "aaaaa", "two": "a"}], **options)
+    assert (guide.learned, guide.flows) == (set(), set()) and guide.remarks
+    guide.check(lp.compile(story, lm))
+    guide.fit(chain, [(lm,)], **options)
+    assert guide.learned == guide.flows == {"one", "two"} and not guide.remarks
+
+
 def test_a_guide_refuses_latents_that_it_was_not_trained_on(tmp_path: Path) -> None:
     lm = make_lm()
     guide = lp.GFlowNetGuide(lm, rank=2)
@@ -941,6 +954,61 @@ def test_given_choices_that_are_no_options_are_left_out() -> None:
         guide.fit(mood, [("a",)], given=[{"mood": "bad"}], **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch": 8}, [1] * 6),
+        ({"batch": 16}, [2] * 6),
+        ({"batch": 4, "tempered_share": 0.25, "replay_share": 0.5}, [1] * 6),
+        ({"batch": 4}, [0, 1, 0, 1, 0, 1]),
+        ({"batch": 10, "tempered_share": 0.3, "replay_share": 0.0}, [3] * 6),
+        ({"batch": 2, "tempered_share": 0.4, "replay_share": 0.0}, [0, 1, 1, 1, 1, 0]),
+        ({"batch": 4, "replay_share": 0.0, "draw_ahead": 3}, [0, 1, 0, 1, 0, 1]),
+        ({"batch": 4, "tempered_share": 0.0}, [0] * 6),
+    ],
+)
+def test_tempered_draws_are_a_share_of_the_batch(
+    options: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = drawing.Drawing.turns
+
+    def turns(self: Any, chosen: Any, number: int) -> list[Turn]:
+        found = plain(self, chosen, number)
+        seen.extend(sum(d.is_tempered for d in t.own[: t.fresh]) for t in found)
+        return found
+
+    monkeypatch.setattr(drawing.Drawing, "turns", turns)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="vargrad")
+    guide.fit(story, rows_of(lm)[:1], steps=6, replay_distance=0.0, progress=False, **options)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("objective", ["mle", "vargrad"])
+def test_given_numbers_that_have_no_density_are_left_out(objective: str) -> None:
+    lm = make_lm()
+
+    def model() -> None:
+        x = lp.sample("x", dist.Beta(2.0, 2.0))
+        lp.sample("z", lp.LMString(lm, "a", max_tokens=2))
+        lp.sample("seen", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    options: dict[str, Any] = {"objective": objective, "steps": 2, "batch": 2, "progress": False}
+    rows = [{"x": torch.tensor(x), "z": "a"} for x in (1.5, 0.5, 1.0, -1.0, 0.25)]
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    guide.fit(model, [()], given=rows, **options)
+    assert guide.history.rows == 2 and np.isfinite(guide.history["loss"]).all()
+    trainer = trainer_of(guide, model, [()], objective=objective)
+    (row,) = trainer.observations
+    row.latents = rows
+    trainer.drawing._score_given(row)
+    assert row.given is not None
+    assert [float(d.latents["x"]) for d in row.given] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="none of the 1 given draws follows"):
+        guide.fit(model, [()], given=rows[:1], **options)
+
+
 # -- partial rewards -----------------------------------------------------------------------------
 
 
@@ -1103,3 +1171,76 @@ def test_a_flow_begins_at_the_first_batch_s_log_z(
     ]
     last: Any = guide.heads.made["flow"][-1]  # type: ignore[index]
     assert float(last.bias.detach()) == pytest.approx(np.mean(gaps) / pieces, abs=1e-3)
+
+
+def test_a_flow_is_of_the_programs_that_are_trained_on_one() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, objective="subtb")
+    options: dict[str, Any] = {"steps": 1, "batch": 4, "learning_rate": 1e-12, "progress": False}
+    other = lp.compile(both, lm)
+    guide.fit([lp.compile(story, lm)], validation=[other], **options)
+    assert guide.heads.specification == {} and guide.flows == set()
+    # The other program has evidence of another size, and no flow.
+    guide.fit([lp.compile(far, lm), other], replay_share=0.0, **options)
+    alone = lp.GFlowNetGuide(make_lm(), rank=2, objective="subtb")
+    alone.fit([lp.compile(both, alone.lm)], replay_share=0.0, **options)
+    biases = [float(g.heads.made["flow"][-1].bias.detach()) for g in (guide, alone)]  # type: ignore[index]
+    # Both are means of few draws; the other program's log Z is 100 nats higher.
+    assert abs(biases[0] - biases[1]) < 10.0
+
+
+def far(lm: LM) -> None:
+    lp.sample("middle", lp.LMString(lm, "ab", stop=".", max_tokens=3))
+    lp.factor("far", 100.0)
+
+
+def rarely_three(lm: LM) -> None:
+    """Two independent pieces, and rarely a latent that `compile` does not meet."""
+    both(lm)
+    if lp.sample("x", dist.Poisson(1e-6)) > 0:
+        lp.sample("third", lp.LMString(lm, "a", max_tokens=1))
+
+
+def test_the_whole_and_its_first_piece_have_their_own_log_z() -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, numeric="prior")
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    plain = [{"z_0": a, "z_1": b, "x": zero} for a, b in (("a", "b"), ("ab", "a"), ("b", "bb"))]
+    rare = {"z_0": "a", "z_1": "b", "x": one, "third": "b"}
+    for objective in ("vargrad", "tb"):
+        trainer = trainer_of(guide, rarely_three, [(lm,)] * 2, objective=objective)
+        for observation in trainer.observations:
+            trainer.prepare([observation])
+            assert "third" not in observation.program.latents
+        if objective == "tb":
+            guide.heads.start_flow(-3.0)
+
+        def loss(at: int, rows: Any, trainer: Trainer = trainer) -> tuple[float, list[float]]:
+            own = trainer.observations[at]
+            executions = own.program.run([given(row) for row in rows])
+            contexts = [
+                {
+                    s.name: s.fn.prompt_ids()
+                    for s in e.sites.values()
+                    if s.kind == "latent" and s.is_string
+                }
+                for e in executions
+            ]
+            (draws,) = make_draws([Batch(own.program, executions, contexts)])
+            for d in draws:
+                d.is_given = True
+            scores = policy_scores(draws, lm, guide.adapter)
+            logs = [log_q(d, f, guide.heads) for d, f in zip(draws, scores, strict=True)]
+            turn = Turn(own, draws, len(draws))
+            found = loss_of(turn, scores, logs, trainer.settings, guide.heads, 1.0, None)
+            gaps = [
+                d.log_reward - float(q.detach().sum()) for d, q in zip(draws, logs, strict=True)
+            ]
+            return float(found.detach()), gaps
+
+        mixed, gaps = loss(0, [rare, *plain[1:]])
+        if objective == "vargrad":
+            assert mixed == pytest.approx(np.var(gaps), rel=1e-3)
+        else:  # −3 at the first latent of either piece
+            assert mixed == pytest.approx(np.mean((np.array(gaps) + 6.0) ** 2), rel=1e-3)
+        assert loss(0, plain)[0] == pytest.approx(loss(1, plain)[0], rel=1e-4)

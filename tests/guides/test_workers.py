@@ -139,6 +139,36 @@ def test_alone_nothing_is_gathered_or_added() -> None:
     workers.wait()
 
 
+def test_gradients_are_added_and_those_that_no_process_has_stay_none() -> None:
+    sent: list[torch.Tensor] = []
+
+    class Other:
+        process_index, num_processes = 1, 2
+
+        def reduce(self, flat: torch.Tensor, reduction: str) -> torch.Tensor:
+            sent.append(flat.clone())
+            return flat
+
+    class First(Other):
+        process_index = 0
+
+        def reduce(self, flat: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            return flat + sent[0]
+
+    def parameters(*gradients: list[float] | None) -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter(torch.zeros(2)) for _ in gradients]
+        for p, g in zip(made, gradients, strict=True):
+            p.grad = None if g is None else torch.tensor(g)
+        return made
+
+    Workers(Other()).add_gradients(parameters([1.0, 2.0], None, [0.0, 0.0], None))
+    own = parameters([10.0, 20.0], [3.0, 4.0], None, None)
+    Workers(First()).add_gradients(own)
+    found = [None if p.grad is None else p.grad.tolist() for p in own]
+    assert found == [[11.0, 22.0], [3.0, 4.0], [0.0, 0.0], None]
+
+
 def test_each_process_needs_an_observation() -> None:
     class Two:
         process_index, num_processes = 0, 2
