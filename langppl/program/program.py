@@ -32,7 +32,15 @@ from langppl.program.graph import ProgramGraph
 from langppl.program.keys import hashable
 from langppl.program.lengths import as_lengths, check_lengths
 from langppl.program.scheduler import run
-from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
+from langppl.program.statements import (
+    Known,
+    Memo,
+    Model,
+    as_value,
+    check_observation,
+    memo_of_calls,
+    named_in,
+)
 from langppl.program.templates import fill_all, signatures
 from langppl.warn import warn
 
@@ -159,6 +167,7 @@ class Program:
         Raises:
             ValueError: if a site is known and not observed, or the program is static and has none
                 of that name.
+            TypeError: if a string site is given what is no string, or another one a string.
         """
         for name in values:
             if name not in self.sites and self.is_static:
@@ -169,6 +178,8 @@ class Program:
             if name in self.sites and self.sites[name].kind != "observed":
                 raise ValueError(f"site {name!r} is {self.sites[name].kind}, not observed")
         new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
+        for name in new.keys() & self.sites.keys():
+            check_observation(name, self.sites[name].fn, new[name])
 
         def renewed(site: Site) -> Site:
             return replace(site, value=new[site.name]) if site.name in new else site
