@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString, Text
-from langppl.guides.base import density
 from langppl.guides.heads import Heads
 from langppl.guides.objectives import Actions, Trajectory
 from langppl.lm.divergence import step_divergences
@@ -62,7 +61,7 @@ class Part:
         """Whether the value is the policy's to make: it keeps the rules, or has a density."""
         if self.site.is_string:
             return bool(self.requests(lm, None))
-        return math.isfinite(density(self.site.fn, self.site.value))
+        return math.isfinite(log_density(self.site.fn, self.site.value))
 
     def log_q(self, found: Sequence[PathLogProbs], heads: Heads | None) -> torch.Tensor:
         """The policy's log-probability of the value, a scalar with gradients."""

@@ -19,6 +19,7 @@ from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
 from langppl.lm.requests import alone
 from langppl.lm.rules import BoundRules, StringRules
+from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
 from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
@@ -78,8 +79,9 @@ class LM:
 
     Raises:
         ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
-            not a fast one, the model has an encoder or recurrent layers, or a revision or a
-            token is given for what is not on the hub.
+            not a fast one or a text is not what its tokens spell (WordPiece), the model has an
+            encoder or recurrent layers, or a revision or a token is given for what is not on the
+            hub.
         OSError: if a hub id is not known there, or cannot be had: no connection, no permission.
         FetchError: if a known name is to be fetched and cannot be (see `langppl.lm.weights.fetch`).
         TypeError: for a model that is in memory already; see `from_parts`.
@@ -152,8 +154,9 @@ class LM:
             The LM; `.model` is the model that was given.
 
         Raises:
-            ValueError: if the tokenizer is not a fast one, the model has an encoder or recurrent
-                layers, or the token budget is below one.
+            ValueError: if the tokenizer is not a fast one or a text is not what its tokens spell
+                (WordPiece), the model has an encoder or recurrent layers, or the token budget is
+                below one.
         """
         self = cls.__new__(cls)
         self._setup(model, tokenizer, name, token_budget)
@@ -186,6 +189,18 @@ class LM:
         # Configs say -1 for none.
         ends = {i for i in ends if 0 <= i < size}
         self.vocabulary = Vocabulary(tokenizer, size, ends)
+        try:
+            check_spelling(tokenizer, self.vocabulary)
+        except ValueError as error:
+            raise ValueError(f"{self!r} cannot be read: {error}") from error
+        self._appended = appended(tokenizer, self.vocabulary)
+        if self._appended:
+            shown = "".join(tokenizer.convert_ids_to_tokens(list(self._appended)))
+            warn(
+                f"the tokenizer of {self!r} puts {shown!r} after every text (add_eos_token, for "
+                "instance); prompts are read without it, for strings go on after them",
+                PromptWarning,
+            )
         begins = [*_ids(tokenizer.bos_token_id), *_ids(config.bos_token_id), *sorted(ends)]
         begins = [i for i in begins if 0 <= i < size]
         self._begin: int | None = begins[0] if begins else None
@@ -255,6 +270,8 @@ class LM:
                 ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
             except TypeError as error:  # what tokenizers says of what is no UTF-8
                 raise ValueError(f"a prompt must be valid Unicode, got {text!r}") from error
+            if self._appended and tuple(ids[-len(self._appended) :]) == self._appended:
+                ids = ids[: -len(self._appended)]
             spelled = special_in(self.tokenizer, text)
             if spelled is not None:
                 warn(

@@ -16,7 +16,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 class PromptWarning(UserWarning):
-    """A prompt spells a special token, which is read as plain text."""
+    """A prompt is read otherwise than one may think: what it spells, or is put after it."""
 
 
 def special_in(tokenizer: Any, text: str) -> str | None:

@@ -53,10 +53,11 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_LEVEL = _byte_level_alphabet()
 
 
-def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
+def decoder_types(decoder: dict[str, Any] | None) -> set[str]:
+    """The types of a tokenizer's decoder and of those that it is made of."""
     if not decoder:
         return set()
-    inner = [_decoder_types(d) for d in decoder.get("decoders", [])]
+    inner = [decoder_types(d) for d in decoder.get("decoders", [])]
     return {decoder["type"]}.union(*inner)
 
 
@@ -97,7 +98,7 @@ class Vocabulary:
             )
         # Later dumps may hold padding or truncation set by a call; the model part does not move.
         dump = json.loads(backend.to_str())
-        decoders = _decoder_types(dump.get("decoder"))
+        decoders = decoder_types(dump.get("decoder"))
         ids = {i: token for token, i in tokenizer.get_vocab().items() if i < size}
         added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if i < size}
 

@@ -29,6 +29,7 @@ from langppl.program.statements import (
     Memo,
     Model,
     as_value,
+    check_observation,
     check_string_site,
     factor_of_tempered,
     memo_of_calls,
@@ -263,7 +264,10 @@ class _Handler(Messenger):
         if msg["is_observed"]:
             if self.observe is not None and kind_of(fn, is_observed=True) == "observed":
                 with naming(name):
-                    msg["value"] = self.observe(name, fn, msg["value"])
+                    value = self.observe(name, fn, msg["value"])
+                if value is not msg["value"]:
+                    check_observation(name, fn, value)
+                    msg["value"] = value
             return
         if msg["done"] or msg["value"] is not None:
             return

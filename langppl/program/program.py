@@ -40,7 +40,15 @@ from langppl.program.lengths import (
     too_short,
 )
 from langppl.program.scheduler import run
-from langppl.program.statements import Known, Memo, Model, as_value, memo_of_calls, named_in
+from langppl.program.statements import (
+    Known,
+    Memo,
+    Model,
+    as_value,
+    check_observation,
+    memo_of_calls,
+    named_in,
+)
 from langppl.program.templates import fill_all, signatures
 from langppl.warn import warn
 
@@ -169,6 +177,7 @@ class Program:
         Raises:
             ValueError: if a site is known and not observed, or the program is static and has none
                 of that name.
+            TypeError: if a string site is given what is no string, or another one a string.
         """
         for name in values:
             if name not in self.sites and self.is_static:
@@ -183,6 +192,8 @@ class Program:
 
     def _observing(self, values: Mapping[str, Any]) -> Program:
         new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
+        for name in new.keys() & self.sites.keys():
+            check_observation(name, self.sites[name].fn, new[name])
 
         def renewed(site: Site) -> Site:
             return replace(site, value=new[site.name]) if site.name in new else site

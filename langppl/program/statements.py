@@ -82,11 +82,8 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         else:
             _check_distribution(name, dist)
             obs = as_value(obs)
-            if obs is not None and not isinstance(obs, torch.Tensor):
-                raise TypeError(
-                    f"site {name!r} is no string site ({type(dist).__name__}), but its value is "
-                    f"{obs!r} ({type(obs).__name__}); give a number or a tensor"
-                )
+            if obs is not None:
+                check_observation(name, dist, obs)
         if isinstance(obs, torch.Tensor) and bool(torch.isnan(obs).any()):
             raise ValueError(f"site {name!r}: the observation {obs!r} has NaN in it")
         value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
@@ -119,6 +116,19 @@ def check_string_site(name: str, value: object) -> None:
         raise TypeError(
             f"site {name!r} is a string site, but its value is {value!r} "
             f"({type(value).__name__}); give a str"
+        )
+
+
+def check_observation(name: str, fn: Any, value: object) -> None:
+    """Raises TypeError unless a value is of the kind that a site's distribution has."""
+    if isinstance(fn, StringDistribution):
+        if value is None:
+            raise TypeError(f"site {name!r} is a string site, and its observation is None")
+        check_string_site(name, value)
+    elif not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"site {name!r} is no string site ({type(fn).__name__}), but its value is "
+            f"{value!r} ({type(value).__name__}); give a number or a tensor"
         )
 
 

@@ -360,3 +360,39 @@ def test_a_pair_of_a_dynamic_program_is_no_misspelling() -> None:
         ((latents, pair),) = run([partial(program.simulated, (0, 1))])
     assert f"y_{int(latents['k'])}" not in program.sites
     assert list(pair._observations) == [f"y_{int(latents['k'])}"]
+
+
+def with_number(ending: str, number: float = 0.5) -> None:
+    z = lp.sample("z", short("a"))
+    lp.sample("n", dist.Normal(0.0, 1.0), obs=number)
+    lp.sample("y", goes_on(f"{z}b"), obs=ending)
+
+
+def late() -> None:
+    z = lp.sample("z", short("a"))
+    if z == "bb":
+        lp.sample("late", goes_on("a"), obs="b")
+
+
+@pytest.mark.parametrize("value", [3, 0.5, None, torch.tensor(1.0), ["ab"], b"ab"])
+def test_a_string_site_observes_strings_alone(value: Any) -> None:
+    program = lp.compile(with_number, "ab")
+    with pytest.raises(TypeError, match=r"site 'y' is a string site, (but its value|and its obs)"):
+        program.observing({"y": value})
+    for model in (static, dynamic):
+        with pytest.raises(TypeError, match="site 'y' is a string site"):
+            lp.compile(model, "b", "ab").observing({"y": value})
+    # Of a site that no run has met, a run tells.
+    program = lp.compile(late)
+    program.sites.pop("late", None)
+    other = program.observing({"late": value})
+    with pytest.raises(TypeError, match="site 'late' is a string site"):
+        other.log_joint({"z": "bb"})
+
+
+def test_a_numeric_site_observes_no_string() -> None:
+    program = lp.compile(with_number, "ab")
+    with pytest.raises(TypeError, match=r"site 'n' is no string site .*'ab'"):
+        program.observing({"n": "ab"})
+    found = program.observing({"n": 2}).log_joint({"z": "a"}) - program.log_joint({"z": "a"})
+    assert float(found) == pytest.approx((0.25 - 4.0) / 2)
