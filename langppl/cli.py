@@ -149,6 +149,9 @@ def compare(
         _fail(ValueError(f"{str(json)!r} is a folder; give a file"), code=2)
     try:
         asked = scripts.rows_of(method or ("importance",), guide or ("prior", "prompted"))
+    except (TypeError, ValueError) as error:  # an option of a wrong type; no code of the user's ran
+        _fail(error, code=2)
+    try:
         with scripts.model_in(spec, lm) as model:
             program = compile(model, *scripts.arguments(model, arg or ()), seed=seed)
             found = side_by_side(

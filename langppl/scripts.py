@@ -259,6 +259,7 @@ def rows_of(methods: Sequence[str], guides: Sequence[str]) -> list[Row]:
     Raises:
         ScriptError: if an option has no value, or a guide's folder holds none.
         ValueError: if a method, a guide or an option is not known.
+        TypeError: if an option's value is of a wrong type.
     """
     for text in guides:
         _check_guide(text)

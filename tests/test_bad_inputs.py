@@ -614,6 +614,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("smc", {"every": 0}, "every must be an integer of at least 1, got 0"),
     ("smc", {"ess_threshold": math.nan}, "ess_threshold must be between 0 and 1, got nan"),
     ("mh", {"chains": 0}, "chains must be an integer of at least 1, got 0"),
+    ("smc", {"ess_threshold": True}, "ess_threshold must be a number, got True"),
+    (
+        "smc",
+        {"twist": "lookahead", "twist_power": "0.5"},
+        "twist_power must be a number, got '0.5'",
+    ),
+    ("mh", {"tail_share": True}, "tail_share must be a number, got True"),
     ("mh", {"tail_share": math.nan}, "tail_share must be between 0 and 1, got nan"),
     ("exact", {"limit": math.nan}, "limit must be a number of at least 1, got nan"),
     ("exact", {"limit": "many"}, "limit must be a number of at least 1, got 'many'"),
@@ -672,7 +679,10 @@ def test_no_seed_is_cut_to_an_integer(ask: Callable[[Any], Any]) -> None:
 
 def test_numbers_of_numpys_are_numbers() -> None:
     lp.infer(story, method="exact", limit=np.int64(1000))
-    lp.infer(story, method="smc", num_samples=4, ess_threshold=np.float32(0.5))
+    half = np.float32(0.5)
+    lp.infer(story, method="smc", num_samples=4, ess_threshold=half)
+    lp.infer(story, method="smc", num_samples=4, twist="lookahead", twist_power=half)
+    lp.infer(story, method="mh", num_samples=4, chains=2, tail_share=half)
 
 
 def test_seeds_of_any_integer_type_are_the_same() -> None:

@@ -246,6 +246,8 @@ WRONG = [
     (["{script}:story", "--method", "vi"], "unknown method 'vi'"),
     (["{script}:story", "--method", "smc:twist"], "'twist' in method 'smc:twist' has no value"),
     (["{script}:story", "--method", "importance:every=2"], "is no option of method 'importance'"),
+    (["{script}:story", "--method", "smc:twist=3"], "a twist is a name or a function"),
+    (["{script}:story", "--method", "mh:seed=1.5"], "seed must be an integer, got 1.5"),
     (["{script}:story", *arguments("ab", "ba"), "--num-samples", "0"], "num_samples must be"),
     (["{script}:story", "--json", "{folder}/none/x.json"], "there is no folder"),
     (["{script}:story", "--json", "{folder}"], "is a folder"),

@@ -107,12 +107,6 @@ def move(
     return [m.decide(execution) for m, execution in zip(moves, proposed, strict=True)]
 
 
-def check_tail_share(tail_share: Any) -> None:
-    """Raises ValueError unless it is a share."""
-    if not isinstance(tail_share, int | float) or not 0.0 <= tail_share <= 1.0:
-        raise ValueError(f"tail_share must be between 0 and 1, got {tail_share!r}")
-
-
 class _Move:
     """One proposal: it decides the latents of an execution, and weighs what came of it."""
 

@@ -9,11 +9,10 @@ from numbers import Real
 from typing import Any
 
 from langppl.guides.identity import of_function
-from langppl.inference.kernels import check_tail_share
 from langppl.inference.resampling import SCHEMES
 from langppl.inference.twists import check_twist
 from langppl.keywords import did_you_mean
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, as_share
 
 METHODS = ("importance", "smc", "mh", "exact")
 OPTIONS = {
@@ -39,7 +38,7 @@ def check_values(**options: Any) -> dict[str, Any]:
     """Checks options of any method, by the names that `infer` has for them.
 
     Returns:
-        The options; numbers of things as plain integers.
+        The options; numbers of things as plain integers, shares as plain floats.
 
     Raises:
         ValueError: for one out of range.
@@ -51,10 +50,9 @@ def check_values(**options: Any) -> dict[str, Any]:
     scheme = options.get("resampling", SCHEMES[0])
     if scheme not in SCHEMES:
         raise ValueError(f"unknown resampling {scheme!r}; schemes are: {', '.join(SCHEMES)}")
-    threshold = options.get("ess_threshold", 0.0)
-    if not (_is_number(threshold) and 0.0 <= threshold <= 1.0):
-        raise ValueError(f"ess_threshold must be between 0 and 1, got {threshold!r}")
-    check_tail_share(options.get("tail_share", 0.0))
+    for name in ("ess_threshold", "tail_share"):
+        if name in options:
+            options[name] = as_share(name, options[name])
     check_twist(options.get("twist"), options.get("twist_power"))
     limit = options.get("limit", 1)
     if not (_is_number(limit) and limit >= 1):

@@ -24,6 +24,7 @@ import numpy as np
 from langppl.distributions import LMString
 from langppl.guides.base import Guide
 from langppl.inference.particles import Crowd, Growing, Particle, View, is_potential, is_steering
+from langppl.lm.counts import as_share
 from langppl.program import Program
 from langppl.program.statements import Potential
 
@@ -62,8 +63,7 @@ def check_twist(twist: Any, power: Any = None) -> None:
     if power is not None:
         if twist != "lookahead":
             raise ValueError(f'twist_power is of twist="lookahead", and the twist is {twist!r}')
-        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1:
-            raise ValueError(f"twist_power must be a number between 0 and 1, got {power!r}")
+        as_share("twist_power", power)
     if isinstance(twist, str) and twist not in TWISTS:
         raise ValueError(f"unknown twist {twist!r}; twists are: {', '.join(TWISTS)}, or a function")
     if not (twist is None or isinstance(twist, str) or callable(twist)):

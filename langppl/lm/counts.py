@@ -38,6 +38,22 @@ def as_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def as_share(name: str, value: Any) -> float:
+    """A number between 0 and 1, of any real type.
+
+    Args:
+        name: what it is called in the error.
+        value: the number.
+
+    Raises:
+        ValueError: if it is none, or out of range.
+    """
+    number = as_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return number
+
+
 def as_pair(name: str, value: Any, said: str = "two numbers") -> tuple[float, float]:
     """Two numbers, in any sequence.
 
