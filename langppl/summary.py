@@ -53,9 +53,9 @@ def failure(posterior: Posterior) -> str:
     else:
         text += "The site that failed is not recorded. "
     text += (
-        "Try: check that an observed value there can be produced under its site's rules "
-        "(stop, max_tokens, min_tokens, ban, allow, grammar), and that a latent with "
-        'truncate="reject" has room to finish'
+        "Try: check that an observed value there can be: a string under its site's rules (stop, "
+        "max_tokens, min_tokens, ban, allow, grammar), a number within its distribution's support; "
+        'that a latent with truncate="reject" has room to finish'
     )
     if not _is_exact(posterior):
         text += (
