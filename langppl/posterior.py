@@ -390,23 +390,31 @@ class Posterior(Report):
         """
         return next(iter(self.probabilities(site)))
 
-    def expect(self, fn: Callable[[dict[str, Any]], Any] | str) -> float:
+    @overload
+    def expect(self, fn: str) -> Any: ...
+    @overload
+    def expect(self, fn: Callable[[dict[str, Any]], Any]) -> float: ...
+
+    def expect(self, fn: Callable[[dict[str, Any]], Any] | str) -> Any:
         """The posterior mean of a function of the latents and the computed values.
 
         Args:
             fn: takes a sample (name → value; what the execution did not reach is missing) and
                 returns a number, a bool or a tensor of one element. Called on samples that have
-                weight, on no others. Or the name of a number, as for `probabilities`.
+                weight, on no others. Or the name of a number or of an array of numbers, as for
+                `probabilities`.
 
         Returns:
-            Σ w·fn(sample), with normalised weights.
+            Σ w·fn(sample), with normalised weights; of arrays an array, of their shape.
 
         Raises:
             UnknownSiteError: if there is no value of that name (a `KeyError`).
             ValueError: if no sample has weight, or `fn` returns NaN.
-            TypeError: if `fn` returns something that is not one number.
+            TypeError: if `fn` returns something that is not one number, or arrays differ in shape.
         """
         column = self._column(fn, ABSENT) if isinstance(fn, str) else None
+        if column is not None and (found := self._mean_of_arrays(str(fn), column)) is not None:
+            return found
         terms = []
         for i, weight in enumerate(self.weights):
             if weight == 0.0:
@@ -424,6 +432,27 @@ class Posterior(Report):
                 raise ValueError(f"expect: {whose} NaN for sample {i}")
             terms.append(float(weight) * number)
         return sum(terms) if any(map(math.isinf, terms)) else math.fsum(terms)
+
+    def _mean_of_arrays(self, name: str, column: Sequence[Any]) -> Array | float | None:
+        """The mean of arrays of several numbers; None of other values."""
+        kept = [(w, column[i], i) for i, w in enumerate(self.weights) if w > 0.0]
+        if not all(isinstance(value, torch.Tensor | np.ndarray) for _, value, _ in kept):
+            return None
+        arrays = [np.asarray(plain(value), dtype=float) for _, value, _ in kept]
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) > 1:
+            raise TypeError(
+                f"expect: the value {name!r} must have one shape, but has "
+                f"{' and '.join(map(str, shapes))}; give a function of a sample that returns "
+                "a number"
+            )
+        if arrays[0].ndim == 0:
+            return None
+        for array, (_, _, i) in zip(arrays, kept, strict=True):
+            if np.isnan(array).any():
+                raise ValueError(f"expect: the value {name!r} has NaN in it for sample {i}")
+        mean: Array = sum(w * array for array, (w, _, _) in zip(arrays, kept, strict=True))
+        return mean if mean.size > 1 else float(mean.sum())
 
     def resample(self, n: int, seed: int = 0) -> list[dict[str, Any]]:
         """Draws equally weighted samples.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from langppl.posterior import Posterior
 
 _TOP_VALUES = 5
+_MOST_COMPONENTS = 8
 
 
 def report(posterior: Posterior) -> rich.console.RenderableType:
@@ -53,9 +54,9 @@ def failure(posterior: Posterior) -> str:
     else:
         text += "The site that failed is not recorded. "
     text += (
-        "Try: check that an observed value there can be produced under its site's rules "
-        "(stop, max_tokens, min_tokens, ban, allow, grammar), and that a latent with "
-        'truncate="reject" has room to finish'
+        "Try: check that an observed value there can be: a string under its site's rules (stop, "
+        "max_tokens, min_tokens, ban, allow, grammar), a number within its distribution's support; "
+        'that a latent with truncate="reject" has room to finish'
     )
     if not _is_exact(posterior):
         text += (
@@ -77,6 +78,11 @@ def _rows(posterior: Posterior, site: str) -> list[tuple[str, float]]:
     except UncountableError:
         kinds = dict.fromkeys(type(v).__name__ for v in posterior[site] if v is not None)
         return [(f"not hashable ({', '.join(kinds)})", math.nan)]
+    if len(table) > _TOP_VALUES and (components := _components(table)) is not None:
+        mass = math.fsum(table.values())
+        found = [(f"{place} {moments(own)}", mass) for place, own in components.items()]
+        more = len(found) - _MOST_COMPONENTS
+        return found if more <= 0 else [*found[:-more], (f"{more} more components", mass)]
     numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
     if len(numeric) > _TOP_VALUES:
         found = [(moments(numeric), math.fsum(numeric.values()))]
@@ -89,6 +95,33 @@ def _rows(posterior: Posterior, site: str) -> list[tuple[str, float]]:
     if others:
         found.append((f"{len(others)} more", math.fsum(others)))
     return found
+
+
+def _components(table: Mapping[Any, float]) -> dict[str, dict[float, float]] | None:
+    """For each place in arrays of one shape, number → weight; None if the values are no such."""
+    found: dict[str, dict[float, float]] = {}
+    first: list[tuple[int, ...]] | None = None
+    for value, weight in table.items():
+        flat = list(_flat(value))
+        places = [place for place, _ in flat]
+        if first is None:
+            first = places
+        if not isinstance(value, tuple) or not places or places != first:
+            return None
+        for place, number in flat:
+            if not isinstance(number, float) or not math.isfinite(number):
+                return None
+            own = found.setdefault(str(list(place)), {})
+            own[number] = own.get(number, 0.0) + weight
+    return found
+
+
+def _flat(value: Any, place: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    if not isinstance(value, tuple):
+        yield place, value
+        return
+    for k, part in enumerate(value):
+        yield from _flat(part, (*place, k))
 
 
 def _lines(posterior: Posterior) -> list[str]:

@@ -648,7 +648,7 @@ def test_a_setting_is_checked_before_the_model_runs(
 
 @pytest.mark.parametrize("check", [lp.calibrate, lp.evidence_bounds])
 def test_an_option_that_no_method_has(check: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match=r"method 'smc' has no option 'twits'; options are: twist,"):
+    with pytest.raises(TypeError, match=r"'twits' is no arg.*no option.*did you mean 'twist'"):
         check(never_run, method="smc", twits="lookahead")
 
 
@@ -830,3 +830,14 @@ MISPLACED: list[tuple[Callable[[], object], str]] = [
 def test_what_is_of_a_wrong_type(call: Callable[[], object], says: str) -> None:
     with pytest.raises(TypeError, match=says):
         call()
+
+
+def test_a_number_outside_of_its_support_is_named_with_it() -> None:
+    def model() -> None:
+        lp.sample("z", short())
+        lp.sample("share", dist.Beta(1.0, 1.0), obs=2.0)
+
+    with pytest.warns(InferenceWarning, match="a number within its distribution's support"):
+        found = lp.infer(model, num_samples=4, progress=False)
+    (note,) = found.notes
+    assert note.startswith("site 'share': 2.0 is impossible: it is outside of the support of Beta(")

@@ -284,6 +284,35 @@ def test_names_that_are_not_known() -> None:
         one_to_three().expect("x")
 
 
+def vectors(*values: list[float], kind: Any = torch.tensor) -> Posterior:
+    return Posterior([{"theta": kind(v)} for v in values], [0.0] * len(values))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_expect_by_name_of_a_vector_is_the_mean_vector(kind: Any) -> None:
+    weighted = Posterior(
+        [{"theta": kind([1.0, -2.0])}, {"theta": kind([5.0, 2.0])}, {"theta": kind([0.0])}],
+        [0.0, LOG3, -INF],
+    )
+    np.testing.assert_allclose(weighted.expect("theta"), [4.0, 1.0])
+    np.testing.assert_allclose(vectors([[1.0, 2.0]], [[3.0, 6.0]]).expect("theta"), [[2.0, 4.0]])
+    assert vectors([1.0], [3.0], kind=kind).expect("theta") == 2.0
+    with pytest.raises(TypeError, match=r"'theta' must have one shape, but has \(1,\) and \(2,\)"):
+        vectors([1.0], [1.0, 2.0], kind=kind).expect("theta")
+    with pytest.raises(ValueError, match="'theta' has NaN in it for sample 1"):
+        vectors([1.0, 2.0], [1.0, math.nan], kind=kind).expect("theta")
+
+
+def test_the_table_has_the_moments_of_each_component() -> None:
+    shown = str(vectors(*([float(k), 2.0 * k] for k in range(7))))
+    assert "[0] mean 3, sd 2 (7 values)" in shown and "[1] mean 6, sd 4 (7 values)" in shown
+    assert "tensor" not in shown and "more" not in shown
+    # Few values are shown as they are, and of long vectors the first components.
+    assert "(1.0, 2.0)" in str(vectors([1.0, 2.0], [1.0, 3.0]))
+    long = str(vectors(*([float(k)] * 10 for k in range(7))))
+    assert "[7] mean 3" in long and "[8]" not in long and "2 more components" in long
+
+
 def test_expect_by_name_refuses_what_is_no_number() -> None:
     with pytest.raises(
         TypeError, match="the value 'z' must be one number, but is 'a' for sample 0"

@@ -214,8 +214,8 @@ class LMString(StringDistribution):
         if self.is_open:
             raise ValueError(
                 f"{sites.where()}an open string cannot be sampled: it has no end. Give its "
-                "LMString max_tokens or a stop, observe it, or draw so many tokens of it "
-                "(program.simulate or posterior.predict, with lengths={...})"
+                "LMString max_tokens or a stop, observe it, or simulate it or predict it at "
+                "a given length (program.simulate or posterior.predict, with lengths={...})"
             )
         own = self.prompt_ids()
         # A guide's context may be longer than the prompt, but the string's limit is the model's.

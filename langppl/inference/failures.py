@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from langppl.program import Program
 from langppl.program.execution import Execution
+from langppl.values import plain
 
 MOST_LATENT_NOTES = 3
 MOST_NOTES = 5
@@ -37,7 +38,7 @@ def failures(
             for name, reason in program.why_impossible(execution).items():
                 site = execution.sites[name]
                 if site.kind == "observed" or len(notes) < MOST_LATENT_NOTES:
-                    notes[f"site {name!r}: {str(site.value)!r} is impossible: {reason}"] = None
+                    notes[f"site {name!r}: {plain(site.value)!r} is impossible: {reason}"] = None
         errors = [e.error for e in executions if e.error is not None]
         if errors:
             more = f", and errors in {len(errors) - 1} others" if len(errors) > 1 else ""

@@ -554,7 +554,7 @@ def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Choose
             if isinstance(fn, StringDistribution):
                 check_string_site(name, values[name])
                 return Choice(values[name])
-            return Choice(as_value(values[name]))
+            return Choice(as_value(values[name], fn))
         if otherwise is None:
             raise ValueError(
                 f"latent site {name!r} has no value; values are given for: "

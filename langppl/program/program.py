@@ -461,15 +461,28 @@ class Program:
         return execution
 
     def why_impossible(self, execution: Execution) -> dict[str, str]:
-        """For each string site with probability zero, the rule that its value breaks."""
+        """For each site with probability zero, the rule that its value breaks, or its support."""
         found = {}
         for site in execution.sites.values():
-            if site.log_prob == -torch.inf and isinstance(site.fn, StringDistribution):
+            if site.log_prob == -torch.inf and site.kind in ("latent", "observed"):
                 with naming(site.name):
-                    reason = site.fn.why_impossible(site.value)
+                    if isinstance(site.fn, StringDistribution):
+                        reason = site.fn.why_impossible(site.value)
+                    else:
+                        reason = _why_outside(site.fn, site.value)
                 if reason is not None:
                     found[site.name] = reason
         return found
+
+
+def _why_outside(fn: Any, value: Any) -> str | None:
+    """The support that a number is outside of, or None if it is inside or that is not known."""
+    try:
+        if bool(fn.support.check(value).all()):
+            return None
+        return f"it is outside of the support of {fn!r}, {fn.support}"
+    except Exception:  # no support, or no such shape
+        return None
 
 
 def lms_of(programs: Iterable[Program]) -> list[LM]:
@@ -505,7 +518,7 @@ def _is_value_of(argument: Any, site: Site) -> bool:
     """Whether an argument is what a site observes."""
     if isinstance(argument, str) or isinstance(site.value, str):
         return isinstance(argument, str) and str(argument) == str(site.value)
-    tensor = as_value(argument)
+    tensor = as_value(argument, site.fn)
     return isinstance(tensor, torch.Tensor) and torch.equal(tensor, as_value(site.value))
 
 

@@ -61,7 +61,8 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
     Args:
         name: the site's name, unique within an execution.
         dist: an `LMString`, `LMChoice` or `Tempered`, or one of Pyro's distributions.
-        obs: the observed value: a string at a string site, else a tensor or a number.
+        obs: the observed value: a string at a string site, else a tensor, a number, or an array
+            or a list of numbers.
 
     Returns:
         The site's value; a `Text`, which is a `str`, at a string site that is drawn.
@@ -81,7 +82,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
                     raise plate_error(name, handler.name)
         else:
             _check_distribution(name, dist)
-            obs = as_value(obs)
+            obs = as_value(obs, dist)
             if obs is not None:
                 check_observation(name, dist, obs)
         if isinstance(obs, torch.Tensor) and bool(torch.isnan(obs).any()):
@@ -128,7 +129,7 @@ def check_observation(name: str, fn: Any, value: object) -> None:
     elif not isinstance(value, torch.Tensor):
         raise TypeError(
             f"site {name!r} is no string site ({type(fn).__name__}), but its value is "
-            f"{value!r} ({type(value).__name__}); give a number or a tensor"
+            f"{value!r} ({type(value).__name__}); give a number, a tensor or an array"
         )
 
 
@@ -570,9 +571,33 @@ def named_in(model: Model) -> tuple[Named, ...]:
     return found
 
 
-def as_value(value: Any) -> Any:
-    """A site's value as Pyro takes it: a number becomes a tensor, of floats for integers too."""
-    return torch.tensor(float(value)) if isinstance(value, numbers.Real) else value
+def as_value(value: Any, fn: Any = None) -> Any:
+    """A site's value as Pyro takes it: a number becomes a tensor, of floats for integers too.
+
+    Args:
+        value: a number, or an array of them; anything else stays as it is.
+        fn: the site's distribution if it is not over strings: lists of numbers are then taken too,
+            and what is no single number gets the precision of its parameters.
+    """
+    if isinstance(value, numbers.Real | np.bool_):
+        return torch.tensor(float(value))
+    if isinstance(value, np.ndarray if fn is None else np.ndarray | list | tuple):
+        try:
+            return torch.tensor(value, dtype=_precision(fn))
+        except (TypeError, ValueError, RuntimeError):  # of no numbers, or of no shape
+            return value
+    return value
+
+
+def _precision(fn: Any) -> torch.dtype:
+    """The type of a distribution's parameters; torch's default if it has none of floats."""
+    while fn is not None:
+        for name in getattr(fn, "arg_constraints", None) or ():
+            parameter = getattr(fn, name, None)
+            if isinstance(parameter, torch.Tensor) and parameter.dtype.is_floating_point:
+                return parameter.dtype
+        fn = getattr(fn, "base_dist", None)
+    return torch.get_default_dtype()
 
 
 class _Do(Messenger):

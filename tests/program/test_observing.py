@@ -218,7 +218,7 @@ def test_open_strings_are_as_long_as_what_is_observed(monkeypatch: pytest.Monkey
     assert {len(o.sites["y"].value.ids) for _, o in simulated(program, 8)} == {3}
     lengths = {len(o.sites["y"].value.ids) for _, o in simulated(program, 8, lengths={"y": 2})}
     assert lengths == {2}
-    monkeypatch.setattr("langppl.program.program._MOST_ATTEMPTS", 4)
+    monkeypatch.setattr("langppl.program.program.MOST_ATTEMPTS", 4)
     with pytest.raises(ValueError, match=r"4 draws .* open string 'y' ended before its 200 tokens"):
         simulated(program, 1, lengths={"y": 200})
 

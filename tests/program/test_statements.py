@@ -96,7 +96,7 @@ def test_a_sites_name_is_a_string(name: Any) -> None:
         lp.sample(name, short())
 
 
-@pytest.mark.parametrize("flip", [1, True, 1.0, np.int64(1), torch.tensor(1.0)])
+@pytest.mark.parametrize("flip", [1, True, 1.0, np.int64(1), np.bool_(True), torch.tensor(1.0)])
 def test_integers_and_bools_may_be_observed_at_a_numeric_site(flip: Any) -> None:
     def model() -> None:
         p = lp.sample("p", dist.Beta(2.0, 1.0))
@@ -105,6 +105,28 @@ def test_integers_and_bools_may_be_observed_at_a_numeric_site(flip: Any) -> None
     # Beta(2, 1) has the density 2p.
     found = lp.compile(model).log_joint({"p": 0.25})
     assert float(found) == pytest.approx(math.log(2 * 0.25 * 0.25), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda v: np.array(v, dtype=int)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_and_lists_may_be_observed_at_a_numeric_site(kind: Any, dtype: torch.dtype) -> None:
+    def model(seen: Any) -> None:
+        m = lp.sample("m", dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1))
+        lp.sample("seen", dist.Normal(m, 2.0).to_event(1), obs=seen)
+
+    values = [1, -3] if kind not in (list, tuple, np.array) else [0.1, -3.0]
+    program = lp.compile(model, kind(values))
+    expected = lp.compile(model, torch.tensor(values, dtype=dtype))
+    row, tensor = kind([0.5, 1.5]), torch.tensor(kind([0.5, 1.5]), dtype=dtype)
+    assert program.sites["seen"].value.dtype == dtype
+    assert program.log_joint({"m": row}) == expected.log_joint({"m": tensor})
+    assert program.observing({"seen": torch.zeros(2, dtype=dtype)}).shown_args[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [[1.0], [1.0, 2.0]], {"a": 1.0}, np.array(["a"])])
+def test_what_is_no_array_of_numbers_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="give a number, a tensor or an array"):
+        lp.sample("x", dist.Normal(0.0, 1.0), obs=value)
 
 
 def test_a_sequential_plate_holds_string_sites() -> None:
