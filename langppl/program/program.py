@@ -191,7 +191,8 @@ class Program:
         return self._observing(values)
 
     def _observing(self, values: Mapping[str, Any]) -> Program:
-        new = {k: v if isinstance(v, str) else as_value(v) for k, v in values.items()}
+        known = {name: site.fn for name, site in self.sites.items() if not site.is_string}
+        new = {k: v if isinstance(v, str) else as_value(v, known.get(k)) for k, v in values.items()}
         for name in new.keys() & self.sites.keys():
             check_observation(name, self.sites[name].fn, new[name])
 
