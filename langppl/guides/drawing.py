@@ -70,8 +70,9 @@ class Drawing:
             observation = plan.observation
             drawn, observation.ready = observation.ready[: plan.own], observation.ready[plan.own :]
             fresh, idle = [d for d in drawn if d.parts], [d for d in drawn if not d.parts]
-            if idle and not fresh:
-                self._check_meets(observation, number)
+            if idle and not fresh and not observation.is_met:
+                self._check_meets(observation.program, number)
+            observation.is_met = True
             taken = {d.key for d in (*fresh, *plan.given)}
             rng = generator((self.seed, "replay", number, *plan.suffix))
             replayed = observation.buffer.sample(plan.replayed, rng, taken)
@@ -90,9 +91,8 @@ class Drawing:
             turns.append(Turn(observation, own, len(fresh), pairs, idle))
         return turns
 
-    def _check_meets(self, observation: Observation, number: int) -> None:
+    def _check_meets(self, program: Program, number: int) -> None:
         """Raises ValueError if a program is not known to have a latent that the guide covers."""
-        program = observation.program
         if not any(self.proposer.covers(program.sites[n].fn) for n in program.latents):
             raise ValueError(
                 f"at training step {number}, no execution meets a latent that this guide covers: "

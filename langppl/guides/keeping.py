@@ -183,7 +183,7 @@ class Keeper:
             observation = trainer.observations[int(k)]
             trainer.note(observation.program)
             _restore(observation, state, trainer.lm.device)
-            observation.taken = -1
+            observation.taken, observation.is_met = -1, True
         if step:
             trainer.hand_over()
         _forget_scores(trainer)

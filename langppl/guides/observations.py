@@ -36,6 +36,8 @@ class Observation:
         share: how much its loss counts in a step, 1 where all are taken equally often.
         taken: the step, counted over all calls of `fit`, in which this process took it last; −1 for
             what a checkpoint had, None if there is nothing to keep.
+        is_met: whether draws of it were made, of which the first may show that there is nothing to
+            learn.
         anchors: for each independent piece of the program, and for all of it under `WHOLE`, power
             of the reward and the estimate of log Z (nats) that given draws are held to.
     """
@@ -51,6 +53,7 @@ class Observation:
         self._program: Program | None = None
         self.share = 1.0
         self.taken: int | None = None
+        self.is_met = False
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []

@@ -24,9 +24,9 @@ def maybe(share: float = 0.5, cost: float = 2.0) -> None:
         lp.factor("without", -cost)
 
 
-def guide_of(**options: Any) -> lp.GFlowNetGuide:
+def guide_of(seed: int = 1, **options: Any) -> lp.GFlowNetGuide:
     """Untrained it draws from the prior, which is the posterior of the string."""
-    return lp.GFlowNetGuide(LM, rank=2, seed=1, context=lambda info: info.prompt, **options)
+    return lp.GFlowNetGuide(LM, rank=2, seed=seed, context=lambda info: info.prompt, **options)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,16 @@ def test_a_step_without_a_latent_changes_nothing() -> None:
 def test_a_program_that_is_known_to_have_none_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"step 0, no execution meets .* covers: .* are k, and it"):
         guide_of().fit(lambda: lp.sample("k", dist.Poisson(0.5)), steps=1, progress=False)
+
+
+def test_only_the_first_draws_of_a_program_are_asked_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = lp.compile(maybe)
+    # As a program whose latent `compile` did not meet.
+    monkeypatch.setattr(lp.Program, "latents", ("k",))
+    guide = guide_of(seed=2).fit(own, steps=12, batch=2, objective="reverse_kl", progress=False)
+    assert guide.history["elbo"].count(-2.0) > 0
 
 
 def test_given_latents_without_one_are_left_out() -> None:
