@@ -155,8 +155,11 @@ def test_a_given_number_that_no_guide_covers_counts_as_drawn_from_the_prior() ->
     (execution,) = program.run([given({"k": torch.tensor(1.0), "z": "a"})], score)
     batch = Batch(program, [execution], [{"z": (0,)}])
     ((draw,),) = make_draws([batch])
-    # The model's term is 0 under the mask.
-    assert draw.log_rest == pytest.approx(-math.log(0.1), abs=1e-5)
+    # The model's term is 0 under the mask; what proposes it is of the prior's side.
+    own = execution.sites["z"].log_prob
+    assert own is not None
+    assert draw.log_prior == pytest.approx(own - math.log(0.1), abs=1e-5)
+    assert draw.log_rest == 0.0
 
 
 # -- draws without a density --------------------------------------------------------------------
