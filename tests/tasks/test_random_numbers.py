@@ -36,10 +36,11 @@ def test_a_guide_comes_nearer_to_the_target() -> None:
     before = numbers.exact(guide, program)
     plain = numbers.exact(PriorGuide(), program)
     np.testing.assert_allclose(before.probabilities, plain.probabilities, rtol=1e-4)
-    numbers.train(guide, program, 40, 32, learning_rate=1e-2, progress=False)
+    numbers.train(guide, program, 60, 32, learning_rate=1e-2, progress=False)
     after = numbers.exact(guide, program)
-    # Of a random LM's lines a quarter are integers, most of one digit: 40 steps spread these over
-    # the target before they make more of them, so the figure is KL(uniform ‖ all), in nats.
+    # Of a random LM's lines a quarter are integers, most of one digit: 60 steps spread these over
+    # the target before they make more of them, so the figure is KL(uniform ‖ all), in nats. It falls
+    # by 2.6 to 3.4 for three seeds (after 40 steps by 0.7 to 2.9, as the draws will have it).
     assert after.kl < before.kl
     assert after.kl_from_target < before.kl_from_target - 1.0
 
