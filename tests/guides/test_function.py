@@ -119,7 +119,7 @@ def test_log_q_is_that_of_the_sites() -> None:
 def test_a_chain_moves_by_it() -> None:
     truth = exact_of(story).probabilities("one")
     found = lp.infer(
-        story, "a", guide=forwards, method="mh", chains=64, num_samples=1920, progress=False
+        story, "a", guide=forwards, method="mh", chains=64, num_samples=2560, progress=False
     )
     assert found.chains.acceptance["site"] > 0.05
     shares = found.probabilities("one")

@@ -116,8 +116,10 @@ def test_wrong_draws_fail(guide: str) -> None:
     calibration = found("raw", guide)
     assert not calibration.passes(LEVEL), str(calibration)
     failed = {t.name for t in calibration.tests if t.adjusted <= LEVEL}
-    # Averaged over data, the posterior is the prior: only what looks at the data can tell them.
-    assert failed == {LIKELIHOOD}
+    assert LIKELIHOOD in failed
+    if guide == "prior":
+        # Averaged over data, the posterior is the prior: only what looks at the data can tell them.
+        assert failed == {LIKELIHOOD}
     worst = min(calibration.tests, key=lambda t: t.p_value)
     assert "Not calibrated" in str(calibration) and repr(worst.name) in str(calibration)
     assert calibration.median_ess is None
