@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
+from pyro.distributions import Delta
+
 from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMChoice, StringDistribution
 from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
@@ -113,18 +116,24 @@ class FunctionGuide(Guide):
 
     def _scorer(self, program: Program, known: Callable[[Execution], Mapping[str, Any]]) -> Scorer:
         run = _Run(self, program)
+        of_prior: set[str] = set()
 
         def log_q(name: str, fn: Any, value: Any, execution: Execution) -> float:
             values = {**known(execution), name: value}
             site = run.site(name, values, _scored(values))
+            assert run.execution is not None
+            late = name if site is None and run.would_meet(name, values) else None
+            # What it draws may depend on what it has drawn.
+            late = late or next((n for n in run.execution.sites if n in of_prior), None)
+            if late is not None:
+                before = run.stopped_at or name
+                raise ValueError(
+                    f"the guide {self.name!r} draws {before!r} before {late!r}, and what it drew "
+                    "there is not known where it is asked how likely it is to propose this "
+                    f"{late!r}; let it draw the model's latents alone, in the model's order"
+                )
             if site is None:
-                if run.stopped_at is not None:
-                    raise ValueError(
-                        f"the guide {self.name!r} draws {run.stopped_at!r} before {name!r}, and "
-                        "what it drew there is not known, so neither is how likely it is to "
-                        f"propose this {name!r}; let it draw the model's latents alone, in the "
-                        "model's order"
-                    )
+                of_prior.add(name)
                 return raw_log_prob(fn, value)
             self._check_site(name, fn, site)
             assert site.log_q is not None
@@ -141,7 +150,10 @@ class FunctionGuide(Guide):
                 f"the guide {self.name!r} draws {kinds[site.is_string]} at site {name!r}, and the "
                 f"model {kinds[is_string]}"
             )
-        if not is_string or isinstance(site.fn, LMChoice):
+        if not is_string:
+            self._check_number(name, fn, site.fn)
+            return
+        if isinstance(site.fn, LMChoice):
             return
         if isinstance(fn, LMChoice):
             raise ValueError(
@@ -153,6 +165,20 @@ class FunctionGuide(Guide):
                 f"the guide {self.name!r} draws site {name!r} from {site.fn.lm!r}, and the "
                 f"model from {fn.lm!r}; a string's probability is that of its tokens, so both "
                 "LMs must have the same tokenizer"
+            )
+
+    def _check_number(self, name: str, fn: Any, own: Any) -> None:
+        """Raises ValueError if a number of the guide's has no density over the model's values."""
+        if own.shape() != fn.shape():
+            raise ValueError(
+                f"the guide {self.name!r} draws site {name!r} with shape {tuple(own.shape())}, and "
+                f"the model with shape {tuple(fn.shape())}"
+            )
+        if _is_point(own) != _is_point(fn) or _is_discrete(own) != _is_discrete(fn):
+            raise ValueError(
+                f"the guide {self.name!r} draws site {name!r} from {own!r}, and the model from "
+                f"{fn!r}; of a continuous number a guide needs a density, and of a discrete one "
+                "probabilities"
             )
 
     def _check_run(self, program: Program, execution: Execution) -> None:
@@ -202,11 +228,25 @@ class _Run:
             choose: decides what the function draws.
         """
         if self.execution is None or not self._has(known):
-            with unseen():
+            with unseen(), torch.no_grad():
                 self.execution = run_once(self.guide.fn, self.program.shown_args, choose)
             self.guide._check_run(self.program, self.execution)
         found = self.execution.sites.get(name)
         return None if found is None or found.kind != "latent" else found
+
+    def would_meet(self, name: str, known: Mapping[str, Any]) -> bool:
+        """Whether a run that stopped would have met a latent, had it gone on."""
+        if self.stopped_at is None:
+            return False
+
+        def draw(unknown: str, fn: Any, execution: Execution) -> Choice:
+            return draw_prior(fn, ("trial", unknown))
+
+        with unseen(), torch.no_grad():
+            trial = run_once(
+                self.guide.fn, self.program.shown_args, given_values(known, otherwise=draw)
+            )
+        return name in trial.sites
 
     def _has(self, known: Mapping[str, Any]) -> bool:
         assert self.execution is not None
@@ -227,6 +267,21 @@ def as_guide(guide: Any) -> str | Guide:
     if callable(guide) and not isinstance(guide, type | Program):
         return FunctionGuide(guide)
     raise not_a_guide(guide)
+
+
+def _is_point(fn: Any) -> bool:
+    while fn is not None:
+        if isinstance(fn, Delta):
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
+def _is_discrete(fn: Any) -> bool | None:
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):  # a distribution that does not say
+        return None
 
 
 def _scored(values: Mapping[str, Any]) -> Chooser:

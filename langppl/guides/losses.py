@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -62,7 +62,10 @@ def loss_of(
     drawn = torch.tensor(is_own, device=total.device)
     counts = {len(d.pieces) for d in draws}
     if len(counts) > 1 or counts == {0}:
-        roots = [_roots(turn, d) for d in draws]
+        roots: list[list[int]] = [[0]] * len(draws)
+        if learned is not None:
+            groups = turn.observation.program.graph.independent()
+            roots = [_roots(groups, d) for d in draws]
         return _balance(turn, WHOLE, reward, total, scores, roots, learned, power, drawn)
     losses = []
     for k in range(counts.pop()):
@@ -74,10 +77,9 @@ def loss_of(
     return torch.stack(losses).sum()
 
 
-def _roots(turn: Turn, draw: Draw) -> list[int]:
+def _roots(groups: Sequence[Collection[str]], draw: Draw) -> list[int]:
     """The first part of each independent piece, at which a flow is the log Z of that piece."""
     names = [p.site.name for p in draw.parts]
-    groups = turn.observation.program.graph.independent()
     found = [next((k for k, n in enumerate(names) if n in g), None) for g in groups]
     return [k for k in found if k is not None] or [0]
 

@@ -60,7 +60,7 @@ def log_density(fn: Any, value: Any) -> float:
     """
     own = drawing(fn)
     try:
-        return -math.inf if is_outside(own, value) else float(own.log_prob(value).sum())
+        return -math.inf if is_outside(own, value) else float(own.log_prob(value).detach().sum())
     except ValueError as error:
         raise ValueError(f"{where()}{fn!r}: {error}") from error
 

@@ -514,7 +514,7 @@ def draw_prior(fn: Any, key: Key) -> Choice:
 def draw_number(fn: Any, key: Key) -> Any:
     """Draws a value from one of Pyro's distributions."""
     seed = int(generator(key).integers(2**62))
-    with seeded(seed):
+    with seeded(seed), torch.no_grad():
         return fn()
 
 

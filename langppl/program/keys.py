@@ -116,7 +116,9 @@ def _key(value: Any, within: tuple[int, ...], left: list[int] | None) -> Any:
         if not has_hash:
             named = {f.name: getattr(value, f.name, None) for f in fields}
             return (kind, own(named | getattr(value, "__dict__", {})))
-        if type(value).__dataclass_params__.eq:  # type: ignore[attr-defined]
+        made: Any = type(value).__dataclass_params__  # type: ignore[attr-defined]
+        # Else its hash is written by hand, and it compares as it says.
+        if made.eq and (made.frozen or made.unsafe_hash):
             return (kind, *(own(getattr(value, f.name, None)) for f in fields if f.compare))
     if not has_hash:
         return _reduced(value, within, left)

@@ -245,3 +245,71 @@ def test_what_is_no_guide(guide: Any, message: str) -> None:
         lp.infer(story, "a", guide=guide, progress=False)
     with pytest.raises(TypeError, match=message):
         lp.MixtureGuide([guide, "prior"])
+
+
+def mixed_kinds(ending: str) -> None:
+    u = lp.sample("u", dist.Bernoulli(0.3))
+    z = lp.sample("z", lp.LMString(LM, "a" if u > 0.5 else "b", max_tokens=1))
+    lp.sample("ending", lp.LMString(LM, f"{z}a"), obs=ending)
+
+
+def z_alone(ending: str) -> None:
+    lp.sample("z", lp.LMString(LM, f"{ending}b", max_tokens=1))
+
+
+def test_a_latent_that_it_never_draws_may_come_first() -> None:
+    importance = lp.infer(mixed_kinds, "a", guide=z_alone, seed=1, **MANY)
+    mixture = lp.infer(mixed_kinds, "a", guide=lp.MixtureGuide([z_alone, "prior"]), seed=2, **MANY)
+    prior = lp.infer(mixed_kinds, "a", seed=3, **MANY)
+    for found in (importance, mixture):
+        error = math.hypot(found.log_evidence_error, prior.log_evidence_error)
+        assert abs(found.log_evidence - prior.log_evidence) < 4 * error
+    chain = lp.infer(
+        mixed_kinds, "a", guide=z_alone, method="mh", chains=64, num_samples=1920, progress=False
+    )
+    assert chain.expect("u") == pytest.approx(importance.expect("u"), abs=0.1)
+
+
+def test_one_that_draws_in_another_order_by_what_it_has_drawn_is_told() -> None:
+    def by_value(ending: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=1))
+        if z == "a":
+            lp.sample("u", dist.Bernoulli(0.9))
+
+    guide = lp.MixtureGuide([by_value, "prior"])
+    with pytest.raises(ValueError, match="draws 'z' before 'u'"):
+        lp.infer(mixed_kinds, "a", guide=guide, **MANY)
+
+
+def test_parameters_of_pyro_leave_no_graph_behind() -> None:
+    def model() -> None:
+        p = lp.sample("p", dist.Normal(0.0, 1.0))
+        lp.sample("y", dist.Normal(p, 1.0), obs=1.0)
+
+    def guide() -> None:
+        mean = pyro.param("test_function_mean", torch.tensor(0.5))
+        lp.sample("p", dist.Normal(mean, 0.7))
+
+    for method in ("importance", "mh"):
+        found = lp.infer(model, guide=guide, method=method, num_samples=64, progress=False)
+        assert not found.samples[0]["p"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda: dist.Normal(torch.zeros(3), 1.0).to_event(1), r"with shape \(3,\), and the model"),
+        (lambda: dist.Delta(torch.tensor(0.5)), "a guide needs a density"),
+        (lambda: dist.Poisson(1.0), "a guide needs a density"),
+    ],
+)
+def test_numbers_without_a_density_over_the_models(fn: Callable[[], Any], message: str) -> None:
+    def model() -> None:
+        p = lp.sample("p", dist.Normal(0.0, 1.0))
+        lp.sample("y", dist.Normal(p, 1.0), obs=1.0)
+
+    def guide() -> None:
+        lp.sample("p", fn())
+
+    with pytest.raises(ValueError, match=message):
+        lp.infer(model, guide=guide, num_samples=4, progress=False)

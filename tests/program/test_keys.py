@@ -159,3 +159,19 @@ def test_a_tool_that_returns_an_iterator_is_refused(tool: Callable[[str], Any]) 
         TypeError, match=r"call 'parts': the tool .*lambda.* read only once.*a list"
     ):
         lp.infer(model, num_samples=2, progress=False)
+
+
+def test_a_dataclass_that_compares_by_hand_is_compared_so() -> None:
+    @dataclasses.dataclass
+    class Named:
+        x: str
+        cache: int
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Named) and self.x == other.x
+
+        def __hash__(self) -> int:
+            return hash(self.x)
+
+    assert hashable(Named("a", 1)) == hashable(Named("a", 2))
+    assert hashable(Named("a", 1)) != hashable(Named("b", 1))

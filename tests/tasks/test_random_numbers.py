@@ -39,8 +39,8 @@ def test_a_guide_comes_nearer_to_the_target() -> None:
     numbers.train(guide, program, 60, 32, learning_rate=1e-2, progress=False)
     after = numbers.exact(guide, program)
     # Of a random LM's lines a quarter are integers, most of one digit: 60 steps spread these over
-    # the target before they make more of them, so the figure is KL(uniform ‖ all), in nats. It falls
-    # by 2.6 to 3.4 for three seeds (after 40 steps by 0.7 to 2.9, as the draws will have it).
+    # the target before they make more of them, so the figure is KL(uniform ‖ all), in nats. With
+    # three seeds it falls by 2.6 to 3.4 (after 40 steps by 0.7 to 2.9).
     assert after.kl < before.kl
     assert after.kl_from_target < before.kl_from_target - 1.0
 
