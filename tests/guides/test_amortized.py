@@ -17,9 +17,7 @@ import pytest
         ("single", "vargrad"),
         ("single", "tb"),
         ("chain", "vargrad"),
-        ("chain", "tb"),
         ("loop", "vargrad"),
-        ("number", "subtb"),
         ("number", "vargrad"),
     ],
 )
