@@ -228,8 +228,7 @@ class _Run:
             choose: decides what the function draws.
         """
         if self.execution is None or not self._has(known):
-            with unseen(), torch.no_grad():
-                self.execution = run_once(self.guide.fn, self.program.shown_args, choose)
+            self.execution = self._of(choose)
             self.guide._check_run(self.program, self.execution)
         found = self.execution.sites.get(name)
         return None if found is None or found.kind != "latent" else found
@@ -242,11 +241,11 @@ class _Run:
         def draw(unknown: str, fn: Any, execution: Execution) -> Choice:
             return draw_prior(fn, ("trial", unknown))
 
+        return name in self._of(given_values(known, otherwise=draw)).sites
+
+    def _of(self, choose: Chooser) -> Execution:
         with unseen(), torch.no_grad():
-            trial = run_once(
-                self.guide.fn, self.program.shown_args, given_values(known, otherwise=draw)
-            )
-        return name in trial.sites
+            return run_once(self.guide.fn, self.program.shown_args, choose)
 
     def _has(self, known: Mapping[str, Any]) -> bool:
         assert self.execution is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from langppl.lm.nested import opened
 from langppl.lm.reads import CHEAP, Look, look
 from langppl.lm.vocabulary import Vocabulary
 
@@ -122,11 +123,5 @@ _looked: ContextVar[dict[int, Any] | None] = ContextVar("langppl_looked", defaul
 @contextlib.contextmanager
 def looking_once() -> Iterator[None]:
     """Within the block, predicates that read much, or what cannot be seen, are asked once."""
-    if _looked.get() is not None:
+    with opened(_looked):
         yield
-        return
-    token = _looked.set({})
-    try:
-        yield
-    finally:
-        _looked.reset(token)

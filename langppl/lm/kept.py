@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from langppl.lm.memo import state_of
+from langppl.lm.nested import opened
 from langppl.lm.trie import Ids, Row
 
 if TYPE_CHECKING:
@@ -120,14 +121,8 @@ _trees: ContextVar[dict[int, list[Tree]] | None] = ContextVar("langppl_trees", d
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
     """Within the block, trees are kept; they are forgotten at the end of the outermost one."""
-    if _trees.get() is not None:
+    with opened(_trees):
         yield
-        return
-    token = _trees.set({})
-    try:
-        yield
-    finally:
-        _trees.reset(token)
 
 
 def keep(lm: LM, tree: Tree, keys: KeysAndValues) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from langppl.lm.nested import opened
 from langppl.lm.rules import BoundRules, Path
 
 if TYPE_CHECKING:
@@ -286,14 +287,8 @@ _states: ContextVar[dict[tuple[int, str | None], tuple[Any, object]] | None] = C
 @contextlib.contextmanager
 def same_weights() -> Iterator[None]:
     """Within the block the state of an LM's weights is looked at once, until they are trained."""
-    if _states.get() is not None:
+    with opened(_states):
         yield
-        return
-    token = _states.set({})
-    try:
-        yield
-    finally:
-        _states.reset(token)
 
 
 def weights_changed() -> None:
