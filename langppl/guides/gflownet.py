@@ -176,7 +176,7 @@ class GFlowNetGuide(Guide):
         self.learned: set[str] = set()
         self.flows: set[str] = set()
         self.was_interrupted = False
-        weakref.finalize(self, _remove, lm, self.adapter)
+        weakref.finalize(self, lm.abandon_adapter, self.adapter)
 
     def __repr__(self) -> str:
         """The LM, what was learned and for how long."""
@@ -748,8 +748,3 @@ def _shares(
         raise ValueError(f"weights must be above 0, got {list(weights)}")
     each = [[w / len(rows)] * len(rows) for w, (_, rows) in zip(weights, pairs, strict=True)]
     return np.array([w for own in each for w in own])
-
-
-def _remove(lm: LM, adapter: str) -> None:
-    if adapter in getattr(lm.model, "peft_config", {}):
-        lm.remove_adapter(adapter)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +216,7 @@ class LM:
         self._masked: OrderedDict[StringRules, Watched] = OrderedDict()
         self._prompts: dict[str, tuple[int, ...]] = {}
         self._trainables: dict[str, TrainableLM] = {}
+        self._abandoned: deque[str] = deque()
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
         self.lean = lean_of(self)
@@ -447,6 +448,7 @@ class LM:
         Raises:
             KeyError: if there is no adapter of that name.
         """
+        self._remove_abandoned()
         if name is not None:
             self._check_adapter(name)
         before = self._active
@@ -503,6 +505,7 @@ class LM:
     @alone
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
+        self._remove_abandoned()
         parameters = adapters.add(self.model, name, config)
         adapters.activate(self.model, self._active)
         return parameters
@@ -513,6 +516,20 @@ class LM:
         self._check_adapter(name)
         adapters.remove(self.model, name)
         adapters.activate(self.model, self._active)
+
+    def abandon_adapter(self, name: str) -> None:
+        """Says that nobody will use an adapter again; it is removed before the next pass.
+
+        What a garbage collection calls may come at any moment, in the middle of a walk through the
+        model's modules too, where `remove_adapter` would change what is walked through.
+        """
+        self._abandoned.append(name)
+
+    def _remove_abandoned(self) -> None:
+        while self._abandoned:
+            name = self._abandoned.popleft()
+            if name in adapters.names(self.model):
+                self.remove_adapter(name)
 
     @alone
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:

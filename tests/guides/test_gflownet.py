@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -594,3 +596,21 @@ def test_given_draws_under_a_schedule_that_ends_elsewhere() -> None:
         guide.fit(program, given=given, steps=3, batch=16, schedule=schedule, progress=False)
         ends.append(guide.history["loss"])
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+def test_a_guide_that_is_gone_leaves_the_lm_before_the_next_pass() -> None:
+    lm = make_lm()
+    guide = GFlowNetGuide(lm, seed=1).fit(story, [(lm,)], **QUICK)
+    name, gone = guide.adapter, weakref.ref(guide)
+    before = {n for n, _ in lm.model.named_parameters()}
+    walk = lm.model.named_parameters()
+    next(walk)
+    del guide
+    gc.collect()
+    assert gone() is None
+    # A collection may come in the middle of a walk, which a removal would end with an error.
+    assert before > {n for n, _ in walk}
+    assert any(f".{name}." in n for n in before) and name in lm.model.peft_config
+    infer(story, lm, num_samples=4, progress=False)
+    assert name not in lm.model.peft_config
+    assert not any(f".{name}." in n for n, _ in lm.model.named_parameters())
