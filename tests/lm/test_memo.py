@@ -44,7 +44,8 @@ def train(lm, adapter, seed):
     for name, p in lm.model.named_parameters():
         if f".{adapter}." in name:
             with torch.no_grad():
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+                # Larger ones, at a scale of 4, make states that round to worse than the tolerance.
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
 
 asked = st.tuples(
