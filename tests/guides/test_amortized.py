@@ -15,9 +15,7 @@ import pytest
     [
         ("single", "subtb"),
         ("single", "vargrad"),
-        ("single", "tb"),
         ("chain", "vargrad"),
-        ("loop", "vargrad"),
         ("number", "vargrad"),
     ],
 )
@@ -26,7 +24,7 @@ def test_an_amortized_guide_answers_for_unseen_observations(
 ) -> None:
     lm = amortized.lm_of(name)
     # There is something to learn.
-    least = {"single": 0.3, "chain": 0.4, "loop": 0.4, "number": 0.8}[name]
+    least = {"single": 0.3, "chain": 0.4, "number": 0.8}[name]
     assert amortized.mean_of(name, lm, None) > least
     model, steps = amortized.PROGRAMS[name], amortized.steps_of(name, objective)
     guide = amortized.trained(model, lm, objective, steps=steps)
