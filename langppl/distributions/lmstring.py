@@ -309,15 +309,25 @@ class LMString(StringDistribution):
             prompt_length = len(self.prompt_ids())
         ids, limit = self.tokens_of(value), self.limit(prompt_length)
         found = self.bound.parse(ids, data, limit)
-        is_own = isinstance(value, Text) and value.ids is ids
-        if isinstance(found, Violation) and is_own and self._runs_past(ids, data):
+        if isinstance(found, Violation) and self._runs_past(value, ids, data):
             return self.bound.parse(self.lm.encode_text(str(value)), data, limit)
         return found
 
-    def _runs_past(self, ids: tuple[int, ...], data: bytes) -> bool:
+    def is_read_anew(self, value: Text) -> bool:
+        """Whether this site spells a drawn string by other tokens than those it was drawn in.
+
+        So it is where the last of them goes on after a stop that this site has not.
+        """
+        data, ids = value.encode("utf-8"), self.tokens_of(value)
+        found = self.bound.parse(ids, data, self.limit(len(self.prompt_ids())))
+        return isinstance(found, Violation) and self._runs_past(value, ids, data)
+
+    def _runs_past(self, value: str, ids: tuple[int, ...], data: bytes) -> bool:
         """Whether the last token goes on after a text, as past a stop that others' rules have."""
         vocabulary = self.lm.vocabulary
-        if not ids or any(not 0 <= i < vocabulary.size or vocabulary.special[i] for i in ids):
+        if not (isinstance(value, Text) and value.ids is ids and ids):
+            return False
+        if any(not 0 <= i < vocabulary.size or vocabulary.special[i] for i in ids):
             return False
         whole, before = vocabulary.join(ids), vocabulary.join(ids[:-1])
         return whole.startswith(data) and len(before) < len(data) < len(whole)

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import Delta
 
 from langppl.diagnostics import InferenceWarning
-from langppl.distributions import LMChoice, StringDistribution
+from langppl.distributions import LMChoice, LMString, StringDistribution
 from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
 from langppl.guides.identity import of_function
 from langppl.keywords import did_you_mean
@@ -95,6 +95,14 @@ class FunctionGuide(Guide):
             if site is None:
                 return draw(name, fn, execution)
             self._check_site(name, fn, site)
+            if isinstance(fn, LMString) and fn.is_read_anew(site.value):
+                raise ValueError(
+                    f"the guide {self.name!r} drew {str(site.value)!r} for site {name!r} in a "
+                    "token that goes on after it, past a stop that the model's site has not; it "
+                    "may draw the same string in other tokens too, which the model does not tell "
+                    "apart, so its probability is not known; give the guide's site the model's "
+                    "stops"
+                )
             return Choice(site.value, site.log_q)
 
         return choose

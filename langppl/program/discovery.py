@@ -106,11 +106,19 @@ def retrace(
     memo: Memo,
     seed: int,
     observe: Callable[[str, Any, Any], Any],
-) -> tuple[Site, ...] | None:
-    """A program's templates under other observations; None if it does not go through."""
+) -> Structure | None:
+    """The structure of a program of templates under other observations.
+
+    What is observed may decide which sites there are, and what flows into their prompts.
+
+    Returns:
+        None if a run with placeholders does not go through.
+    """
     search = _Search(model, args, memo, seed, observe)
     traced = search.trace()
-    return None if traced is None or search.looked_inside else tuple(traced.sites.values())
+    if traced is None or search.looked_inside:
+        return None
+    return Structure(_graph(traced), traced.sites, tuple(traced.sites.values()), True)
 
 
 def take_over(

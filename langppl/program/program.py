@@ -169,7 +169,10 @@ class Program:
         return run_once(self.model, self.args, choose, know=know, observe=observe, forgive=forgive)
 
     def observing(self, values: Mapping[str, Any]) -> Program:
-        """The same program with other observations; its structure is not searched again.
+        """The same program with other observations.
+
+        The structure of a program of templates is that under the new observations; any other's is
+        not searched again.
 
         Args:
             values: observed site → value; a warning names sites that no run has met yet.
@@ -204,8 +207,11 @@ class Program:
         other.sites = {n: renewed(s) for n, s in self.sites.items()}
         if self.templates is not None:
             # An observation may go on into later prompts, so renewing the values is not enough.
-            other.templates = retrace(self.model, self.args, self.memo, self._seed, other._observe)
-            other._is_static = self._is_static and other.templates is not None
+            found = retrace(self.model, self.args, self.memo, self._seed, other._observe)
+            other.templates = None if found is None else found.templates
+            other._is_static = self._is_static and found is not None
+            if self._is_static and found is not None:
+                other.graph, other.sites = found.graph, found.sites
         other.shown_args = tuple(_renewed(a, new, self.sites) for a in self.shown_args)
         return other
 
@@ -239,6 +245,14 @@ class Program:
             filled = [fill_all(self.templates, values) for values in assignments]
             score_all(filled, only)
             return filled
+        return self._ran(assignments, only, otherwise)
+
+    def _ran(
+        self,
+        assignments: Sequence[Mapping[str, Any]],
+        only: Callable[[Site], bool] = lambda _: True,
+        otherwise: Chooser | None = None,
+    ) -> list[Execution]:
         found = self.run([given(v, otherwise) for v in assignments])
         score_all([e for e in found if e.pause is None], only)
         return found
@@ -312,7 +326,11 @@ class Program:
         names = dict.fromkeys(n for row in rows for n in row)
         for name in names:
             self._check_latent(name)
-        found = self.executions(rows)
+        # All rows are run: where the templates do not hold, a check of some may miss it.
+        found = self._ran(rows)
+        for execution in found if self._is_static else ():
+            if not execution.error and not self.agrees(execution):
+                break
         # What an execution would have met after an error is not known.
         if not any(e.error for e in found):
             met = {"_RETURN", *self.sites, *(n for e in found for n in e.sites)}

@@ -23,6 +23,7 @@ import pyro.distributions as dist
 import torch
 from greenlet import getcurrent, greenlet
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -503,12 +504,12 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments.
     """
     _check_changeable(model, "condition", "give the model, or take program.observing(...)")
-    observed = {k: as_value(v) for k, v in data.items()}
+    observed = dict(data)
     named = Named("condition", frozenset(data))
 
     @functools.wraps(model)
     def conditioned(*args: Any, **kwargs: Any) -> Any:
-        with pyro.poutine.condition(data=observed), _Meeting(named):
+        with _Condition(observed), _Meeting(named):
             return model(*args, **kwargs)
 
     conditioned.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
@@ -577,10 +578,10 @@ def as_value(value: Any, fn: Any = None) -> Any:
     Args:
         value: a number, or an array of them; anything else stays as it is.
         fn: the site's distribution if it is not over strings: lists of numbers are then taken too,
-            and what is no single number gets the precision of its parameters.
+            and numbers get the precision of its parameters.
     """
     if isinstance(value, numbers.Real | np.bool_):
-        return torch.tensor(float(value))
+        return torch.tensor(float(value), dtype=_precision(fn))
     if isinstance(value, np.ndarray if fn is None else np.ndarray | list | tuple):
         try:
             return torch.tensor(value, dtype=_precision(fn))
@@ -600,6 +601,20 @@ def _precision(fn: Any) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+def _valued(value: Any, fn: Any) -> Any:
+    """A value that a site of any kind is given."""
+    return as_value(value, None if isinstance(fn, StringDistribution | Known) else fn)
+
+
+class _Condition(ConditionMessenger):
+    """Pyro's, which takes numbers as `obs=` does."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["name"] in self.data:
+            msg["value"] = _valued(msg["value"], msg["fn"])
+
+
 class _Do(Messenger):
     """Answers some sites with given values and hides them from every outer handler."""
 
@@ -611,5 +626,5 @@ class _Do(Messenger):
         if msg["name"] in self.data:
             value = self.data[msg["name"]]
             # What a tool returns may be anything; what is drawn is a string or a tensor.
-            msg["value"] = value if isinstance(msg["fn"], Known) else as_value(value)
+            msg["value"] = value if isinstance(msg["fn"], Known) else _valued(value, msg["fn"])
             msg["done"] = msg["stop"] = True

@@ -313,3 +313,20 @@ def test_numbers_without_a_density_over_the_models(fn: Callable[[], Any], messag
 
     with pytest.raises(ValueError, match=message):
         lp.infer(model, guide=guide, num_samples=4, progress=False)
+
+
+def test_a_stop_that_the_model_lacks_gives_strings_two_spellings() -> None:
+    lm = tiny_lm("ab.", seed=5, merged=[".b", "a.b"])
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(lm, "a", max_tokens=2))
+        lp.factor("f", 0.0 if z == "a." else -math.inf)
+
+    def stops() -> None:
+        lp.sample("z", lp.LMString(lm, "a", max_tokens=2, stop="."))
+
+    # "a." is "a", "." and the token "a.b", which goes on after the guide's stop.
+    for method in ("importance", "mh"):
+        with pytest.raises(ValueError, match="past a stop that the model's site has not") as found:
+            lp.infer(model, guide=stops, method=method, num_samples=400, progress=False)
+        assert "'z'" in str(found.value)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 import langppl as lp
 from langppl.program import run_together
 from langppl.program.execution import Chooser, Execution, draw_prior, given, score, score_all
+from langppl.program.program import StaticMismatchWarning
 from langppl.program.scheduler import run
 from langppl.testing import _check_draws, enumerate_strings, tiny_lm
 
@@ -76,7 +79,8 @@ def test_the_structure_is_not_searched_again() -> None:
     program = lp.compile(model)
     ran.clear()
     other = program.observing({"y": "a"})
-    assert len(ran) == 1 and other.graph is program.graph  # once, for its templates
+    assert len(ran) == 1  # once, for its templates
+    assert other.graph.nodes == program.graph.nodes and other.graph.edges == program.graph.edges
     assert (other.latents, other.observed) == (("z",), ("y",))
 
 
@@ -93,6 +97,65 @@ def test_an_observation_that_goes_on_into_a_prompt_is_renewed_there() -> None:
     afresh = lp.compile(model, ".a.")
     assert float(other.log_joint({"z": "ab"})) == float(afresh.log_joint({"z": "ab"}))
     assert other.is_static
+
+
+def test_an_observation_that_decides_what_is_connected_is_looked_at() -> None:
+    def model(y: str) -> None:
+        one = lp.sample("one", lp.LMString(LM, "a", max_tokens=1, allow=["a", "b"]))
+        two = lp.sample("two", lp.LMString(LM, "b", max_tokens=1, allow=["a", "b"]))
+        y = lp.sample("y", lp.LMString(LM, "ab"), obs=y)
+        lp.sample("v", lp.LMString(LM, f"{one}", temperature=0.3), obs="a")
+        both = lp.LMString(LM, f"{one}{two}" if y == "a" else f"{two}", temperature=0.3)
+        lp.sample("w", both, obs="bb")
+        if y == "a":
+            lp.sample("three", lp.LMString(LM, f"{two}", max_tokens=1))
+
+    program = lp.compile(model, "b")
+    assert program.graph.independent() == [{"one"}, {"two"}]
+    other, afresh = program.observing({"y": "a"}), lp.compile(model, "a")
+    assert other.is_static and other.latents == afresh.latents == ("one", "two", "three")
+    assert set(other.graph.edges) == set(afresh.graph.edges)
+    assert not any({"one"} == group for group in other.graph.independent())
+    truth = lp.infer(afresh, method="exact", progress=False)
+    found = lp.infer(other, num_samples=500, progress=False)
+    assert found.log_evidence == pytest.approx(truth.log_evidence, abs=4 * found.log_evidence_error)
+
+
+def test_what_no_template_shows_is_run_for_every_row() -> None:
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=4))
+        # The engine of `re` reads a string without a method of its being called.
+        lp.sample("y", lp.LMString(LM, "a" if re.search("b{3}", z) else "."), obs="ab")
+
+    texts = ("a.", "b.", "bbb", "ab", "ba", "aa", "bab", "aab", "aba", "abb", "baa", "bb", "bba")
+    program = lp.compile(model)
+    with pytest.warns(StaticMismatchWarning, match="'z': 'bbb'"):
+        together = program.log_joint([{"z": z} for z in texts])
+    for z, found in zip(texts, together.tolist(), strict=True):
+        alone = float(program.log_joint({"z": z}))
+        assert found == pytest.approx(alone, abs=1e-5), z
+
+
+@pytest.mark.parametrize("how", [float, np.float64, np.array, torch.tensor])
+def test_a_number_is_observed_in_the_precision_of_its_distribution(how: Any) -> None:
+    fn = dist.Normal(torch.tensor(0.1, dtype=torch.float64), 1e-9)
+    value = torch.tensor(0.1, dtype=torch.float64) if how is torch.tensor else how(0.1)
+    by_hand = -math.log(1e-9) - 0.5 * math.log(2.0 * math.pi)
+
+    def evidence(model: Any, *args: Any) -> float:
+        found = lp.infer(model, *args, method="exact", progress=False).log_evidence
+        assert found is not None
+        return found
+
+    def seen(x: Any) -> None:
+        lp.sample("x", fn, obs=x)
+
+    def free() -> None:
+        lp.sample("x", fn)
+
+    assert evidence(seen, value) == pytest.approx(by_hand, abs=1e-9)
+    assert evidence(lp.condition(free, {"x": value})) == pytest.approx(by_hand, abs=1e-9)
+    assert float(lp.compile(free).log_joint({"x": value})) == pytest.approx(by_hand, abs=1e-9)
 
 
 def test_two_sites_of_one_value_leave_the_argument_as_it_is() -> None:
