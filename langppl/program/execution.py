@@ -408,7 +408,7 @@ def _plain_log_prob(site: Site) -> float:
         plain = site.fn.log_prob(site.value)
     except ValueError as error:
         raise ValueError(f"site {site.name!r}, of {site.fn!r}: {error}") from error
-    return float(scale_and_mask(plain, site.scale, site.mask).sum())
+    return float(scale_and_mask(plain, site.scale, site.mask).detach().sum())
 
 
 def _note_latents(error: Exception, execution: Execution) -> None:

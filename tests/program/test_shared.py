@@ -76,6 +76,20 @@ def test_a_module_is_the_function_that_it_calls(module: Any, plain: Any, method:
     )
 
 
+def test_the_parameters_of_a_module_leave_no_graph_behind() -> None:
+    class Biased(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self) -> None:
+            lp.sample("z", text())
+            observe(self.bias)
+
+    # torch warns of a number that has a gradient, and warnings are errors here.
+    assert lp.infer(Biased(), num_samples=4, progress=False).log_evidence is not None
+
+
 def test_a_module_within_a_module_that_runs_it() -> None:
     module = Module()
 
