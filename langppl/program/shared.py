@@ -45,7 +45,7 @@ class Shared:
         """
         return cls(
             [(h, dict(vars(h))) for h in stack if _is_of_one_run(h)],
-            [(call, call.active, call.cache) for call in _entered if call.active],
+            [(c, c.active, c.cache) for c in _entered if c.active] if _entered else [],
         )
 
     def install(self) -> None:
@@ -53,15 +53,19 @@ class Shared:
         for handler, state in self.handlers:
             vars(handler).clear()
             vars(handler).update(state)
-        for call in _entered:
-            _set(call, 0, {})
-        _entered.clear()
+        if _entered:
+            for call in _entered:
+                _set(call, 0, {})
+            _entered.clear()
         for call, active, cache in self.calls:
             _set(call, active, cache)
             _entered.add(call)
 
 
 def _is_of_one_run(handler: Any) -> bool:
+    # langppl makes its own for each run.
+    if type(handler).__module__.startswith("langppl."):
+        return False
     # One that may be entered again counts how often it was, and no run says what it began with.
     return hasattr(handler, "__dict__") and not isinstance(handler, ReentrantMessenger)
 
