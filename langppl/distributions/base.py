@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -52,6 +52,20 @@ class Undrawn:
             f"{sites.where()}{self!r} is a distribution, and text is made of what is drawn from "
             "it: draw it with lp.sample(name, ...); to show it, write repr(...), or {...!r}"
         )
+
+
+_NO_SHAPE = (
+    "strings have no shape and are drawn one by one: give each a site of its own, in a sequential "
+    "plate (for i in pyro.plate(...)). What of Pyro's takes tensors alone, such as an AutoGuide, "
+    "is given the model without its strings, poutine.block(model, hide=[...])"
+)
+_INSTEAD = {
+    "mask": "a mask goes around the site: with pyro.poutine.mask(mask=...): lp.sample(...)",
+    **dict.fromkeys(
+        ("expand", "expand_by", "to_event", "shape", "batch_shape", "event_shape", "event_dim"),
+        _NO_SHAPE,
+    ),
+}
 
 
 class StringDistribution(Undrawn, dist.Distribution):
@@ -119,6 +133,13 @@ class StringDistribution(Undrawn, dist.Distribution):
     @abstractmethod
     def fields(self) -> tuple[Any, ...]:
         """All that tells this distribution from another of its type, prompts as text."""
+
+    if not TYPE_CHECKING:  # else every attribute would be one
+
+        def __getattr__(self, name: str) -> Any:
+            """Says what stands in the place of what Pyro's distributions of tensors have."""
+            more = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{more}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Text:
         """Samples; the random numbers come from torch's generator."""

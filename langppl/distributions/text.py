@@ -9,7 +9,14 @@ it (slicing, `+`, f-strings) gives ordinary text again, whose tokens are the can
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+_OF_TENSORS = ("ndim", "shape", "dim", "detach", "new_zeros")
+_INSTEAD = (
+    ": a text is no tensor. In the place of pyro.deterministic write lp.deterministic, of "
+    "Predictive posterior.predict; an AutoGuide is given the model without its strings, "
+    "poutine.block(model, hide=[...])"
+)
 
 
 class Text(str):
@@ -37,6 +44,13 @@ class Text(str):
         self.ids = None if ids is None else tuple(int(i) for i in ids)
         self.tokenizer = tokenizer
         return self
+
+    if not TYPE_CHECKING:  # else every attribute would be one
+
+        def __getattr__(self, name: str) -> Any:
+            """Says what to write where Pyro takes a text for a tensor."""
+            more = _INSTEAD if name in _OF_TENSORS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{more}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keeps the ids through copies and between processes."""

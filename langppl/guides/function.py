@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions import Delta
 
-from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMChoice, LMString, StringDistribution
 from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
+from langppl.guides.checks import check_number, check_run, name_of
 from langppl.guides.identity import of_function
-from langppl.keywords import did_you_mean
 from langppl.program import Program
 from langppl.program.apart import unseen
 from langppl.program.execution import (
@@ -23,12 +20,10 @@ from langppl.program.execution import (
     Pause,
     Site,
     draw_prior,
-    is_plain,
     run_once,
 )
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
-from langppl.warn import warn
 
 GuideLike: TypeAlias = str | Guide | Callable[..., Any]
 """A guide by name, as an object, or as a function (see `FunctionGuide`)."""
@@ -67,10 +62,7 @@ class FunctionGuide(Guide):
         if not callable(fn) or isinstance(fn, type | Guide | Program):
             raise TypeError(f"a guide is written as a function, got {fn!r}")
         self.fn = fn
-        inner = fn
-        while isinstance(inner, functools.partial):
-            inner = inner.func
-        self.name = str(getattr(inner, "__name__", type(inner).__name__))
+        self.name = name_of(fn)
         self._told: set[str] = set()
 
     def __repr__(self) -> str:
@@ -159,7 +151,7 @@ class FunctionGuide(Guide):
                 f"model {kinds[is_string]}"
             )
         if not is_string:
-            self._check_number(name, fn, site.fn)
+            check_number(self.name, name, fn, site.fn)
             return
         if isinstance(site.fn, LMChoice):
             return
@@ -174,44 +166,6 @@ class FunctionGuide(Guide):
                 f"model from {fn.lm!r}; a string's probability is that of its tokens, so both "
                 "LMs must have the same tokenizer"
             )
-
-    def _check_number(self, name: str, fn: Any, own: Any) -> None:
-        """Raises ValueError if a number of the guide's has no density over the model's values."""
-        if own.shape() != fn.shape():
-            raise ValueError(
-                f"the guide {self.name!r} draws site {name!r} with shape {tuple(own.shape())}, and "
-                f"the model with shape {tuple(fn.shape())}"
-            )
-        if _is_point(own) != _is_point(fn) or _is_discrete(own) != _is_discrete(fn):
-            raise ValueError(
-                f"the guide {self.name!r} draws site {name!r} from {own!r}, and the model from "
-                f"{fn!r}; of a continuous number a guide needs a density, and of a discrete one "
-                "probabilities"
-            )
-
-    def _check_run(self, program: Program, execution: Execution) -> None:
-        """Raises ValueError if the function is no guide; warns of names that no latent has."""
-        for site in execution.sites.values():
-            if site.kind in ("observed", "factor"):
-                what = "observes" if site.kind == "observed" else "has a factor at"
-                raise ValueError(
-                    f"the guide {self.name!r} {what} {site.name!r}; a guide draws latents, and "
-                    "what is known of them belongs in the model"
-                )
-            if site.kind == "latent" and not is_plain(site.scale, site.mask):
-                raise ValueError(
-                    f"the guide {self.name!r} draws {site.name!r} under Pyro's scale or mask, and "
-                    "it proposes by its own law whatever they are; leave them out"
-                )
-            if site.kind == "latent" and program.is_static and site.name not in program.latents:
-                if site.name not in self._told:
-                    hint = did_you_mean(site.name, program.latents)
-                    warn(
-                        f"the guide {self.name!r} draws {site.name!r}, which is no latent of the "
-                        f"model ({', '.join(program.latents)}){hint}",
-                        InferenceWarning,
-                    )
-                self._told.add(site.name)
 
 
 class _Run:
@@ -237,7 +191,7 @@ class _Run:
         """
         if self.execution is None or not self._has(known):
             self.execution = self._of(choose)
-            self.guide._check_run(self.program, self.execution)
+            check_run(self.guide.name, self.program, self.execution, self.guide._told)
         found = self.execution.sites.get(name)
         return None if found is None or found.kind != "latent" else found
 
@@ -274,21 +228,6 @@ def as_guide(guide: Any) -> str | Guide:
     if callable(guide) and not isinstance(guide, type | Program):
         return FunctionGuide(guide)
     raise not_a_guide(guide)
-
-
-def _is_point(fn: Any) -> bool:
-    while fn is not None:
-        if isinstance(fn, Delta):
-            return True
-        fn = getattr(fn, "base_dist", None)
-    return False
-
-
-def _is_discrete(fn: Any) -> bool | None:
-    try:
-        return bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):  # a distribution that does not say
-        return None
 
 
 def _scored(values: Mapping[str, Any]) -> Chooser:

@@ -168,6 +168,7 @@ class GFlowNetGuide(Guide):
         self.context = context or default_context
         self.objective = objective
         self.numeric = numeric
+        self._told: set[str] = set()
         self.seed = seed
         self._defensive = 0.0
         self.adapter = f"guide{next(_numbers)}"
@@ -208,6 +209,7 @@ class GFlowNetGuide(Guide):
             self.context,
             None if self.numeric == "prior" else self.heads,
             self.numeric if callable(self.numeric) else None,
+            self._told,
         )
 
     @property

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
 
 from langppl.distributions import StringDistribution
 from langppl.guides.base import Key, raw_log_prob
+from langppl.guides.checks import check_number, check_run, name_of
 from langppl.guides.context import ContextFunction, context_ids
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.model import LM
@@ -23,10 +23,12 @@ from langppl.program.densities import log_density
 from langppl.program.execution import (
     Choice,
     Execution,
+    Site,
     choice_of_number,
     draw_number,
     draw_prior,
     mixed,
+    run_once,
 )
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
@@ -42,6 +44,7 @@ class Proposer:
         context: makes what the policy reads.
         heads: for numeric latents; None to draw these from the prior.
         numeric: a Pyro guide that proposes them instead, a function of the model's arguments.
+        told: the names of that guide's sites which a warning has said are no latents.
     """
 
     lm: LM
@@ -49,6 +52,7 @@ class Proposer:
     context: ContextFunction
     heads: Heads | None = None
     numeric: Callable[..., Any] | None = None
+    told: set[str] = field(default_factory=set)
 
     def covers(self, fn: Any) -> bool:
         """Whether the policy proposes a latent of this distribution."""
@@ -85,7 +89,7 @@ class Policy:
         self.temperature, self.defensive = temperature, defensive
         self.values = values
         self.contexts: dict[str, tuple[int, ...]] = {}
-        self._proposed: Mapping[str, Any] | None = None
+        self._proposed: Mapping[str, Site] | None = None
 
     def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
         """See `langppl.program.execution.Chooser`."""
@@ -106,7 +110,7 @@ class Policy:
         own = self.proposer
         if not own.covers(fn):
             site = self._site_elsewhere(name, fn, execution)
-            return raw_log_prob(fn if site is None else site["fn"], value)
+            return raw_log_prob(fn if site is None else site.fn, value)
         prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, own.adapter)
@@ -161,10 +165,9 @@ class Policy:
         site = self._site_elsewhere(name, fn, execution)
         if site is None:
             return draw_prior(fn, key)
-        value = site["value"]
-        return choice_of_number(site["fn"], value, log_density(site["fn"], value))
+        return choice_of_number(site.fn, site.value, log_density(site.fn, site.value))
 
-    def _site_elsewhere(self, name: str, fn: Any, execution: Execution) -> Any:
+    def _site_elsewhere(self, name: str, fn: Any, execution: Execution) -> Site | None:
         """A latent's site in the user's guide, None where the prior proposes it.
 
         The guide goes on from the numbers that the execution has already, be they its own or not.
@@ -172,13 +175,23 @@ class Policy:
         if self.proposer.numeric is None or isinstance(fn, StringDistribution):
             return None
         if self._proposed is None:
-            self._proposed = run_pyro_guide(
-                self.proposer.numeric,
-                self.program.shown_args,
-                (*self.key, "pyro"),
-                _numbers(execution.latents),
-            )
-        return self._proposed.get(name)
+            key = (*self.key, "pyro")
+            self._proposed = self._run_numeric(key, _numbers(execution.latents))
+        return self._proposed_at(name, fn)
+
+    def _run_numeric(self, key: Key, known: Mapping[str, Any]) -> Mapping[str, Site]:
+        own = self.proposer
+        assert own.numeric is not None
+        execution = run_pyro_guide(own.numeric, self.program.shown_args, key, known)
+        check_run(name_of(own.numeric), self.program, execution, own.told)
+        return {n: site for n, site in execution.sites.items() if site.kind == "latent"}
+
+    def _proposed_at(self, name: str, fn: Any) -> Site | None:
+        assert self._proposed is not None and self.proposer.numeric is not None
+        site = self._proposed.get(name)
+        if site is not None:
+            check_number(name_of(self.proposer.numeric), name, fn, site.fn)
+        return site
 
 
 class RewardedPolicy(Policy):
@@ -206,15 +219,15 @@ class RewardedPolicy(Policy):
         if self._proposed is None:
             assert self.values is not None
             numbers = _numbers(self.values)
-            self._proposed = run_pyro_guide(own.numeric, self.program.shown_args, (), numbers)
+            self._proposed = self._run_numeric((), numbers)
             unknown = sorted(self._proposed.keys() - self.values.keys())
             if unknown:
                 raise ValueError(
                     f"the Pyro guide draws {unknown[0]!r}, which the given latents "
                     f"({', '.join(self.values)}) lack, so it does not know their probability"
                 )
-        site = self._proposed.get(name)
-        return log_density(fn if site is None else site["fn"], value)
+        site = self._proposed_at(name, fn)
+        return log_density(fn if site is None else site.fn, value)
 
 
 class GivenPolicy(RewardedPolicy):
@@ -256,8 +269,8 @@ def run_pyro_guide(
     args: tuple[Any, ...],
     key: Key,
     values: Mapping[str, Any] | None = None,
-) -> Mapping[str, Any]:
-    """The sites of one run of a Pyro guide, which no handler of the model sees.
+) -> Execution:
+    """One run of a Pyro guide, which no handler of the model sees.
 
     Args:
         guide: the Pyro guide.
@@ -265,21 +278,7 @@ def run_pyro_guide(
         key: what the random numbers depend on.
         values: of sites that are not drawn.
     """
-    known = dict(values or {})
     seed = int(generator(key).integers(2**62))
-    with (
-        unseen(),
-        seeded(seed),
-        torch.no_grad(),
-        poutine.trace() as traced,
-        poutine.condition(data=known),
-    ):
-        guide(*args)
-    nodes = traced.trace.nodes
-    return {
-        n: site
-        for n, site in nodes.items()
-        if site["type"] == "sample"
-        and type(site["fn"]).__name__ != "_Subsample"
-        and (n in known or not site["is_observed"])
-    }
+    choose = given_values(values or {}, otherwise=lambda name, fn, execution: Choice(fn()))
+    with unseen(), seeded(seed), torch.no_grad():
+        return run_once(guide, args, choose)

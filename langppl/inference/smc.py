@@ -21,6 +21,7 @@ import numpy as np
 
 from langppl import diagnostics
 from langppl.guides.base import Guide
+from langppl.guides.function import FunctionGuide
 from langppl.inference.failures import failures
 from langppl.inference.particles import Crowd
 from langppl.inference.rejuvenation import rejuvenate
@@ -145,6 +146,12 @@ def run_crowd(
         raise ValueError(
             "rejuvenation moves particles away from the latents that one of them must keep to; "
             "leave it out"
+        )
+    if isinstance(crowd.guide, FunctionGuide):
+        raise ValueError(
+            f"the guide {crowd.guide.name!r} is a function, which draws whole strings; "
+            'method="smc" lets them grow token by token: use method="importance" or "mh", or for '
+            '"smc" "prior", "prompted", a MaskedGuide or a GFlowNetGuide'
         )
     if not crowd.guide.is_sequential:
         raise ValueError(

@@ -30,6 +30,7 @@ from langppl.program.execution import (
     run_once,
 )
 from langppl.program.graph import ProgramGraph
+from langppl.program.hidden import forget_hidden, told_of_hidden
 from langppl.program.keys import hashable
 from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in
@@ -82,6 +83,7 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
     Raises:
         ValueError: if the model has no sites, or its sites change between equal runs.
     """
+    forget_hidden()
     search = _Search(model, args, memo, seed)
     traced = search.trace()
     if traced is not None:
@@ -447,7 +449,8 @@ class _Search:
             if not self.watched.drew:
                 raise
             names = " and ".join(self.watched.drew)
-            raise ValueError(f"{error} (it draws from the generator of {names})") from error
+            more = f" (it draws from the generator of {names}){told_of_hidden()}"
+            raise ValueError(f"{error}{more}") from error
 
 
 def _can_change(site: Site) -> bool:

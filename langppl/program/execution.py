@@ -22,6 +22,12 @@ from langppl.lm.requests import Reply, Request, perform
 from langppl.lm.seeds import generator, seeded
 from langppl.program.contents import is_users_own, parameters
 from langppl.program.densities import drawing, is_outside, log_density
+from langppl.program.pyros import (
+    check_intervention,
+    check_latent,
+    check_subsample,
+    warn_of_subsample,
+)
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     BadNumber,
@@ -237,8 +243,10 @@ class _Handler(Messenger):
 
     def _meet(self, msg: Any) -> None:
         if self._is_internal(msg):
+            check_subsample(msg)
             return
         name, fn = msg["name"], msg["fn"]
+        check_intervention(name)
         if name in self.execution.sites:
             raise ValueError(
                 f"site {name!r} is met twice in one execution; give each site its own name, in a "
@@ -274,6 +282,9 @@ class _Handler(Messenger):
         if isinstance(fn, Known) and self.know is not None:
             msg["value"], msg["done"] = self.know(name, fn), True
         elif kind_of(fn, is_observed=False) == "latent":
+            warn_of_subsample(name)
+            if not isinstance(fn, StringDistribution):
+                check_latent(name, fn, msg["mask"])
             try:
                 with naming(name):
                     choice = self.choose(name, fn, self.execution)
@@ -397,7 +408,7 @@ def _plain_log_prob(site: Site) -> float:
         plain = site.fn.log_prob(site.value)
     except ValueError as error:
         raise ValueError(f"site {site.name!r}, of {site.fn!r}: {error}") from error
-    return float(scale_and_mask(plain, site.scale, site.mask).sum())
+    return float(scale_and_mask(plain, site.scale, site.mask).detach().sum())
 
 
 def _note_latents(error: Exception, execution: Execution) -> None:

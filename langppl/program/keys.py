@@ -162,7 +162,9 @@ def _tensor_key(value: torch.Tensor) -> Any:
     try:
         plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         plain = plain.resolve_conj().resolve_neg().cpu().contiguous()
-        bits = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        # One number that was expanded counts as contiguous, with a stride of 0 that no view takes.
+        plain = plain.reshape(-1).clone(memory_format=torch.contiguous_format)
+        bits = plain.view(torch.uint8).numpy().tobytes()
     except (RuntimeError, TypeError, NotImplementedError):  # one without numbers that can be had
         return Same(value)
     return ("tensor", str(value.layout), str(value.dtype), tuple(value.shape), bits)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from langppl.program.hidden import told_of_hidden
 from langppl.program.statements import Model
 from langppl.warn import warn
 
@@ -120,6 +121,7 @@ def check_randomness(watched: Watched, check: Callable[[], None]) -> None:
         warn(
             f"the model draws from the generator of {names} outside of lp.sample. In {REPEATS} "
             "runs its sites did not depend on that; if they ever do, the posterior is that of one "
-            "draw. Make it a site (lp.sample), or give it a generator of its own with a fixed seed",
+            "draw. Make it a site (lp.sample), or give it a generator of its own with a fixed seed"
+            f"{told_of_hidden()}",
             RandomnessWarning,
         )

@@ -7,10 +7,10 @@ executions go on. User code is plain synchronous Python.
 Tasks may run tasks of their own. By default their requests are served apart; `run_whole` has those
 of many whole inferences served together.
 
-Pyro, torch and Python keep ambient state per process or per thread: handler stack, plate
-dimensions, grad mode, autocast, default float type, random numbers, filters of warnings, where
-print goes. Each execution owns its own, swapped in and out at every switch; context variables come
-with the greenlet. Threads take turns, one scheduler each.
+Pyro, torch and Python keep ambient state per process or per thread: handler stack, what handlers
+and `PyroModule`s hold of a run, plate dimensions, grad mode, autocast, default float type, random
+numbers, filters of warnings, where print goes. Each execution owns its own, swapped in and out at
+every switch; context variables come with the greenlet. Threads take turns, one scheduler each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from langppl.lm.requests import (
     served_by,
     tell,
 )
+from langppl.program.shared import Shared
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class _Ambient:
         dtype: torch.dtype,
         warned: _Warnings,
         streams: tuple[Any, Any],
+        shared: Shared,
     ) -> None:
         self.stack = stack
         self.dims = dims
@@ -98,11 +100,12 @@ class _Ambient:
         self.dtype = dtype
         self.warned = warned
         self.streams = streams
+        self.shared = shared
 
     def without_handlers(self) -> _Ambient:
-        """The same outside of Pyro's handlers and plates."""
+        """The same outside of Pyro's handlers, plates and modules."""
         found = copy.copy(self)
-        found.stack, found.dims = [], []
+        found.stack, found.dims, found.shared = [], [], Shared([], [])
         return found
 
     @classmethod
@@ -119,11 +122,13 @@ class _Ambient:
             torch.get_default_dtype(),
             _Warnings.capture(),
             (sys.stdout, sys.stderr),
+            Shared.capture(runtime._PYRO_STACK),
         )
 
     def install(self) -> None:
         # In place: Pyro's modules hold references to these very lists.
         runtime._PYRO_STACK[:] = self.stack
+        self.shared.install()
         runtime._DIM_ALLOCATOR._stack[:] = self.dims
         torch.set_grad_enabled(self.grad)
         for kind, enabled, dtype in self.autocast:

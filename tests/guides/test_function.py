@@ -133,7 +133,7 @@ def test_what_is_not_known_of_it_is_an_error() -> None:
     program = lp.compile(story, "a")
     with pytest.raises(ValueError, match="draws 'coin' before 'one'"):
         FunctionGuide(with_more).log_q(program, [{"one": "b.", "two": "a"}])
-    with pytest.raises(ValueError, match="smc"):
+    with pytest.raises(ValueError, match=r"'forwards' is a function, which draws whole .*\"smc\""):
         lp.infer(story, "a", guide=forwards, method="smc", num_samples=8, progress=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -175,3 +176,17 @@ def test_a_dataclass_that_compares_by_hand_is_compared_so() -> None:
 
     assert hashable(Named("a", 1)) == hashable(Named("a", 2))
     assert hashable(Named("a", 1)) != hashable(Named("b", 1))
+
+
+@pytest.mark.parametrize("shape", [[1], [1, 1], [0], [2, 1]])
+def test_numbers_that_were_expanded_have_a_content(shape: list[int]) -> None:
+    def made() -> torch.Tensor:
+        return torch.tensor(0.5).expand(shape)
+
+    assert hashable(made()) == hashable(made()) == hashable(made().clone())
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMChoice(LM, "a", ["a", "b"]))
+        lp.sample("x", dist.Normal(float(len(z)), 1.0).expand([1]).to_event(1))
+
+    assert lp.compile(model).latents == ("z", "x")
