@@ -14,6 +14,7 @@ import torch
 
 from langppl.lm import adapters, products
 from langppl.lm.filters import Watched
+from langppl.lm.kinds import check_kind, check_parts
 from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
@@ -161,8 +162,9 @@ class LM:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
         self.revision = revision
-        _check_kind(model, name)
+        check_parts(model, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
+        check_kind(model, name)
         products.freeze(self.model)
         self.tokenizer = tokenizer
         wide = _times_wider(model.device)
@@ -536,27 +538,6 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
-
-
-def _check_kind(model: Any, name: str) -> None:
-    """Raises ValueError unless a model reads a text and what follows it token by token."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name!r} ({type(model).__name__}) has an encoder; langppl takes causal LMs alone"
-        )
-    with torch.no_grad():
-        read = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    layers = getattr(getattr(read, "past_key_values", None), "layers", [])
-    # Some layers keep both keys and a state.
-    if not layers or any(
-        getattr(layer, "keys", None) is None or hasattr(layer, "recurrent_states")
-        for layer in layers
-    ):
-        raise ValueError(
-            f"{name!r} ({type(model).__name__}) has layers that keep more, or else, of what "
-            "they have read than keys and values, as recurrent ones; langppl draws and scores with "
-            "keys and values alone, so take an LM with attention in every layer"
-        )
 
 
 def _times_wider(device: torch.device) -> int:
