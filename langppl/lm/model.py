@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters, products
+from langppl.lm.comparing import check_padded
 from langppl.lm.filters import Watched
 from langppl.lm.kinds import check_kind, check_parts
 from langppl.lm.loading import read_parts
@@ -208,6 +209,9 @@ class LM:
         self._abandoned: deque[str] = deque()
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
+        # What is not asked for its attention may do more than a mask tells (Doge).
+        if self.packs is None or not self.packs.in_blocks:
+            check_padded(self)
         self.lean = lean_of(self)
         self.tally = Tally()  # the probe's own tokens are nobody's
 

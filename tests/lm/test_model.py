@@ -445,7 +445,7 @@ def test_models_and_tokenizers_that_are_no_lms_are_named() -> None:
         LM.from_parts(lm.model, None, "mute")
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 @pytest.mark.parametrize("how", ["use_cache", "checkpointing"])
 def test_a_model_that_was_trained_without_a_cache_is_taken(how: str) -> None:
     lm = tiny_lm("ab.", seed=1)
