@@ -53,7 +53,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(lm: LM, logits: torch.Tensor) -> None:
-    """Raises NotFiniteError for NaN and infinity; minus infinity is how some LMs rule tokens out."""
+    """Raises NotFiniteError for NaN and infinity; minus infinity may rule tokens out."""
     if not bool((logits < torch.inf).all()):
         raise NotFiniteError(
             f"{lm!r} ({type(lm.model).__name__}) gives logits that are not finite: some of its "
