@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from langppl.lm import adapters
 
+if TYPE_CHECKING:
+    from langppl.lm.vocabulary import Vocabulary
+
+
+class NotCausalError(ValueError):
+    """A model is no causal language model."""
+
+
+def check_config(config: Any, made_of: str) -> None:
+    """Raises NotCausalError for the config of a model with an encoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotCausalError(f"{made_of} has an encoder; langppl takes causal LMs alone")
+
 
 def check_parts(model: Any, tokenizer: Any, name: str) -> None:
     """Raises ValueError unless these are a causal language model and a tokenizer."""
     made_of = f"{name!r} ({type(model).__name__})"
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{made_of} has an encoder; langppl takes causal LMs alone")
+    check_config(model.config, made_of)
     if adapters.in_use(model):
         raise ValueError(
             f"{made_of} has a PEFT adapter on it, which langppl would switch off; give "
@@ -28,6 +40,15 @@ def check_parts(model: Any, tokenizer: Any, name: str) -> None:
         )
     if tokenizer is None:
         raise ValueError(f"{made_of} needs its tokenizer, got None")
+
+
+def check_ordinary(vocabulary: Vocabulary, lm: object) -> None:
+    """Raises ValueError if no token is ordinary, as of what transformers makes without files."""
+    if vocabulary.special.all():
+        raise ValueError(
+            f"{lm!r} cannot be read: its tokenizer has no ordinary tokens, so every text would be "
+            "empty; save its files beside the model (tokenizer.save_pretrained(folder))"
+        )
 
 
 def check_kind(model: Any, name: str) -> None:

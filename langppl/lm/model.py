@@ -15,7 +15,7 @@ import torch
 from langppl.lm import adapters, products
 from langppl.lm.comparing import check_padded
 from langppl.lm.filters import Watched
-from langppl.lm.kinds import check_kind, check_parts
+from langppl.lm.kinds import check_kind, check_ordinary, check_parts
 from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
@@ -179,6 +179,7 @@ class LM:
         # Configs say -1 for none.
         ends = {i for i in ends if 0 <= i < size}
         self.vocabulary = Vocabulary(tokenizer, size, ends)
+        check_ordinary(self.vocabulary, self)
         try:
             check_spelling(tokenizer, self.vocabulary)
         except ValueError as error:
