@@ -270,6 +270,30 @@ def test_an_assistants_message_that_the_template_changes_cannot_go_on() -> None:
         lm.encode_prompt([{"role": "assistant", "content": "a"}])
 
 
+def test_a_chat_that_the_template_refuses_is_named() -> None:
+    lm = tiny_lm(["a", "b"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    )
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match="template refuses the chat: System role not supported"):
+        lm.encode_prompt(chat)
+    assert lm.encode_prompt(chat[1:]) == (0, *lm.encode_text("b"))
+
+
+def test_single_letters_among_the_special_tokens_spell_nothing() -> None:
+    lm = tiny_lm(["a", "b", "A", "B"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused>", "b"]})
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] | upper }}{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    assert lm.encode_prompt([{"role": "user", "content": "ab"}]) == (0, *lm.encode_text("AB"))
+
+
 def test_a_misspelt_role_is_an_error() -> None:
     lm = tiny_lm(["a", "b"])
     tokenizer = copy.deepcopy(lm.tokenizer)
