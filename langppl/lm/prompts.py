@@ -117,9 +117,8 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
                 continue_final_message=goes_on,
             )
         except TemplateError as error:
-            raise ValueError(
-                f"the tokenizer's chat template refuses the chat: {error.message or type(error).__name__}"
-            ) from error
+            said = error.message or type(error).__name__
+            raise ValueError(f"the tokenizer's chat template refuses the chat: {said}") from error
         except ValueError as error:
             if not goes_on:
                 raise
