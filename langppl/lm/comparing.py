@@ -29,16 +29,15 @@ def check_padded(lm: LM) -> None:
     with torch.no_grad(), lm.adapter(None):
         texts = _made_up(lm)
         alone = [_alone(lm, ids) for ids in texts]
-        longest = texts[0]
-        for cut in {PREFIX, len(longest) // 2, len(longest) - 1}:
-            again = _alone(lm, longest[:cut])
-            if not _agree(again[-1], alone[0][cut - 1], alone[0]):
+        for ids, whole in zip(texts, alone, strict=True):
+            cut = 2 * len(ids) // 3
+            if not _agree(_alone(lm, ids[:cut]), whole[:cut], whole):
                 raise ValueError(
                     f"{lm!r} ({type(lm.model).__name__}) reads a token otherwise when others "
                     "follow it, so it is no causal LM; some are only where their config says so "
                     "(is_decoder)"
                 )
-        for prefix in ((), longest[:PREFIX]):
+        for prefix in ((), texts[0][:PREFIX]):
             _check(lm, _padded(lm, texts, prefix), alone)
         _check(lm, _stepped(lm, texts), alone)
 
@@ -63,13 +62,13 @@ def _alone(lm: LM, ids: tuple[int, ...]) -> torch.Tensor:
 
 
 def _padded(lm: LM, texts: list[tuple[int, ...]], prefix: tuple[int, ...]) -> list[torch.Tensor]:
-    """The last logits of texts in a batch that is padded on the right."""
+    """The logits of texts, behind the prefix, in a batch that is padded on the right."""
     rest = [ids[len(prefix) :] for ids in texts if len(ids) > len(prefix)]
     longest = max(map(len, rest))
     ids = torch.tensor([[*own, *[0] * (longest - len(own))] for own in rest])
     mask = torch.tensor([[1] * len(own) + [0] * (longest - len(own)) for own in rest])
     found = lm.padded_states(ids, mask, torch.arange(longest), prefix)
-    return [lm.logits_of(found[k, len(own) - 1]) for k, own in enumerate(rest)]
+    return [lm.logits_of(found[k, : len(own)]) for k, own in enumerate(rest)]
 
 
 def _stepped(lm: LM, texts: list[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -78,12 +77,12 @@ def _stepped(lm: LM, texts: list[tuple[int, ...]]) -> list[torch.Tensor]:
     cache.batch_select_indices(owner)
     last = torch.tensor([ids[-1:] for ids in texts], device=lm.device)
     logits, _, _ = decoding.step_padded(lm, last, mask[owner], cache)
-    return list(logits)
+    return list(logits[:, None])
 
 
 def _check(lm: LM, found: list[torch.Tensor], alone: list[torch.Tensor]) -> None:
     for own, expected in zip(found, alone, strict=False):
-        if not _agree(own, expected[-1], expected):
+        if not _agree(own, expected[-len(own) :], expected):
             raise ValueError(
                 f"{lm!r} ({type(lm.model).__name__}) reads a text in a padded batch otherwise than "
                 "alone, and takes no tree attention mask either, so its strings cannot be scored; "
