@@ -48,6 +48,18 @@ def names(model: Any) -> set[str]:
     return set(getattr(model, "peft_config", {}))
 
 
+def in_use(model: Any) -> bool:
+    """Whether adapters that are none of langppl's take part in a model's forward pass."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, PeftModel):
+        return True
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    # LMs switch theirs off between passes, so another LM can be made of an LM's model.
+    return any(not m.disable_adapters for m in layers) or bool(names(model) and not layers)
+
+
 def base_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's own weights, by the names that they have without adapters."""
     for name, tensor in model.named_parameters():

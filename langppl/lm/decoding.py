@@ -10,6 +10,7 @@ the model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -430,7 +431,7 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), captured.MOST_ROWS):
         rows = [_Row(r) for r in requests[first : first + captured.MOST_ROWS]]
-        logits, cache, mask, owner = _encode(lm, [r.request.read for r in rows])
+        logits, cache, mask, owner = encode(lm, [r.request.read for r in rows])
         most = max(r.request.most_tokens or 0 for r in rows)
         found = caches.keys_and_values(cache)
         steps = captured.steps_of(lm, most, found, mask, owner)
@@ -457,7 +458,7 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings as rows of a batch, each with a cache of its own."""
     rows = [_Row(r) for r in requests]
-    logits, cache, mask, owner = _encode(lm, [r.read for r in requests])
+    logits, cache, mask, owner = encode(lm, [r.read for r in requests])
     cache.batch_select_indices(owner)
     logits, mask = logits[owner], mask[owner]
 
@@ -478,18 +479,29 @@ def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | No
             mask = mask[lines]
             alive = [alive[line] for line in going]
         tokens = torch.tensor([[chosen[line]] for line in going], device=lm.device)
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        found, cache = lm.states(
-            tokens,
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = lm.logits_of(found[:, -1])
+        logits, mask, cache = step_padded(lm, tokens, mask, cache)
 
 
-def _encode(
+def step_padded(
+    lm: LM, tokens: torch.Tensor, mask: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Reads one more token of each row of a batch padded on the left, shape [rows, 1].
+
+    Returns:
+        The logits after them, the mask that shows them too, and the cache.
+    """
+    mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
+    found, cache = lm.states(
+        tokens,
+        attention_mask=mask,
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return lm.logits_of(found[:, -1]), mask, cache
+
+
+def encode(
     lm: LM, reads: Sequence[tuple[int, ...]]
 ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
     """What is read before strings, each different prompt once, padded on the left.
@@ -550,6 +562,11 @@ def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
         if step.is_dead:
             row.is_dead = True
             chosen.append(None)
+        elif math.isnan(log_prob):
+            raise FloatingPointError(
+                f"{row.request.lm!r} gives logits that are not numbers (NaN), so nothing can be "
+                "drawn from it: its weights or its adapter's are not finite, or overflow"
+            )
         elif row.take(token, log_prob, step, line):
             chosen.append(token)
         else:

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langppl.lm import adapters, products
+from langppl.lm.comparing import check_padded
 from langppl.lm.filters import Watched
+from langppl.lm.kinds import check_kind, check_ordinary, check_parts
+from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
@@ -23,7 +26,7 @@ from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
 from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
-from langppl.lm.weights import resolve, without_bars
+from langppl.lm.weights import resolve
 from langppl.warn import warn
 
 if TYPE_CHECKING:
@@ -78,10 +81,10 @@ class LM:
         lean: the layers of a model of Llama's form on the CPU, taken apart (`langppl.lm.lean`).
 
     Raises:
-        ValueError: if the name is not known, the folder holds no safetensors, the tokenizer is
-            not a fast one or a text is not what its tokens spell (WordPiece), the model has an
-            encoder or recurrent layers, or a revision or a token is given for what is not on the
-            hub.
+        ValueError: if the name is not known, the folder holds no safetensors or not all of the
+            model's tensors, the tokenizer is not a fast one or a text is not what its tokens spell
+            (WordPiece), the model has an encoder or recurrent layers, or a revision or a token is
+            given for what is not on the hub.
         OSError: if a hub id is not known there, or cannot be had: no connection, no permission.
         FetchError: if a known name is to be fetched and cannot be (see `langppl.lm.weights.fetch`).
         TypeError: for a model that is in memory already; see `from_parts`.
@@ -102,34 +105,20 @@ class LM:
         token: str | bool | None = None,
         token_budget: int | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         if isinstance(name_or_path, torch.nn.Module):
             raise TypeError(
                 f"LM takes a name or a folder, got a {type(name_or_path).__name__}; of a model in "
                 "memory make LM.from_parts(model, tokenizer, name)"
             )
         source = resolve(name_or_path)
-        hub = _hub_options(source, revision, token)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
-        try:
-            with without_bars():  # loading takes a second, fetching has its own
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype=dtype or "auto",
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    **hub,
-                )
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
-        except OSError as error:
-            # Some of the hub's own messages do not say what was asked for.
-            version = f", revision {revision!r}," if revision else ""
-            raise OSError(f"the LM {source!r}{version} could not be read: {error}") from error
-        self._setup(model.to(device), tokenizer, str(name_or_path), token_budget, revision)
+        model, tokenizer = read_parts(
+            source, device=device, dtype=dtype, revision=revision, token=token
+        )
+        self._setup(model, tokenizer, str(name_or_path), token_budget, revision)
 
     @classmethod
     def from_parts(
@@ -174,8 +163,9 @@ class LM:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
         self.name = name
         self.revision = revision
-        _check_kind(model, name)
+        check_parts(model, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
+        check_kind(model, name)
         products.freeze(self.model)
         self.tokenizer = tokenizer
         wide = _times_wider(model.device)
@@ -189,6 +179,7 @@ class LM:
         # Configs say -1 for none.
         ends = {i for i in ends if 0 <= i < size}
         self.vocabulary = Vocabulary(tokenizer, size, ends)
+        check_ordinary(self.vocabulary, self)
         try:
             check_spelling(tokenizer, self.vocabulary)
         except ValueError as error:
@@ -219,6 +210,9 @@ class LM:
         self._abandoned: deque[str] = deque()
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
+        # What is not asked for its attention may do more than a mask tells (Doge).
+        if self.packs is None or not self.packs.in_blocks:
+            check_padded(self)
         self.lean = lean_of(self)
         self.tally = Tally()  # the probe's own tokens are nobody's
 
@@ -549,40 +543,6 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
-
-
-def _hub_options(
-    source: str, revision: str | None, token: str | bool | None
-) -> dict[str, str | bool]:
-    """What `from_pretrained` takes besides, for a hub id alone."""
-    given = {"revision": revision, "token": token}
-    options = {k: v for k, v in given.items() if v is not None}
-    if options and os.path.isdir(source):
-        raise ValueError(
-            f"{' and '.join(options)} go with a hub id; this LM is read from {source!r}"
-        )
-    return options
-
-
-def _check_kind(model: Any, name: str) -> None:
-    """Raises ValueError unless a model reads a text and what follows it token by token."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name!r} ({type(model).__name__}) has an encoder; langppl takes causal LMs alone"
-        )
-    with torch.no_grad():
-        read = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    layers = getattr(getattr(read, "past_key_values", None), "layers", [])
-    # Some layers keep both keys and a state.
-    if not layers or any(
-        getattr(layer, "keys", None) is None or hasattr(layer, "recurrent_states")
-        for layer in layers
-    ):
-        raise ValueError(
-            f"{name!r} ({type(model).__name__}) has layers that keep more, or else, of what "
-            "they have read than keys and values, as recurrent ones; langppl draws and scores with "
-            "keys and values alone, so take an LM with attention in every layer"
-        )
 
 
 def _times_wider(device: torch.device) -> int:

@@ -48,6 +48,19 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES[torch.get_float32_matmul_precision() if is_whole else "medium"]
 
 
+class NotFiniteError(ValueError):
+    """An LM gives logits that are no numbers."""
+
+
+def check_finite(lm: LM, logits: torch.Tensor) -> None:
+    """Raises NotFiniteError for NaN and infinity; minus infinity may rule tokens out."""
+    if not bool((logits < torch.inf).all()):
+        raise NotFiniteError(
+            f"{lm!r} ({type(lm.model).__name__}) gives logits that are not finite: some of its "
+            f"weights are not, or {lm.model.dtype} is too narrow for it; its files may be damaged"
+        )
+
+
 SAME = 1e-5
 """Largest difference between float32 states that come of the same operations, relative to the
 largest state."""
@@ -310,6 +323,8 @@ def probe(lm: LM) -> Packing | None:
             packing = Packing(in_blocks, mask_types, window, is_added)
             try:
                 windows = _agrees(lm, packing)
+            except NotFiniteError:
+                raise
             except Exception as error:  # whatever an architecture makes of what it does not know
                 reason = f"{type(error).__name__}: {error}"
                 continue
@@ -374,6 +389,7 @@ def _agrees(lm: LM, packing: Packing) -> set[int] | None:
     windows: set[int] = set()
     with torch.no_grad(), lm.adapter(None):
         plain = lm.model(input_ids=torch.tensor(sequences, device=lm.device), use_cache=False)
+        check_finite(lm, plain.logits)
         expected = plain.logits[:, -2:].float()
         keys = keys_and_values(lm.states(torch.tensor([stem]), use_cache=True)[1])
         for known in (0, len(stem)):

@@ -21,10 +21,15 @@ class PromptWarning(UserWarning):
 
 def special_in(tokenizer: Any, text: str) -> str | None:
     """The first special token of a tokenizer that a text spells; None if it spells none."""
+    spelled = [c for c in _marks(tokenizer) if c in text]
+    return min(spelled, key=text.index, default=None)
+
+
+def _marks(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer that a text may spell."""
     contents = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     # Some tokenizers have single letters or spaces among them, which spell nothing.
-    spelled = [c for c in contents if len(c) > 2 and c in text]
-    return min(spelled, key=text.index, default=None)
+    return [c for c in contents if len(c) > 2]
 
 
 def is_chat(prompt: object) -> TypeGuard[Chat]:
@@ -89,13 +94,15 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
 
     Raises:
         ValueError: if the tokenizer has no chat template, a role is not known, or the template
-            changes the message that is to go on.
+            refuses the chat or changes the message that is to go on.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "a chat prompt needs a tokenizer with a chat template, and this one has none; "
             "give the prompt as a string"
         )
+    from jinja2 import TemplateError  # as of transformers' chat templates
+
     _check_roles(str(tokenizer.chat_template), messages)
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     goes_on = messages[-1]["role"] == "assistant"
@@ -109,6 +116,9 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
                 add_generation_prompt=not goes_on,
                 continue_final_message=goes_on,
             )
+        except TemplateError as error:
+            said = error.message or type(error).__name__
+            raise ValueError(f"the tokenizer's chat template refuses the chat: {said}") from error
         except ValueError as error:
             if not goes_on:
                 raise
@@ -138,7 +148,10 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
         pieces = [p if i % 2 == 0 else shown[int(p)] for i, p in enumerate(parts)]
         if "".join(pieces) == whole:
             return tuple(i for k, p in enumerate(pieces) for i in encode(p, split=k % 2 == 1))
-    spelled = next(c for c in contents if any(s in c for s in special))
+    marks = _marks(tokenizer)
+    spelled = next((c for c in contents if any(s in c for s in marks)), None)
+    if spelled is None:
+        return tuple(encode(whole, split=False))
     raise ValueError(
         f"the message {spelled!r} spells a special token, and the chat template changes messages, "
         "so it cannot be told which part of the prompt is its text; leave the token out"

@@ -48,8 +48,12 @@ def check_spelling(tokenizer: Any, vocabulary: Vocabulary) -> None:
     if dump.get("decoder") is None:
         _check_spaces(backend, vocabulary, whole)
         return
-    for line in range(_LINES):
-        ids = [whole[(line + k * (len(whole) // _LENGTH + 1)) % len(whole)] for k in range(_LENGTH)]
+    lines = [
+        [whole[(line + k * (len(whole) // _LENGTH + 1)) % len(whole)] for k in range(_LENGTH)]
+        for line in range(_LINES)
+    ]
+    lines += [[whole[0], i, whole[-1]] for i in _whole_tokens(tokenizer, vocabulary, added=True)]
+    for ids in lines:
         spelled = vocabulary.join(ids).decode()
         decoded = backend.decode(ids, skip_special_tokens=False)
         # Where every text is given a space to begin with, the decoder takes one away.
@@ -60,14 +64,22 @@ def check_spelling(tokenizer: Any, vocabulary: Vocabulary) -> None:
             )
 
 
-def _whole_tokens(tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
-    """Ordinary tokens of whole characters, some from all over the vocabulary."""
-    added = tokenizer.added_tokens_decoder
+def _whole_tokens(tokenizer: Any, vocabulary: Vocabulary, added: bool = False) -> list[int]:
+    """Ordinary tokens of whole characters, some from all over the vocabulary.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        vocabulary: its tokens as bytes.
+        added: those that were added to it, instead of the others.
+    """
+    known = tokenizer.added_tokens_decoder
     ordinary = np.flatnonzero(~vocabulary.special)
+    if added:
+        ordinary = np.array([i for i in ordinary.tolist() if i in known], dtype=int)
     found = []
     for i in ordinary[:: max(1, len(ordinary) // 256)].tolist():
         text = vocabulary.text(i)
-        if i not in added and text.isprintable() and "\ufffd" not in text:
+        if (i in known) == added and text.isprintable() and "\ufffd" not in text:
             found.append(i)
     return found
 

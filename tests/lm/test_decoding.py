@@ -411,3 +411,12 @@ def test_families_draw_what_they_score(name: str) -> None:
         state = dist.bound.advance(state, token)
     assert log_prob == pytest.approx(total, abs=1e-4)
     assert np.isfinite(total)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_is_drawn_from_logits_that_are_no_numbers(rows: int) -> None:
+    lm = tiny_lm("ab.", seed=1)
+    lm.model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
+    string = LMString(lm, "a", max_tokens=4)
+    with pytest.raises(FloatingPointError, match=r"LM.'tiny-1'. gives logits that are not numbers"):
+        draw([request(string, ("k", k)) for k in range(rows)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 import langppl as lp
 from langppl.lm import LM
@@ -270,6 +270,30 @@ def test_an_assistants_message_that_the_template_changes_cannot_go_on() -> None:
         lm.encode_prompt([{"role": "assistant", "content": "a"}])
 
 
+def test_a_chat_that_the_template_refuses_is_named() -> None:
+    lm = tiny_lm(["a", "b"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    )
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match="template refuses the chat: System role not supported"):
+        lm.encode_prompt(chat)
+    assert lm.encode_prompt(chat[1:]) == (0, *lm.encode_text("b"))
+
+
+def test_single_letters_among_the_special_tokens_spell_nothing() -> None:
+    lm = tiny_lm(["a", "b", "A", "B"])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unused>", "b"]})
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] | upper }}{% endfor %}"
+    lm = LM.from_parts(lm.model, tokenizer, "chat")
+    assert lm.encode_prompt([{"role": "user", "content": "ab"}]) == (0, *lm.encode_text("AB"))
+
+
 def test_a_misspelt_role_is_an_error() -> None:
     lm = tiny_lm(["a", "b"])
     tokenizer = copy.deepcopy(lm.tokenizer)
@@ -409,3 +433,60 @@ def test_models_that_are_no_causal_lms_with_attention() -> None:
     )
     with pytest.raises(ValueError, match=r"'t' .T5ForConditionalGeneration. has an encoder"):
         LM.from_parts(encoder, known.tokenizer, "t")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("kind", ["model", "layers", "merged"])
+def test_an_adapter_that_is_on_the_model_already_is_no_part_of_it(kind: str) -> None:
+    own = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    base = tiny_lm("ab.", seed=1)
+    plain = logits(base)
+    given: Any = copy.deepcopy(base.model)
+    if kind == "layers":
+        inject_adapter_in_model(own, given)
+    else:
+        given = get_peft_model(given, own)
+    if kind == "merged":
+        lm = LM.from_parts(given.merge_and_unload(), base.tokenizer, "tuned")
+        assert not torch.allclose(logits(lm), plain)
+        return
+    with pytest.raises(ValueError, match=r"'tuned' .*has a PEFT adapter on it.*merge_and_unload"):
+        LM.from_parts(given, base.tokenizer, "tuned")
+
+
+def test_another_lm_is_made_of_the_model_of_an_lm_with_adapters() -> None:
+    lm = adapted()
+    again = LM.from_parts(copy.deepcopy(lm.model), lm.tokenizer, "again")
+    with lm.adapter("guide"), again.adapter("guide"):
+        torch.testing.assert_close(logits(again), logits(lm))
+
+
+def test_models_and_tokenizers_that_are_no_lms_are_named() -> None:
+    lm = tiny_lm("ab.", seed=1)
+    with pytest.raises(ValueError, match=r"'body' .LlamaModel. has no output embeddings"):
+        LM.from_parts(lm.model.model, lm.tokenizer, "body")
+    with pytest.raises(ValueError, match=r"'mute' .LlamaForCausalLM. needs its tokenizer"):
+        LM.from_parts(lm.model, None, "mute")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@pytest.mark.parametrize("how", ["use_cache", "checkpointing"])
+def test_a_model_that_was_trained_without_a_cache_is_taken(how: str) -> None:
+    lm = tiny_lm("ab.", seed=1)
+    expected = float(lp.LMString(lm, "a", max_tokens=3).log_prob("ab"))
+    model = copy.deepcopy(lm.model)
+    if how == "use_cache":
+        model.config.use_cache = False
+    else:
+        model.train().gradient_checkpointing_enable()
+    own = LM.from_parts(model, lm.tokenizer, "tuned")
+    assert lp.LMString(own, "a", max_tokens=3).log_prob("ab") == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_that_gives_no_cache_is_named() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    lm = tiny_lm("ab.", seed=1)
+    config = OpenAIGPTConfig(vocab_size=lm.vocabulary.size, n_embd=16, n_head=2, n_layer=1)
+    with pytest.raises(ValueError, match=r"'old' .OpenAIGPTLMHeadModel. gives no KV cache"):
+        LM.from_parts(OpenAIGPTLMHeadModel(config), lm.tokenizer, "old")

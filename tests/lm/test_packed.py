@@ -41,7 +41,7 @@ def other(family, **changes):
 
     base = small(3)
     config_class = getattr(transformers, f"{family}Config")
-    sizes = dict(SIZES, vocab_size=base.vocabulary.size, **changes)
+    sizes = {**SIZES, "vocab_size": base.vocabulary.size, **changes}
     if family == "GPT2":
         sizes = {
             "n_embd": 32,
@@ -270,6 +270,66 @@ def test_an_architecture_that_ignores_the_mask_is_found_out(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score(requests(found, MANY[:4]))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take a tree attention mask")
+def test_an_lm_that_reads_otherwise_in_a_padded_batch_is_refused():
+    """RoBERTa counts positions by itself, from behind the padding's id."""
+    with pytest.raises(ValueError, match=r"LM.'Roberta'. .RobertaForCausalLM. reads a text in a p"):
+        other("Roberta", is_decoder=True, pad_token_id=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take a tree attention mask")
+def test_an_lm_that_looks_at_what_follows_is_refused(monkeypatch):
+    lm = small(1)
+    base = type(lm.model.base_model)
+    plain = base.forward
+
+    def forward(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
+        found.last_hidden_state = found.last_hidden_state + found.last_hidden_state[:, -1:]
+        return found
+
+    monkeypatch.setattr(base, "forward", forward)
+    with pytest.raises(ValueError, match=r"LM.'ahead'. .* reads a token otherwise when others fol"):
+        lp.LM.from_parts(lm.model, lm.tokenizer, "ahead")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take a tree attention mask")
+def test_layers_may_share_keys_and_values():
+    lm = other(
+        "Gemma3nText",
+        head_dim=8,
+        sliding_window=8,
+        vocab_size_per_layer_input=small(3).vocabulary.size,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=4,
+        num_hidden_layers=4,
+    )
+    assert lm.packs is None
+    wanted = requests(lm, MANY[:4])
+    for request, reply in zip(wanted, score(wanted), strict=True):
+        ids, start = [*request.prompt, *request.path.tokens], len(request.prompt)
+        rows = lm.model(input_ids=torch.tensor([ids])).logits[0, start - 1 :].detach()
+        for step, token, row, own in zip(
+            request.path.steps, request.path.tokens, rows, reply.tokens, strict=False
+        ):
+            allowed = row.masked_fill(~step.legal_on(row.device), -torch.inf).log_softmax(-1)
+            assert float(own) == pytest.approx(float(allowed[token]), abs=2e-5)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.filterwarnings("ignore:.*does not take a tree attention mask")
+def test_weights_that_are_no_numbers_are_named(packs, monkeypatch):
+    lm = small(1)
+    lm.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    if not packs:
+        monkeypatch.setattr("langppl.lm.model.probe", lambda lm: None)
+    with pytest.raises(ValueError, match=r"LM.'nan'. .* logits that are not finite"):
+        lp.LM.from_parts(lm.model, lm.tokenizer, "nan")
 
 
 def test_a_head_that_does_more_than_multiply_is_not_split_off():

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import langppl as lp
@@ -188,3 +196,35 @@ def test_prompts_are_read_without_what_is_put_after_them(
     bare = made(ending(kind(), template.replace(" </s>", "")))
     values = [float(lp.LMString(m, "hello", max_tokens=2).log_prob(" h")) for m in (lm, bare)]
     assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback, gemma, metaspace])
+def test_added_tokens_spell_what_the_decoder_makes_of_them(kind: Callable[[], Tokenizer]) -> None:
+    """Gemma's own tokenizer has runs of spaces among its added tokens."""
+    backend = kind()
+    backend.add_tokens([AddedToken(t, normalized=False) for t in ("▁▁", "<think>", "日本")])
+    lm = made(backend)
+    assert isinstance(lm.tokenizer, PreTrainedTokenizerFast)
+    (letter,) = lm.tokenizer.convert_tokens_to_ids(["h"])
+    for i, token in lm.tokenizer.added_tokens_decoder.items():
+        if not token.special:
+            shown = backend.decode([letter, i, letter], skip_special_tokens=False)
+            assert "h" + lm.vocabulary.text(i) + "h" == shown
+
+
+def test_a_text_with_an_added_run_of_spaces_has_a_probability() -> None:
+    backend = gemma()
+    backend.add_tokens([AddedToken("▁▁", normalized=False), "▁▁▁"])
+    lm = made(backend)
+    string = lp.LMString(lm, "he", max_tokens=6)
+    assert lm.vocabulary.join(lm.encode_text("h   l")) == b"h   l"
+    assert float(string.log_prob("h   l")) > -float("inf")
+    assert not any("▁" in string.draw((k,))[0] for k in range(40))
+
+
+def test_an_added_token_of_byte_level_letters_is_bytes() -> None:
+    backend = byte_level()
+    backend.add_tokens(["é!", "Ġh"])
+    lm = made(backend)
+    found = lm.tokenizer.convert_tokens_to_ids(["é!", "Ġh"])
+    assert [lm.vocabulary.bytes[i] for i in found] == [b"\xe9!", b" h"]

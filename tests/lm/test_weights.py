@@ -307,7 +307,7 @@ class TestResolve:
         self, pip: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        model = folder(tmp_path / "toy", "config.json", "model.safetensors")
+        model = folder(tmp_path / "toy", "config.json", "model.safetensors", "tokenizer.json")
         assert weights.resolve("toy", progress=False) == str(cache / "models" / "toy-1.0")
         assert Path(weights.resolve("./toy")).resolve() == model
         assert weights.resolve(model) == str(model)
@@ -328,7 +328,8 @@ class TestResolve:
             weights.resolve("org/name")
 
     def test_sharded_safetensors(self, tmp_path: Path) -> None:
-        model = folder(tmp_path / "m", "config.json", "model-00001-of-00002.safetensors")
+        shard = "model-00001-of-00002.safetensors"
+        model = folder(tmp_path / "m", "config.json", shard, "vocab.json")
         assert weights.resolve(str(model)) == str(model)
 
     @pytest.mark.parametrize(
@@ -338,6 +339,10 @@ class TestResolve:
             (["model.safetensors"], "no config.json"),
             (["adapter_config.json"], "PEFT adapter"),
             (["config.json"], r"no weights \(\*\.safetensors\)"),
+            (
+                ["config.json", "model.safetensors", "tokenizer_config.json"],
+                r"(?s)no tokenizer \(tokenizer\.json\).*save_pretrained",
+            ),
             (["config.json", "pytorch_model.bin"], "(?s)safetensors only.*save_pretrained"),
         ],
     )
