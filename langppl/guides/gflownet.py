@@ -161,6 +161,8 @@ class GFlowNetGuide(Guide):
         with seeded(seed):
             lm.add_adapter(self.adapter, config)
 
+    # What is made in inference mode can never be trained.
+    @torch.inference_mode(False)
     def _setup(
         self, lm: LM, context: ContextFunction | None, objective: str, numeric: Any, seed: int
     ) -> None:
@@ -542,6 +544,7 @@ class GFlowNetGuide(Guide):
         write_atomically(Path(folder) / GUIDE_FILE, text, "guide")
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         folder: str | os.PathLike[str],

@@ -78,6 +78,8 @@ class Heads(nn.Module):
         self.register_buffer("spread", torch.ones(width, dtype=torch.float32))
         self.register_buffer("is_centred", torch.zeros((), dtype=torch.bool))
 
+    # What is made in inference mode can never be trained.
+    @torch.inference_mode(False)
     def ensure(self, name: str, count: int) -> bool:
         """Makes a head if there is none of this name; whether it did."""
         if name in self.made:

@@ -63,6 +63,8 @@ def activate(model: Any, name: str | None) -> None:
             layer._active_adapter = [name]
 
 
+# What is made in inference mode can never take a gradient.
+@torch.inference_mode(False)
 def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     """Adds an adapter and returns its weights, which take gradients.
 
@@ -114,7 +116,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
             parameter.requires_grad_(True)
             parameters.append(parameter)
         else:
-            parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
+            _take_back(n, parameter, before)
     return parameters
 
 
@@ -149,7 +151,14 @@ def _restore(model: Any, name: str, known: dict[str, Any], before: dict[str, boo
     model.peft_config = {**known, name: None}
     remove(model, name)
     for n, parameter in model.named_parameters():
-        parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
+        _take_back(n, parameter, before)
+
+
+def _take_back(name: str, parameter: torch.nn.Parameter, before: dict[str, bool]) -> None:
+    wanted = before.get(name, before.get(name.replace(".base_layer", ""), False))
+    # Of tensors of inference mode it cannot even be set to what it is.
+    if parameter.requires_grad != wanted:
+        parameter.requires_grad_(wanted)
 
 
 def remove(model: Any, name: str) -> None:
@@ -211,6 +220,7 @@ def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     os.replace(partial, target / WEIGHTS)
 
 
+@torch.inference_mode(False)
 def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """Reads a PEFT folder as an adapter; nothing stays behind if that fails.
 

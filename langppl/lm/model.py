@@ -92,6 +92,8 @@ class LM:
         (15162,)
     """
 
+    # What is made in inference mode can take no adapter that learns.
+    @torch.inference_mode(False)
     def __init__(
         self,
         name_or_path: str | os.PathLike[str],
@@ -132,6 +134,7 @@ class LM:
         self._setup(model.to(device), tokenizer, str(name_or_path), token_budget, revision)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_parts(
         cls, model: Any, tokenizer: Any, name: str, *, token_budget: int | None = None
     ) -> LM:
@@ -155,8 +158,8 @@ class LM:
 
         Raises:
             ValueError: if the tokenizer is not a fast one or a text is not what its tokens spell
-                (WordPiece), the model has an encoder or recurrent layers, or the token budget is
-                below one.
+                (WordPiece), the model has an encoder or recurrent layers or was made under
+                `torch.inference_mode`, or the token budget is below one.
         """
         self = cls.__new__(cls)
         self._setup(model, tokenizer, name, token_budget)
@@ -569,6 +572,11 @@ def _check_kind(model: Any, name: str) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name!r} ({type(model).__name__}) has an encoder; langppl takes causal LMs alone"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f"{name!r} ({type(model).__name__}) was made under torch.inference_mode, so nothing "
+            "could be trained on it; make it outside of that"
         )
     with torch.no_grad():
         read = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
