@@ -16,7 +16,7 @@ from langppl.lm import adapters, products
 from langppl.lm.filters import Watched
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
-from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
+from langppl.lm.prompts import KnownPrompts, Prompt, PromptWarning, encode_chat, is_chat, special_in
 from langppl.lm.requests import alone
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
@@ -217,7 +217,7 @@ class LM:
         self._active: str | None = None
         self._rules: OrderedDict[StringRules, Watched] = OrderedDict()
         self._masked: OrderedDict[StringRules, Watched] = OrderedDict()
-        self._prompts: dict[str, tuple[int, ...]] = {}
+        self._prompts = KnownPrompts()
         self._trainables: dict[str, TrainableLM] = {}
         self._abandoned: deque[str] = deque()
         self.lean: Lean | None = None
@@ -269,7 +269,8 @@ class LM:
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt)
         text = str(prompt)
-        if text not in self._prompts:
+        found = self._prompts.get(text)
+        if found is None:
             try:
                 ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
             except TypeError as error:  # what tokenizers says of what is no UTF-8
@@ -293,10 +294,9 @@ class LM:
                 if self._begin is None:
                     raise ValueError(f"{self!r} has no begin token, so a prompt must not be empty")
                 ids = [self._begin]
-            if len(self._prompts) > 100_000:
-                self._prompts.clear()
-            self._prompts[text] = tuple(ids)
-        return self._prompts[text]
+            found = tuple(ids)
+            self._prompts.keep(text, found)
+        return found
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Canonical token ids of a continuation: no special tokens, apart from any prompt.
