@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -17,7 +18,7 @@ from langppl.lm.filters import Watched
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import KnownPrompts, Prompt, PromptWarning, encode_chat, is_chat, special_in
-from langppl.lm.requests import alone
+from langppl.lm.requests import alone, when_orphaned
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
@@ -220,6 +221,7 @@ class LM:
         self._prompts = KnownPrompts()
         self._trainables: dict[str, TrainableLM] = {}
         self._abandoned: deque[str] = deque()
+        _every.add(self)
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
         self.lean = lean_of(self)
@@ -552,6 +554,16 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
+
+
+_every: WeakSet[LM] = WeakSet()
+
+
+@when_orphaned
+def _switch_off_adapters() -> None:
+    for lm in _every:
+        adapters.activate(lm.model, None)
+        lm._active = None
 
 
 def _hub_options(

@@ -40,6 +40,7 @@ from langppl.lm.requests import (
     serve,
     served_by,
     tell,
+    when_orphaned,
 )
 
 T = TypeVar("T")
@@ -135,6 +136,12 @@ class _Ambient:
             torch.set_default_dtype(self.dtype)
         self.warned.install()
         sys.stdout, sys.stderr = self.streams
+
+
+@when_orphaned
+def _leave_handlers() -> None:
+    runtime._PYRO_STACK.clear()
+    runtime._DIM_ALLOCATOR._stack.clear()
 
 
 class _Execution(Generic[T]):
