@@ -282,7 +282,7 @@ def _check_guide(text: str) -> None:
         return
     if name != "gflownet" or not folder:
         raise ScriptError(f"guide {text!r} is neither a name nor gflownet=FOLDER")
-    if not Path(folder).is_dir():
+    if not Path(folder).expanduser().is_dir():
         raise ScriptError(f"there is no folder {folder!r} for guide {text!r}")
 
 

@@ -541,7 +541,7 @@ class GFlowNetGuide(Guide):
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(folder) / GUIDE_FILE, text, "guide")
+        write_atomically(Path(folder).expanduser() / GUIDE_FILE, text, "guide")
 
     @classmethod
     @torch.inference_mode(False)
@@ -573,7 +573,7 @@ class GFlowNetGuide(Guide):
         if not isinstance(folder, str | os.PathLike):
             raise TypeError(f"the folder comes first, load(folder, lm), got {folder!r}")
         check_lm(lm)
-        path = Path(folder) / GUIDE_FILE
+        path = Path(folder).expanduser() / GUIDE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
         try:

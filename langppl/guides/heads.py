@@ -188,7 +188,7 @@ class Heads(nn.Module):
         """
         from safetensors.torch import save
 
-        path = Path(folder) / HEADS_FILE
+        path = Path(folder).expanduser() / HEADS_FILE
         if not self.made:
             path.unlink(missing_ok=True)
             return
@@ -208,7 +208,7 @@ class Heads(nn.Module):
             self.ensure(name, count)
         if not specification:
             return
-        path = Path(folder) / HEADS_FILE
+        path = Path(folder).expanduser() / HEADS_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no whole guide folder: {HEADS_FILE} is missing")
         try:

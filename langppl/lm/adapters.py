@@ -209,11 +209,20 @@ def scales(model: Any, name: str | None) -> list[float]:
 
 
 def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
-    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads."""
+    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads.
+
+    Raises:
+        OSError: if there can be no such folder; names it.
+    """
     from safetensors.torch import save_file
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = Path(folder).expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        mend = "give a folder, which need not be there yet"
+        reason = f"the adapter cannot be saved ({error.strerror}); {mend}"
+        raise OSError(error.errno, reason, str(folder)) from error
     model.peft_config[name].save_pretrained(str(target))
     partial = target / (WEIGHTS + ".partial")
     save_file(state(model, name), str(partial), metadata={"format": "pt"})
@@ -231,7 +240,7 @@ def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    source = Path(folder)
+    source = Path(folder).expanduser()
     for file in (CONFIG, WEIGHTS):
         if not (source / file).is_file():
             raise ValueError(f"{source} is no adapter folder: {file} is missing")
