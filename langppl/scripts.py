@@ -92,6 +92,15 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
+def place_of(error: Exception, spec: str) -> str | None:
+    """Where an error was raised, if that is in the script or in a file beside it."""
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).resolve().parent != path.resolve().parent:
+        return None
+    return f"{frames[-1].filename!r}, line {frames[-1].lineno}"
+
+
 def _module_name(path: Path) -> str:
     # Its own, so that a script called random.py hides no module.
     return f"langppl_script_{path.stem}"

@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a path is of what can only be written on, such as a pipe or /dev/stdout."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_atomically(path: Path, content: str | bytes, what: str) -> None:
     """Replaces a file in one step, so that a broken write never looks like a good file.
 
@@ -20,7 +25,11 @@ def write_atomically(path: Path, content: str | bytes, what: str) -> None:
     Raises:
         OSError: if the file cannot be written; names the path.
     """
+    data = content.encode() if isinstance(content, str) else content
     try:
+        if is_stream(path):
+            path.write_bytes(data)
+            return
         # Of a link the file behind it is replaced, and not the link.
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -30,7 +39,7 @@ def write_atomically(path: Path, content: str | bytes, what: str) -> None:
                 # Before there is anything in it that others must not read.
                 if target.exists():
                     shutil.copymode(target, temporary)
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(data)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -26,6 +26,15 @@ def test_links_and_modes_stay(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["whole.json"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Unix")
+def test_pipes_are_written_on() -> None:
+    reading, writing = os.pipe()
+    write_atomically(Path(f"/dev/fd/{writing}"), "ab", "comparison")
+    assert os.read(reading, 9) == b"ab"
+    os.close(reading)
+    os.close(writing)
+
+
 def test_new_files_have_new_folders(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a" / "b.bin", b"\x00", "guide")
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00"
