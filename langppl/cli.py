@@ -20,6 +20,9 @@ import typer
 
 __all__ = ["app"]
 
+_NARROW = 70
+"""Columns of a terminal below which a table has cells that are cut short."""
+
 app = typer.Typer(
     name="langppl",
     help="Probabilistic programming where strings are random variables.",
@@ -83,7 +86,13 @@ def models() -> None:
         fetched = "yes" if weights.is_fetched(name) else "no"
         table.add_row(name, size, model.licence, fetched, model.description)
     console = Console()
-    console.print(table)
+    if console.width < _NARROW:
+        heads = [str(column.header) for column in table.columns]
+        for row in zip(*(column.cells for column in table.columns), strict=True):
+            for head, cell in zip(heads, row, strict=True):
+                console.print(f"{head}: {cell}", soft_wrap=True, highlight=False)
+    else:
+        console.print(table)
     console.print(f"Cache folder: {weights.cache_dir()}", soft_wrap=True, highlight=False)
 
 
