@@ -5,11 +5,13 @@
     $ langppl compare story.py:story --arg "The cat was hungry." --arg " Now it sleeps."
 
 Errors that a user can mend end in one line on standard error: exit code 2 for a wrong name or
-argument, 1 for a fetch that failed and for a comparison in which every row did.
+argument, 1 for a fetch that failed, for an error of the model's own (with its place), and for a
+comparison in which every row failed or which cannot be written.
 """
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version as _version_of
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,6 +19,9 @@ from typing import Annotated, NoReturn
 import typer
 
 __all__ = ["app"]
+
+_NARROW = 70
+"""Columns of a terminal below which a table has cells that are cut short."""
 
 app = typer.Typer(
     name="langppl",
@@ -81,7 +86,13 @@ def models() -> None:
         fetched = "yes" if weights.is_fetched(name) else "no"
         table.add_row(name, size, model.licence, fetched, model.description)
     console = Console()
-    console.print(table)
+    if console.width < _NARROW:
+        heads = [str(column.header) for column in table.columns]
+        for row in zip(*(column.cells for column in table.columns), strict=True):
+            for head, cell in zip(heads, row, strict=True):
+                console.print(f"{head}: {cell}", soft_wrap=True, highlight=False)
+    else:
+        console.print(table)
     console.print(f"Cache folder: {weights.cache_dir()}", soft_wrap=True, highlight=False)
 
 
@@ -133,6 +144,7 @@ def compare(
 
     The script is your own code, and is run as it would be if you imported it.
     """
+    import io
     import sys
 
     from rich.console import Console
@@ -140,13 +152,12 @@ def compare(
     from langppl import scripts
     from langppl.inference import compare as side_by_side
     from langppl.lm import weights
+    from langppl.lm.files import write_atomically
     from langppl.program import compile
 
     # Found out before the work, not after it.
-    if json is not None and not json.expanduser().parent.is_dir():
-        _fail(ValueError(f"there is no folder for {str(json)!r}"), code=2)
-    if json is not None and json.expanduser().is_dir():
-        _fail(ValueError(f"{str(json)!r} is a folder; give a file"), code=2)
+    if json is not None:
+        _check_writable(json)
     try:
         asked = scripts.rows_of(method or ("importance",), guide or ("prior", "prompted"))
     except (TypeError, ValueError) as error:  # an option of a wrong type; no code of the user's ran
@@ -163,19 +174,45 @@ def compare(
             )
     except weights.FetchError as error:
         _fail(error, code=1)
-    except ValueError as error:
+    except Exception as error:
+        if place := scripts.place_of(error, spec):
+            _fail(f"{place}: {type(error).__name__}: {error}", code=1)
+        if not isinstance(error, ValueError):
+            raise
         _fail(error, code=2)
+    unwritten: OSError | None = None
+    # Before anything is printed, for which the other end of a pipe may be closed.
+    if json is not None:
+        try:
+            write_atomically(json.expanduser(), found.to_json(), "comparison")
+        except OSError as error:
+            unwritten = error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every encoding has the table's characters.
+        sys.stdout.reconfigure(errors="replace")
     if sys.stdout.isatty():
         Console().print(found)
     else:
         typer.echo(str(found))
-    if json is not None:
-        json.expanduser().write_text(found.to_json(), encoding="utf-8")
+    if unwritten is not None:
+        _fail(unwritten, code=1)
     if not found.posteriors:
         raise typer.Exit(1)
 
 
-def _fail(error: Exception, *, code: int) -> NoReturn:
+def _check_writable(file: Path) -> None:
+    from langppl.lm.files import is_stream
+
+    path = file.expanduser()
+    if not path.parent.is_dir():
+        _fail(f"there is no folder for {str(file)!r}", code=2)
+    if path.is_dir():
+        _fail(f"{str(file)!r} is a folder; give a file", code=2)
+    if not is_stream(path) and not os.access(path.resolve().parent, os.W_OK):
+        _fail(f"the folder of {str(file)!r} cannot be written to; give another", code=2)
+
+
+def _fail(error: Exception | str, *, code: int) -> NoReturn:
     typer.echo(f"Error: {error}", err=True)
     raise typer.Exit(code)
 

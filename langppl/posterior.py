@@ -680,7 +680,7 @@ class Posterior(Report):
             ],
         }
         text = json.dumps(content, allow_nan=False, indent=1) + "\n"
-        write_atomically(Path(path), text, "posterior")
+        write_atomically(Path(path).expanduser(), text, "posterior")
 
     def _encoded_computed(self, notes: list[str]) -> list[dict[str, Any]]:
         """The computed values in strict JSON, a note for each name that it cannot hold."""
@@ -711,7 +711,7 @@ class Posterior(Report):
                 later version.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not a langppl posterior: not JSON ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:

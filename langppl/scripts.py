@@ -92,6 +92,15 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
+def place_of(error: Exception, spec: str) -> str | None:
+    """Where an error was raised, if that is in the script or in a file beside it."""
+    path = Path(spec.rpartition(":")[0]).expanduser()
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).resolve().parent != path.resolve().parent:
+        return None
+    return f"{frames[-1].filename!r}, line {frames[-1].lineno}"
+
+
 def _module_name(path: Path) -> str:
     # Its own, so that a script called random.py hides no module.
     return f"langppl_script_{path.stem}"
@@ -282,7 +291,7 @@ def _check_guide(text: str) -> None:
         return
     if name != "gflownet" or not folder:
         raise ScriptError(f"guide {text!r} is neither a name nor gflownet=FOLDER")
-    if not Path(folder).is_dir():
+    if not Path(folder).expanduser().is_dir():
         raise ScriptError(f"there is no folder {folder!r} for guide {text!r}")
 
 

@@ -30,6 +30,7 @@ from langppl.program.scheduler import run
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
 
 
+@torch.inference_mode(False)
 def tiny_lm(
     alphabet: Sequence[str] = DEFAULT_ALPHABET,
     seed: int = 0,

@@ -39,6 +39,18 @@ def test_models_says_which_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPa
     assert " yes " in runner.invoke(app, ["models"]).stdout
 
 
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_nothing_is_cut_short_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    said = runner.invoke(app, ["models"]).stdout
+    model = weights.KNOWN_MODELS["smollm2-135m-instruct"]
+    for cell in ("smollm2-135m-instruct", "92.9 MB", "fetched: no", model.licence):
+        assert cell in said
+    assert model.description in said and "…" not in said
+
+
 def test_fetch_prints_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -212,12 +215,91 @@ def test_if_every_row_fails_the_exit_code_says_so(script: Path) -> None:
     command = ["compare", f"{script}:story", *arguments("ab", "ba")]
     failing = runner.invoke(app, [*command, "--method", "exact:limit=2"])
     assert failing.exit_code == 1
+    assert "exact limit=2 failed: ValueError: " in failing.stdout
     assert "Every row failed." in failing.stdout and "the limit of exact" in failing.stdout
     half = runner.invoke(
         app,
         [*command, "--method", "exact:limit=2", "--method", "importance", "--num-samples", "8"],
     )
     assert half.exit_code == 0 and "exact limit=2 failed" in half.stdout
+
+
+OWN = """
+import langppl as lp
+from langppl.testing import tiny_lm
+
+lm = tiny_lm("ab.", seed=2)
+
+
+def story(ending):
+    middle = lp.sample("middle", lp.LMString(lm, "ab", stop=".", max_tokens=2))
+    lp.sample("ending", lp.LMString(lm, f"ab{middle}"), obs=ending)
+    raise ValueError("my own bug")
+
+
+def broken(lm):
+    return {}["model"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["story", "--arg", "ba"], ", line 11: ValueError: my own bug"),
+        (["broken", "--lm", "{lm}"], ", line 15: KeyError: 'model'"),
+    ],
+)
+def test_the_models_own_errors_have_their_place(
+    options: list[str], message: str, folder_of_lm: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    name, *rest = (o.format(lm=folder_of_lm) for o in options)
+    result = runner.invoke(app, ["compare", f"{path}:{name}", *rest, "-q"])
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {str(path)!r}{message}\n"
+
+
+def run_process(script: Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = ["compare", f"{script}:story", *arguments("ab", "ba"), "--num-samples", "8", "-q"]
+    return subprocess.run(
+        [sys.executable, "-m", "langppl.cli", *command, "--json", str(folder / "x.json")],
+        stderr=subprocess.PIPE,
+        timeout=300,
+        **options,
+    )
+
+
+def test_what_standard_output_cannot_take_costs_no_figures(script: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run_process(script, tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and b"importance prior" in done.stdout, done.stderr
+    (tmp_path / "x.json").unlink()
+    reading, writing = os.pipe()
+    os.close(reading)
+    run_process(script, tmp_path, stdout=writing)
+    os.close(writing)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", f"{script}:story", *arguments("ab", "ba"), "--num-samples", "8", "-q"]
+    command += ["--json", str(tmp_path / "x.json")]
+
+    def denied(*args: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", denied)
+    late = runner.invoke(app, command)
+    assert late.exit_code == 1 and "importance prior" in late.stdout
+    assert late.stderr.startswith("Error: [Errno 13] the comparison cannot be saved")
+    assert late.stderr.count("\n") == 1
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    early = runner.invoke(app, command)
+    assert early.exit_code == 2 and early.stdout == ""
+    assert "cannot be written to; give another" in early.stderr
 
 
 WRONG = [

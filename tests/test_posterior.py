@@ -756,7 +756,7 @@ def test_a_folder_that_may_not_be_written_to(
     def denied(self: Path, *args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "write_text", denied)
+    monkeypatch.setattr(Path, "open", denied)
     path = tmp_path / "p.json"
     with pytest.raises(PermissionError) as caught:
         one_to_three().save(path)

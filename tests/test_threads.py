@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +94,16 @@ def test_threads_of_an_event_loop() -> None:
     found = asyncio.run(ask_all())
     alone = [lp.infer(story, num_samples=40, seed=s, progress=False) for s in range(4)]
     assert [p.samples for p in found] == [p.samples for p in alone]
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="forks")
+def test_a_fork_beside_a_thread_at_work_infers() -> None:
+    script = Path(__file__).with_name("forked.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stdout == "inferred\n", done.stderr

@@ -32,6 +32,11 @@ _NAME = re.compile(r"step-\d{8,}")
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
+def place(folder: str | os.PathLike[str]) -> Path:
+    """A folder's own place: a training may change the working directory."""
+    return Path(folder).expanduser().absolute()
+
+
 def write(
     folder: Path, step: int, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:

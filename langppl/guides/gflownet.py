@@ -161,6 +161,8 @@ class GFlowNetGuide(Guide):
         with seeded(seed):
             lm.add_adapter(self.adapter, config)
 
+    # What is made in inference mode can never be trained.
+    @torch.inference_mode(False)
     def _setup(
         self, lm: LM, context: ContextFunction | None, objective: str, numeric: Any, seed: int
     ) -> None:
@@ -541,9 +543,10 @@ class GFlowNetGuide(Guide):
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(folder) / GUIDE_FILE, text, "guide")
+        write_atomically(Path(folder).expanduser() / GUIDE_FILE, text, "guide")
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         folder: str | os.PathLike[str],
@@ -572,7 +575,7 @@ class GFlowNetGuide(Guide):
         if not isinstance(folder, str | os.PathLike):
             raise TypeError(f"the folder comes first, load(folder, lm), got {folder!r}")
         check_lm(lm)
-        path = Path(folder) / GUIDE_FILE
+        path = Path(folder).expanduser() / GUIDE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
         try:

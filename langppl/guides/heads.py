@@ -78,6 +78,8 @@ class Heads(nn.Module):
         self.register_buffer("spread", torch.ones(width, dtype=torch.float32))
         self.register_buffer("is_centred", torch.zeros((), dtype=torch.bool))
 
+    # What is made in inference mode can never be trained.
+    @torch.inference_mode(False)
     def ensure(self, name: str, count: int) -> bool:
         """Makes a head if there is none of this name; whether it did."""
         if name in self.made:
@@ -186,7 +188,7 @@ class Heads(nn.Module):
         """
         from safetensors.torch import save
 
-        path = Path(folder) / HEADS_FILE
+        path = Path(folder).expanduser() / HEADS_FILE
         if not self.made:
             path.unlink(missing_ok=True)
             return
@@ -206,7 +208,7 @@ class Heads(nn.Module):
             self.ensure(name, count)
         if not specification:
             return
-        path = Path(folder) / HEADS_FILE
+        path = Path(folder).expanduser() / HEADS_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no whole guide folder: {HEADS_FILE} is missing")
         try:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +60,7 @@ class Keeper:
         tensorboard: str | os.PathLike[str] | None,
         is_first: bool = True,
     ) -> None:
-        self.folder = None if checkpoint is None else Path(checkpoint)
+        self.folder = None if checkpoint is None else checkpoints.place(checkpoint)
         self._digests: dict[str, str] = {}
         self._writer: Any = None
         if tensorboard is not None:
@@ -72,7 +71,7 @@ class Keeper:
                     "TensorBoard is not installed: pip install 'langppl[tensorboard]'"
                 ) from error
             if is_first:
-                self._writer = SummaryWriter(str(tensorboard))
+                self._writer = SummaryWriter(str(checkpoints.place(tensorboard)))
 
     def report(self, figures: Mapping[str, float]) -> None:
         """Passes a step's figures on."""

@@ -332,8 +332,7 @@ def _count(number: int) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{error}".strip() or type(error).__name__
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _strict(value: Any) -> Any:

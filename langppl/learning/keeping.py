@@ -46,7 +46,7 @@ class Keeper:
         guide: Guide | None,
         lms: Sequence[LM],
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else checkpoints.place(folder)
         self.maximiser = maximiser
         self.guide = guide if isinstance(guide, GFlowNetGuide) else None
         self.guide_name = None if guide is None else guide.name

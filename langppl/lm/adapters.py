@@ -75,6 +75,8 @@ def activate(model: Any, name: str | None) -> None:
             layer._active_adapter = [name]
 
 
+# What is made in inference mode can never take a gradient.
+@torch.inference_mode(False)
 def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
     """Adds an adapter and returns its weights, which take gradients.
 
@@ -126,7 +128,7 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
             parameter.requires_grad_(True)
             parameters.append(parameter)
         else:
-            parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
+            _take_back(n, parameter, before)
     return parameters
 
 
@@ -161,7 +163,14 @@ def _restore(model: Any, name: str, known: dict[str, Any], before: dict[str, boo
     model.peft_config = {**known, name: None}
     remove(model, name)
     for n, parameter in model.named_parameters():
-        parameter.requires_grad_(before.get(n, before.get(n.replace(".base_layer", ""), False)))
+        _take_back(n, parameter, before)
+
+
+def _take_back(name: str, parameter: torch.nn.Parameter, before: dict[str, bool]) -> None:
+    wanted = before.get(name, before.get(name.replace(".base_layer", ""), False))
+    # Of tensors of inference mode it cannot even be set to what it is.
+    if parameter.requires_grad != wanted:
+        parameter.requires_grad_(wanted)
 
 
 def remove(model: Any, name: str) -> None:
@@ -212,17 +221,27 @@ def scales(model: Any, name: str | None) -> list[float]:
 
 
 def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
-    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads."""
+    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads.
+
+    Raises:
+        OSError: if there can be no such folder; names it.
+    """
     from safetensors.torch import save_file
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = Path(folder).expanduser()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        mend = "give a folder, which need not be there yet"
+        reason = f"the adapter cannot be saved ({error.strerror}); {mend}"
+        raise OSError(error.errno, reason, str(folder)) from error
     model.peft_config[name].save_pretrained(str(target))
     partial = target / (WEIGHTS + ".partial")
     save_file(state(model, name), str(partial), metadata={"format": "pt"})
     os.replace(partial, target / WEIGHTS)
 
 
+@torch.inference_mode(False)
 def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     """Reads a PEFT folder as an adapter; nothing stays behind if that fails.
 
@@ -233,7 +252,7 @@ def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    source = Path(folder)
+    source = Path(folder).expanduser()
     for file in (CONFIG, WEIGHTS):
         if not (source / file).is_file():
             raise ValueError(f"{source} is no adapter folder: {file} is missing")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is of what can only be written on, such as a pipe or /dev/stdout."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_atomically(path: Path, content: str | bytes, what: str) -> None:
     """Replaces a file in one step, so that a broken write never looks like a good file.
+
+    Links stay, and so does the mode of a file that is there.
 
     Args:
         path: the file; missing folders are made.
@@ -17,15 +25,22 @@ def write_atomically(path: Path, content: str | bytes, what: str) -> None:
     Raises:
         OSError: if the file cannot be written; names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_stream(path):
+            path.write_bytes(data)
+            return
+        # Of a link the file behind it is replaced, and not the link.
+        target = Path(os.path.realpath(path))
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if isinstance(content, str):
-                temporary.write_text(content, encoding="utf-8")
-            else:
-                temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with temporary.open("wb") as file:
+                # Before there is anything in it that others must not read.
+                if target.exists():
+                    shutil.copymode(target, temporary)
+                file.write(data)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -38,6 +38,11 @@ def check_parts(model: Any, tokenizer: Any, name: str) -> None:
             f"{made_of} has no output embeddings, so it gives no logits; take the whole causal "
             "language model (AutoModelForCausalLM)"
         )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f"{made_of} was made under torch.inference_mode, so nothing could be trained on it; "
+            "make it outside of that"
+        )
     if tokenizer is None:
         raise ValueError(f"{made_of} needs its tokenizer, got None")
 

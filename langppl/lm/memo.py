@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from langppl.lm import adapters
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 DEFAULT_BYTES = 64 * 2**20
 _OVERHEAD = 512
 """Bytes of an entry besides its numbers and ids: objects and the dictionary's own."""
+_ID = np.dtype(np.int32)
+_STEP_BYTES = 48
+"""Of a step in the key, a number or a name, and in what is kept alive."""
 
 
 class Memo:
@@ -42,6 +46,7 @@ class Memo:
             raise ValueError(f"a memo's capacity must be at least 0 bytes, got {capacity}")
         self.capacity = capacity
         self.hits = self.misses = self._bytes = 0
+        self._state: tuple[object, ...] = ()
         self._found: OrderedDict[object, tuple[ScoreReply, tuple[Step, ...], int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -67,6 +72,8 @@ class Memo:
         if not requests or self.capacity == 0:
             return score(requests)
         state = state_of(requests[0].lm, requests[0].adapter)
+        # Equal ones are one object, which all keys hold.
+        self._state = state = self._state if state == self._state else state
         keys = [(state, *_key(r)) for r in requests]
         new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self._found}
         self.misses += len(new)
@@ -81,12 +88,14 @@ class Memo:
         if key in self._found:
             self._found.move_to_end(key)
             return
-        ids = len(request.prompt) + len(request.path.tokens) + len(request.path.steps)
-        size = _OVERHEAD + 8 * ids + reply.tokens.nbytes + reply.canonical.nbytes
+        path = request.path
+        ids = len(request.prompt) + len(path.tokens) + path.ending_ids.numel()
+        size = _OVERHEAD + _ID.itemsize * ids + _STEP_BYTES * len(path.steps)
+        size += reply.tokens.nbytes + reply.canonical.nbytes
         for row in (reply.tokens, reply.canonical):
             row.setflags(write=False)
         # Steps whose identities are in the key are kept alive.
-        alive = tuple(step for step in request.path.steps if step.name is None)
+        alive = tuple(step for step in path.steps if step.name is None)
         self._found[key] = (reply, alive, size)
         self._bytes += size
         while self._bytes > self.capacity:
@@ -97,13 +106,18 @@ class Memo:
 def _key(request: ScoreRequest) -> tuple[object, ...]:
     path = request.path
     return (
-        request.prompt,
-        path.tokens,
+        _packed(request.prompt),
+        _packed(path.tokens),
         tuple(step.name or id(step) for step in path.steps),
         path.ending,
-        tuple(path.ending_ids.tolist()),
+        _packed(path.ending_ids.tolist()),
         request.temperature,
     )
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    # As Python's integers they would take nine times as much.
+    return np.array(ids, _ID).tobytes()
 
 
 def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -19,8 +20,8 @@ from langppl.lm.kinds import check_kind, check_ordinary, check_parts
 from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
-from langppl.lm.prompts import Prompt, PromptWarning, encode_chat, is_chat, special_in
-from langppl.lm.requests import alone
+from langppl.lm.prompts import KnownPrompts, Prompt, PromptWarning, encode_chat, is_chat, special_in
+from langppl.lm.requests import alone, when_orphaned
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
@@ -95,6 +96,8 @@ class LM:
         (15162,)
     """
 
+    # What is made in inference mode can take no adapter that learns.
+    @torch.inference_mode(False)
     def __init__(
         self,
         name_or_path: str | os.PathLike[str],
@@ -121,6 +124,7 @@ class LM:
         self._setup(model, tokenizer, str(name_or_path), token_budget, revision)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_parts(
         cls, model: Any, tokenizer: Any, name: str, *, token_budget: int | None = None
     ) -> LM:
@@ -144,8 +148,8 @@ class LM:
 
         Raises:
             ValueError: if the tokenizer is not a fast one or a text is not what its tokens spell
-                (WordPiece), the model has an encoder or recurrent layers, or the token budget is
-                below one.
+                (WordPiece), the model has an encoder or recurrent layers or was made under
+                `torch.inference_mode`, or the token budget is below one.
         """
         self = cls.__new__(cls)
         self._setup(model, tokenizer, name, token_budget)
@@ -205,9 +209,10 @@ class LM:
         self._active: str | None = None
         self._rules: OrderedDict[StringRules, Watched] = OrderedDict()
         self._masked: OrderedDict[StringRules, Watched] = OrderedDict()
-        self._prompts: dict[str, tuple[int, ...]] = {}
+        self._prompts = KnownPrompts()
         self._trainables: dict[str, TrainableLM] = {}
         self._abandoned: deque[str] = deque()
+        _every.add(self)
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
         # What is not asked for its attention may do more than a mask tells (Doge).
@@ -260,7 +265,8 @@ class LM:
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt)
         text = str(prompt)
-        if text not in self._prompts:
+        found = self._prompts.get(text)
+        if found is None:
             try:
                 ids = self.tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
             except TypeError as error:  # what tokenizers says of what is no UTF-8
@@ -284,10 +290,9 @@ class LM:
                 if self._begin is None:
                     raise ValueError(f"{self!r} has no begin token, so a prompt must not be empty")
                 ids = [self._begin]
-            if len(self._prompts) > 100_000:
-                self._prompts.clear()
-            self._prompts[text] = tuple(ids)
-        return self._prompts[text]
+            found = tuple(ids)
+            self._prompts.keep(text, found)
+        return found
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Canonical token ids of a continuation: no special tokens, apart from any prompt.
@@ -543,6 +548,16 @@ class LM:
             adapters.load(self.model, name, folder)
         finally:
             adapters.activate(self.model, self._active)
+
+
+_every: WeakSet[LM] = WeakSet()
+
+
+@when_orphaned
+def _switch_off_adapters() -> None:
+    for lm in _every:
+        adapters.activate(lm.model, None)
+        lm._active = None
 
 
 def _times_wider(device: torch.device) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
 
-
+PROMPT_BYTES = 64 * 2**20
 _ROLES = ("system", "user", "assistant")
 _MORE_ROLES = ("tool", "developer", "function", "ipython", "model")
 _MARK = re.compile("\ue000(\\d+)\ue001")
@@ -156,3 +159,37 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
         f"the message {spelled!r} spells a special token, and the chat template changes messages, "
         "so it cannot be told which part of the prompt is its text; leave the token out"
     )
+
+
+class KnownPrompts:
+    """The ids of the latest prompts.
+
+    Args:
+        capacity: most bytes to use, about.
+    """
+
+    def __init__(self, capacity: int = PROMPT_BYTES) -> None:
+        self.capacity = capacity
+        self._bytes = 0
+        self._found: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def get(self, text: str) -> tuple[int, ...] | None:
+        """A prompt's ids, None if it is not known."""
+        found = self._found.get(text)
+        if found is not None:
+            # Another thread may have dropped it since.
+            with contextlib.suppress(KeyError):
+                self._found.move_to_end(text)
+        return found
+
+    def keep(self, text: str, ids: tuple[int, ...]) -> None:
+        """Keeps a prompt that is not known, in the place of those least recently used."""
+        self._found[text] = ids
+        self._bytes += _size(text, ids)
+        while self._bytes > self.capacity and self._found:
+            self._bytes -= _size(*self._found.popitem(last=False))
+
+
+def _size(text: str, ids: tuple[int, ...]) -> int:
+    # An id takes its place in the tuple and, but for the smallest, an object of its own.
+    return sys.getsizeof(text) + 36 * len(ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,31 @@ def alone(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)
 
     return waiting
+
+
+_orphaned: list[Callable[[], None]] = []
+
+
+def when_orphaned(mend: Callable[[], None]) -> None:
+    """Has a function called in a process that was forked while another thread was at work.
+
+    That thread is not there, and what it would have undone is left as it was.
+    """
+    _orphaned.append(mend)
+
+
+def _mend_fork() -> None:
+    global _alone
+    if _alone.acquire(blocking=False):
+        _alone.release()
+        return
+    _alone = threading.RLock()
+    for mend in _orphaned:
+        mend()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mend_fork)
 
 
 _server: ContextVar[Server | None] = ContextVar("langppl_server", default=None)

@@ -124,7 +124,7 @@ class TrainableLM:
             "base_fingerprint": self.lm.weights_fingerprint,
             "versions": {p: importlib.metadata.version(p) for p in packages},
         }
-        path = Path(folder) / TRAINABLE_FILE
+        path = Path(folder).expanduser() / TRAINABLE_FILE
         write_atomically(path, json.dumps(record, indent=2) + "\n", "trainable view")
 
     def load(self, folder: str | os.PathLike[str]) -> TrainableLM:
@@ -142,7 +142,7 @@ class TrainableLM:
             ValueError: if a file is missing or corrupt, the adapter does not fit the LM, or
                 `trainable.json` says that it was fitted on another LM.
         """
-        path = Path(folder) / TRAINABLE_FILE
+        path = Path(folder).expanduser() / TRAINABLE_FILE
         if path.is_file():
             self._check_base(path)
         # Tried under another name first: what fails to load must not cost the weights there are.

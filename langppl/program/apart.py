@@ -12,8 +12,8 @@ from pyro.poutine import runtime
 def unseen() -> Iterator[None]:
     """Runs what is inside as if no handler and no plate of Pyro's were around it."""
     stack, dims = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
-    runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = [], []
     try:
+        runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = [], []
         yield
     finally:
         runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = stack, dims

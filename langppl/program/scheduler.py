@@ -15,6 +15,7 @@ every switch; context variables come with the greenlet. Threads take turns, one 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -39,6 +40,7 @@ from langppl.lm.requests import (
     serve,
     served_by,
     tell,
+    when_orphaned,
 )
 from langppl.program.shared import Shared
 
@@ -141,6 +143,12 @@ class _Ambient:
         sys.stdout, sys.stderr = self.streams
 
 
+@when_orphaned
+def _leave_handlers() -> None:
+    runtime._PYRO_STACK.clear()
+    runtime._DIM_ALLOCATOR._stack.clear()
+
+
 class _Execution(Generic[T]):
     """One task and where it stands."""
 
@@ -159,20 +167,25 @@ class _Execution(Generic[T]):
     def go_on(self, replies: list[Reply] | None) -> None:
         """Runs until the next requests or the end; what the task raises is raised here."""
         outside = _Ambient.capture()
-        self.ambient.install()
         try:
-            self.wanted = self.greenlet.switch(*([] if replies is None else [replies]))
+            self.ambient.install()
+            try:
+                self.wanted = self.greenlet.switch(*([] if replies is None else [replies]))
+            finally:
+                self.ambient = _Ambient.capture()
         finally:
-            self.ambient = _Ambient.capture()
             outside.install()
 
     def close(self) -> None:
         """Ends an unfinished task as if it had been interrupted where it waits."""
         if self.greenlet and not self.greenlet.dead:
             outside = _Ambient.capture()
-            self.ambient.install()
             try:
-                self.greenlet.throw(GreenletExit)
+                try:
+                    self.ambient.install()
+                finally:
+                    # Left to the garbage collector, it would end among someone else's handlers.
+                    self.greenlet.throw(GreenletExit)
             finally:
                 outside.install()
 
@@ -222,19 +235,22 @@ def _run(tasks: Sequence[Callable[[], T]], answer: Server) -> list[T]:
     inside = outside.without_handlers()
     executions = [_Execution(task, inside) for task in tasks]
     try:
-        with served_by(None), keeping():
-            for execution in executions:
-                execution.go_on(None)
-            while waiting := [e for e in executions if e.wanted is not None]:
-                requests = [r for e in waiting for r in e.wanted or ()]
-                tell((r.lm, r.adapter) for r in requests)
-                replies = iter(answer(requests))
-                for execution in waiting:
-                    mine = [next(replies) for _ in execution.wanted or ()]
-                    execution.go_on(mine)
+        with contextlib.ExitStack() as closing:
+            for execution in reversed(executions):
+                closing.callback(execution.close)
+            with served_by(None), keeping():
+                for execution in executions:
+                    execution.go_on(None)
+                while waiting := [e for e in executions if e.wanted is not None]:
+                    requests = [r for e in waiting for r in e.wanted or ()]
+                    tell((r.lm, r.adapter) for r in requests)
+                    replies = iter(answer(requests))
+                    for execution in waiting:
+                        mine = [next(replies) for _ in execution.wanted or ()]
+                        execution.go_on(mine)
     finally:
-        for execution in executions:
-            execution.close()
+        # An interrupt may have come in the middle of a switch, or of what undoes it.
+        outside.install()
     results: list[Any] = [e.result for e in executions]
     return results
 

@@ -382,3 +382,43 @@ def test_another_observation_of_any_program_is_noticed(tmp_path: Path) -> None:
     own, guide = programs("bb.")
     guide.fit(own, steps=2, checkpoint=tmp_path, **QUICK)
     assert guide.history.rows == 2
+
+
+def test_a_checkpoint_stays_whole_where_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    program, guide = program_and_guide()
+
+    def moves(figures: Any) -> None:
+        os.chdir(tmp_path / "elsewhere")
+
+    guide.fit(program, steps=4, checkpoint="kept", callback=moves, **QUICK)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000004"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    program, guide = program_and_guide()
+    guide.fit(program, steps=2, checkpoint="~/kept", **QUICK)
+    guide.save("~/guide")
+    lp.GFlowNetGuide.load("~/guide", guide.lm)
+    lp.infer(program, num_samples=4).save("~/posterior.json")
+    lp.Posterior.load("~/posterior.json")
+    guide.lm.trainable("view", rank=2).save("~/view")
+    guide.lm.trainable("view", rank=2).load("~/view")
+    names = ["guide", "kept", "posterior.json", "view"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == names
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_guide_is_no_file(tmp_path: Path) -> None:
+    guide = program_and_guide()[1]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"cannot be saved .*give a folder") as caught:
+        guide.save(tmp_path / "file")
+    assert caught.value.filename == str(tmp_path / "file")

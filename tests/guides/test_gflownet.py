@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyro.distributions import Beta
 
 from langppl import (
     GFlowNetGuide,
@@ -614,3 +615,21 @@ def test_a_guide_that_is_gone_leaves_the_lm_before_the_next_pass() -> None:
     infer(story, lm, num_samples=4, progress=False)
     assert name not in lm.model.peft_config
     assert not any(f".{name}." in n for n, _ in lm.model.named_parameters())
+
+
+def test_guides_of_inference_mode_are_trained_outside(tmp_path: Path) -> None:
+    lm = tiny_lm("ab.", seed=3)
+
+    def story() -> None:
+        p = sample("p", Beta(2.0, 2.0))
+        z = sample("z", LMString(lm, "a" if p > 0.5 else "b", stop=".", max_tokens=3))
+        sample("seen", LMString(lm, f"a{z}"), obs="ab")
+
+    settings = {"steps": 2, "batch": 4, "progress": False}
+    with torch.inference_mode():
+        made = GFlowNetGuide(lm, rank=2, numeric="head")
+    made.fit(story, **settings).save(tmp_path)
+    with torch.inference_mode():
+        loaded = GFlowNetGuide.load(tmp_path, lm)
+    loaded.fit(story, **settings)
+    GFlowNetGuide(lm, rank=2).fit(story, **settings)

@@ -1,5 +1,7 @@
 """A remembered score is the score: under mixed prompts, rules, adapters and training steps."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from peft import LoraConfig
 from langppl import LMString
 from langppl.lm import memo, scoring
 from langppl.lm.memo import Memo
-from langppl.lm.requests import ScoreRequest, perform, serve
+from langppl.lm.requests import ScoreReply, ScoreRequest, perform, serve
 from langppl.lm.rules import Path, StringRules
 from langppl.testing import tiny_lm
 
@@ -125,6 +127,29 @@ def test_the_least_recently_used_goes_first(lm):
     serve([rows[1]])
     assert lm.memo.hits == hits + 1
     assert len(lm.memo) == 2
+
+
+def test_the_bound_is_one_of_bytes(lm):
+    rng = np.random.default_rng(0)
+    # Ids beyond Python's own small integers.
+    prompts = [tuple(int(i) for i in rng.integers(1000, 30_000, 2000)) for _ in range(40)]
+    path = request(lm, "a", "ab.", RULES[0], None).path
+    reply = ScoreReply(np.zeros(3), 0.0, np.zeros(4))
+    memo = Memo(60_000)
+    kept = []
+    tracemalloc.start()
+    try:
+        for prompt in prompts:
+            # As a request's own ids are, which nobody else keeps.
+            ids = tuple(i + 1 for i in prompt)
+            memo.answer([ScoreRequest(lm, ids, path)], lambda r: [reply])
+            kept.append(len(memo))
+        del ids
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert max(kept) == len(memo) > 4
+    assert used < 1.5 * memo.capacity
 
 
 def test_changed_base_weights_are_seen(lm):

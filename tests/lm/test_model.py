@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 import langppl as lp
 from langppl.lm import LM
-from langppl.lm.prompts import PromptWarning
+from langppl.lm.prompts import KnownPrompts, PromptWarning
 from langppl.testing import tiny_lm
 
 IDS = torch.tensor([[0, 3, 4, 5]])
@@ -192,6 +192,27 @@ def test_prompts() -> None:
     assert 1 not in lm.encode_text("</s>")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         lm.encode_prompt([{"role": "user", "content": "a"}])
+
+
+def test_known_prompts_are_bounded_in_bytes() -> None:
+    known = KnownPrompts(capacity=10_000)
+    for k in range(1000):
+        known.keep(f"{k:03d}" + "a" * 100, (k,) * 50)
+        if k >= 2:
+            assert known.get("002" + "a" * 100) == (2,) * 50
+    assert known._bytes <= 10_000
+    kept = [k for k in range(1000) if known.get(f"{k:03d}" + "a" * 100) is not None]
+    assert kept == [2, 996, 997, 998, 999]
+    known.keep("b" * 20_000, (1,))
+    assert known.get("b" * 20_000) is None and known._bytes == 0
+
+
+def test_the_prompts_of_an_lm_are_bounded() -> None:
+    lm = tiny_lm()
+    lm._prompts.capacity = 10_000
+    for k in range(100):
+        assert lm.encode_prompt("a" * k + "b" * 200)[k] == 4
+    assert len(lm._prompts._found) < 5
 
 
 def test_chats_go_through_the_template() -> None:

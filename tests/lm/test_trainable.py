@@ -1,6 +1,8 @@
 """A trainable view: it is the LM under its own adapter, wherever a model stands on it."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,3 +299,27 @@ def test_a_load_that_fails_leaves_the_view_as_it_was(lm, tmp_path):
         view.load(tmp_path / "v")
     assert evidence(lm, view) == pytest.approx(expected, abs=1e-6)
     assert adapters.names(lm.model) == known
+
+
+# -- inference mode -------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_inference_mode_leaves_room_for_others(tmp_path: Path) -> None:
+    lm = tiny_lm("ab.", seed=7)
+    with torch.inference_mode():
+        first = lm.trainable("first", rank=2)
+        first.save(tmp_path)
+        second = lm.trainable("second", rank=2).load(tmp_path)
+    third = lm.trainable("third", rank=2)
+    for view in (first, second, third):
+        assert all(p.requires_grad and not p.is_inference() for p in view.named_parameters.values())
+
+
+def test_a_model_of_inference_mode_is_refused() -> None:
+    made = tiny_lm("ab.", seed=7)
+    with torch.inference_mode():
+        model = copy.deepcopy(made.model)
+    with pytest.raises(ValueError, match=r"under torch\.inference_mode.*make it outside"):
+        lp.LM.from_parts(model, made.tokenizer, "made")
+    with torch.inference_mode():
+        lp.LM.from_parts(made.model, made.tokenizer, "made").trainable("x", rank=2)

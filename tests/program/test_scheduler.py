@@ -298,6 +298,67 @@ def test_an_interrupt_closes_every_execution() -> None:
     assert ambient() == before
 
 
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_an_interrupt_of_a_switch_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, comes: str
+) -> None:
+    install = scheduler._Ambient.install
+    done, stops_at = 0, -1
+
+    def interrupted(self: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == stops_at and comes == "before":
+            raise KeyboardInterrupt
+        install(self)
+        if done == stops_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler._Ambient, "install", interrupted)
+    closed: list[int] = []
+
+    def task(k: int) -> None:
+        try:
+            uses_everything()
+        finally:
+            closed.append(k)
+
+    handler = pyro.poutine.block()
+    with handler:
+        before = ambient()
+        scheduler.run([lambda k=k: task(k) for k in range(2)])
+        switches = done
+        for stops_at in range(1, switches + 1):
+            closed.clear()
+            done = 0
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.run([lambda k=k: task(k) for k in range(2)])
+            assert ambient() == before, stops_at
+            # The first interrupts come before the executions have begun.
+            assert sorted(closed) == [0, 1][: stops_at // 2], stops_at
+    assert pyro.sample("free", dist.Delta(torch.tensor(1.0))) == 1.0
+
+
+def test_a_failing_close_leaves_no_other_execution_open() -> None:
+    closed: list[int] = []
+
+    def task(k: int) -> None:
+        try:
+            ask()
+            raise RuntimeError("out of memory")
+        finally:
+            closed.append(k)
+            if k == 1:
+                raise ModelError
+
+    before = ambient()
+    with pytest.raises(ModelError):
+        scheduler.run([lambda k=k: task(k) for k in range(3)])
+
+    assert sorted(closed) == [0, 1, 2]
+    assert ambient() == before
+
+
 # -- ambient state -------------------------------------------------------------------------------
 
 
