@@ -183,7 +183,9 @@ class KnownPrompts:
         return found
 
     def keep(self, text: str, ids: tuple[int, ...]) -> None:
-        """Keeps a prompt that is not known, in the place of those least recently used."""
+        """Keeps a prompt, in the place of those least recently used."""
+        if text in self._found:  # another thread was faster
+            return
         self._found[text] = ids
         self._bytes += _size(text, ids)
         while self._bytes > self.capacity and self._found:
