@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import inspect
 import json
 import math
@@ -488,13 +489,13 @@ def test_heads_that_cannot_be_written_leave_the_old_ones(
     before = (tmp_path / HEADS_FILE).read_bytes()
     shake(heads, 0.1)
 
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr(Path, "open", lambda self, mode: Full(self, "w"))
         with pytest.raises(
             OSError, match=r"guide's heads cannot be saved \(No space left.*\); give"
         ):
