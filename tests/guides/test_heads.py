@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import inspect
+import io
 import json
 import math
 import sys
