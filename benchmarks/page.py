@@ -120,14 +120,14 @@ eight draws each, learning rate 1e-3, TensorFloat-32, the power held at 1.6
 (`RewardSchedule(start=1.6, end=1.6)`), so its target is sharper than the posterior; the mean of the
 last 80 weights. It was asked here on the CPU. Two trainings beside it, `rao_blackwell` at the same
 power, fell apart ([guides](guides.md)).""",
-    "contrast": """## Proposals without training
+    "guidance": """## Proposals without training
 
-The same stories, training ones that no guide was trained on. A proposal is a sum of
-log-probabilities under several contexts, normalised at every token: the beginning alone (prior),
-the story with its gap and ending (whole), that after four whole stories (shots), and each of these
-without the endings. Gain: log p(fifth | first four) above the prior's; KL is exact at each state
-met. A proposal is above the prior's ELBO by gain − KL. Unended: no end within 20 tokens; these
-draws are left out. In bfloat16.""",
+The same stories, unseen. Guides that read the default context, the ending and then the beginning,
+or the whole story with its gap, and guidance by two of these contexts (`lp.Guidance`): so many
+times what the ending changes in the LM's prediction, added to the prior's. All have eight draws a
+story. KL(p‖q) as above. Error: of the log evidence of a story's eight draws, root-mean-square, from
+that of all proposals' draws together; stories without a possible draw are left out and counted.
+Time: of drawing and weighing, as a multiple of the prior's. In bfloat16, beside other work.""",
     "mixtures": """## Mixtures
 
 The demo's three stories (`make demo`): the guide that was trained for each, alone and mixed with

@@ -152,27 +152,3 @@ def test_the_gpu_script_says_where_there_is_none(tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "no CUDA device" in line and not list(tmp_path.iterdir())
-
-
-def test_a_contrast_of_contexts_diverges_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    contrast = importlib.import_module("contrast")
-    monkeypatch.setattr(contrast, "LONGEST", 1)
-    lm = tiny_lm(["a", "b", ".", " "], seed=3)
-    texts = {"prior": "a", "whole": "ab", "whole without": "bb"}
-    weights = {"prior": 1.0, "whole": 0.5, "whole without": -0.5}
-    found = {
-        n: torch.log_softmax(lm.model(torch.tensor([lm.encode_prompt(t)])).logits[0, -1], -1)
-        for n, t in texts.items()
-    }
-    q = torch.softmax(sum(w * found[n] for n, w in weights.items()), -1)
-    sampler = contrast.Sampler(lm, 4000)
-    tokens, ended, divergence = sampler.draw(texts, weights, seed=0)
-    expected = float((q * (q.log() - found["prior"])).sum())
-    assert expected > 1e-3
-    np.testing.assert_allclose(divergence, expected, rtol=1e-4)
-    counts = np.bincount([t for (t,) in tokens], minlength=len(q)) / 4000
-    assert np.abs(counts - q.detach().numpy()).max() < 5 * 0.5 / 4000**0.5  # five errors at most
-    assert ended.mean() == pytest.approx(counts[sampler.ends.numpy()].sum())
-    tokens, ended, divergence = sampler.draw(texts, {"prior": 1.0}, seed=0)
-    np.testing.assert_allclose(divergence, 0.0, atol=1e-6)

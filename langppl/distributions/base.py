@@ -16,7 +16,7 @@ from langppl.distributions import sites
 from langppl.distributions.text import Text
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt
-from langppl.lm.requests import Reply, Request, perform
+from langppl.lm.requests import Reading, Reply, Request, perform
 
 Key = tuple[int | str, ...]
 
@@ -90,7 +90,7 @@ class StringDistribution(Undrawn, dist.Distribution):
         self,
         key: Key,
         *,
-        prompt: tuple[int, ...] | None = None,
+        prompt: Reading | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
     ) -> tuple[Text, float]:
@@ -98,7 +98,7 @@ class StringDistribution(Undrawn, dist.Distribution):
 
         Args:
             key: what the random numbers depend on.
-            prompt: ids to read in place of the distribution's own prompt (a guide's context).
+            prompt: what to read in place of the distribution's own prompt (a guide's context).
             adapter: adapter on the LM in place of the distribution's own (a guide's).
             temperature: divides the logits, on top of the distribution's own.
 
@@ -108,13 +108,13 @@ class StringDistribution(Undrawn, dist.Distribution):
 
     @abstractmethod
     def pending(
-        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+        self, value: str, *, prompt: Reading | None = None, adapter: str | None = None
     ) -> Pending:
         """What must be asked of the LM for the log-probability of a value.
 
         Args:
             value: the string; a `Text` of this LM is scored by its tokens.
-            prompt: ids to read in place of the distribution's own prompt.
+            prompt: what to read in place of the distribution's own prompt.
             adapter: adapter on the LM in place of the distribution's own.
         """
 

@@ -14,7 +14,7 @@ from langppl.distributions.lmstring import LMString
 from langppl.distributions.text import Text
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt
-from langppl.lm.requests import Reply, ScoreReply, ScoreRequest, perform
+from langppl.lm.requests import Reading, Reply, ScoreReply, ScoreRequest, perform, read_as
 from langppl.lm.rules import Path, Violation
 from langppl.lm.seeds import generator
 from langppl.lm.trainable import TrainableLM
@@ -92,14 +92,14 @@ class LMChoice(StringDistribution):
         return f"it is none of the options {list(self.options)!r}"
 
     def requests(
-        self, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+        self, *, prompt: Reading | None = None, adapter: str | None = None
     ) -> list[ScoreRequest]:
         """One request for each option.
 
         Raises:
             ValueError: if an option cannot be written in the LM's tokens.
         """
-        read = self.prompt_ids() if prompt is None else prompt
+        read, beside, longest = read_as(prompt, self.prompt_ids(), self.adapter)
         found = []
         for option in self.options:
             self._open._check_join(option)
@@ -110,9 +110,9 @@ class LMChoice(StringDistribution):
                     f"{self.lm!r}: {path.reason}"
                 )
             assert isinstance(path, Path)
-            self._open._check_fits(len(read), len(path.tokens))
+            self._open._check_fits(longest, len(path.tokens))
             under = self.adapter if adapter is None else adapter
-            found.append(ScoreRequest(self.lm, read, path, 1.0, under))
+            found.append(ScoreRequest(self.lm, read, path, 1.0, under, beside))
         return found
 
     @staticmethod
@@ -122,9 +122,7 @@ class LMChoice(StringDistribution):
         normalised: np.ndarray = shifted - np.log(np.exp(shifted).sum())
         return normalised
 
-    def log_probs(
-        self, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
-    ) -> np.ndarray:
+    def log_probs(self, *, prompt: Reading | None = None, adapter: str | None = None) -> np.ndarray:
         """Log-probability of each option, shape [options], nats."""
         return self._normalised(perform(self.requests(prompt=prompt, adapter=adapter)))
 
@@ -132,7 +130,7 @@ class LMChoice(StringDistribution):
         self,
         key: Key,
         *,
-        prompt: tuple[int, ...] | None = None,
+        prompt: Reading | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
     ) -> tuple[Text, float]:
@@ -155,7 +153,7 @@ class LMChoice(StringDistribution):
         return Text(option, self.lm.encode_text(option), self.lm.fingerprint)
 
     def pending(
-        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+        self, value: str, *, prompt: Reading | None = None, adapter: str | None = None
     ) -> Pending:
         """See `StringDistribution.pending`."""
         if value not in self.options:

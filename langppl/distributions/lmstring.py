@@ -15,7 +15,15 @@ from langppl.keywords import named
 from langppl.lm.grammars import Grammar
 from langppl.lm.model import LM
 from langppl.lm.prompts import Prompt, begun_answer, check_prompt
-from langppl.lm.requests import DrawReply, DrawRequest, ScoreReply, ScoreRequest, perform
+from langppl.lm.requests import (
+    DrawReply,
+    DrawRequest,
+    Reading,
+    ScoreReply,
+    ScoreRequest,
+    perform,
+    read_as,
+)
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
 from langppl.lm.trainable import TrainableLM, split
 from langppl.lm.vocabulary import REPLACEMENT
@@ -175,7 +183,7 @@ class LMString(StringDistribution):
         self,
         key: Key,
         *,
-        prompt: tuple[int, ...] | None = None,
+        prompt: Reading | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
     ) -> tuple[Text, float]:
@@ -191,7 +199,7 @@ class LMString(StringDistribution):
         begun: tuple[int, ...],
         key: Key,
         *,
-        prompt: tuple[int, ...] | None = None,
+        prompt: Reading | None = None,
         adapter: str | None = None,
         temperature: float = 1.0,
     ) -> tuple[Text, float]:
@@ -201,7 +209,7 @@ class LMString(StringDistribution):
             begun: the ids that are there already, none of them an ending action.
             key: what the random numbers depend on; with the key of a whole string and its first
                 ids, the rest is that of the whole string.
-            prompt: ids to read in place of the distribution's own prompt (a guide's context).
+            prompt: what to read in place of the distribution's own prompt (a guide's context).
             adapter: adapter on the LM in place of the distribution's own.
             temperature: divides the logits, on top of the distribution's own.
 
@@ -225,32 +233,20 @@ class LMString(StringDistribution):
                 f"{sites.where()}the string has no max_tokens and {self.lm!r} states no context "
                 "window; give its LMString max_tokens"
             )
-        read = own if prompt is None else prompt
+        read, beside, longest = read_as(prompt, own, self.adapter)
         if prompt is not None:
-            self._check_fits(len(prompt), self.rules.max_tokens or 1)
-        reply = self._draw(read, limit, key, adapter, temperature, begun)
-        return self.text_of(reply), reply.log_prob
-
-    def _draw(
-        self,
-        prompt: tuple[int, ...],
-        limit: int,
-        key: Key,
-        adapter: str | None,
-        temp: float,
-        begun: tuple[int, ...],
-    ) -> DrawReply:
-        own = self.adapter if adapter is None else adapter
+            self._check_fits(longest, self.rules.max_tokens or 1)
         # A context that is longer than the prompt leaves less room than the string may need.
         window = self.lm.window
-        room = None if window is None or len(prompt) + limit <= window else window - len(prompt)
+        room = None if window is None or longest + limit <= window else window - longest
+        under = self.adapter if adapter is None else adapter
         request = DrawRequest(
-            self.lm, prompt, self.bound, limit, key, temp, own, begun=begun, length=room
+            self.lm, read, self.bound, limit, key, temperature, under, room, begun, beside
         )
         (reply,) = perform([request])
         assert isinstance(reply, DrawReply)
         check_ended(request, reply)
-        return reply
+        return self.text_of(reply), reply.log_prob
 
     def text_of(self, reply: DrawReply) -> Text:
         """What was drawn, as a value."""
@@ -337,7 +333,7 @@ class LMString(StringDistribution):
         return self.parse(value).reason
 
     def pending(
-        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+        self, value: str, *, prompt: Reading | None = None, adapter: str | None = None
     ) -> Pending:
         """See `StringDistribution.pending`."""
         request = self.request(value, prompt=prompt, adapter=adapter)
@@ -352,7 +348,7 @@ class LMString(StringDistribution):
         return Pending((request,), finish)
 
     def request(
-        self, value: str, *, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+        self, value: str, *, prompt: Reading | None = None, adapter: str | None = None
     ) -> ScoreRequest | None:
         """What to ask the LM for a value, None if the rules could not have produced it.
 
@@ -364,10 +360,10 @@ class LMString(StringDistribution):
         path = self.parse(value, len(own))
         if isinstance(path, Violation):
             return None
-        read = own if prompt is None else prompt
-        self._check_fits(len(read), len(path.tokens))
+        read, beside, longest = read_as(prompt, own, self.adapter)
+        self._check_fits(longest, len(path.tokens))
         under = self.adapter if adapter is None else adapter
-        return ScoreRequest(self.lm, read, path, self.rules.temperature, under)
+        return ScoreRequest(self.lm, read, path, self.rules.temperature, under, beside)
 
     def _check_join(self, value: object) -> None:
         """Warns once a site if plain text is glued to the last word of the prompt."""

@@ -4,6 +4,7 @@ from langppl.guides.base import Guide, PriorGuide
 from langppl.guides.context import ContextInfo, default_context, observations_first
 from langppl.guides.function import FunctionGuide
 from langppl.guides.gflownet import GFlowNetGuide
+from langppl.guides.guidance import Guidance
 from langppl.guides.history import History
 from langppl.guides.masked import MaskedGuide
 from langppl.guides.mixture import MixtureGuide
@@ -16,6 +17,7 @@ __all__ = [
     "ContextInfo",
     "FunctionGuide",
     "GFlowNetGuide",
+    "Guidance",
     "Guide",
     "History",
     "MaskedGuide",

@@ -13,7 +13,7 @@ from langppl.diagnostics import Array
 from langppl.distributions import LMChoice, StringDistribution
 from langppl.guides import identity
 from langppl.lm.counts import as_count
-from langppl.lm.requests import ScoreReply, perform
+from langppl.lm.requests import Reading, ScoreReply, perform
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.program import Program, compile, run_together
 from langppl.program.arguments import pairs_of
@@ -249,7 +249,7 @@ class Guide(ABC):
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution
-    ) -> tuple[tuple[int, ...] | None, str | None]:
+    ) -> tuple[Reading | None, str | None]:
         """What the guide's LM reads where it goes on with a string that has begun.
 
         Args:
@@ -259,7 +259,7 @@ class Guide(ABC):
             execution: the execution before it.
 
         Returns:
-            The ids to read in place of the site's own prompt, and the adapter; None for the
+            What to read in place of the site's own prompt, and the adapter; None for the
             prompt, and for the site's own adapter (none but for a trainable view's). The default
             is the model's own law.
         """
@@ -341,14 +341,14 @@ def log_q_together(guide: Guide, pairs: Sequence[tuple[Program, Mapping[str, Any
 
 
 def raw_log_prob(
-    fn: Any, value: Any, prompt: tuple[int, ...] | None = None, adapter: str | None = None
+    fn: Any, value: Any, prompt: Reading | None = None, adapter: str | None = None
 ) -> float:
     """Log-probability with which a value is drawn, rejected strings included.
 
     Args:
         fn: a site's distribution.
         value: the value.
-        prompt: ids that are read in place of a string's own prompt.
+        prompt: what is read in place of a string's own prompt.
         adapter: adapter on the LM in place of the distribution's own.
 
     Returns:

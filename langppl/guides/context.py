@@ -148,8 +148,16 @@ def context_ids(
     lm: LM,
 ) -> tuple[int, ...]:
     """Token ids of a latent's context."""
-    found = context(context_info(program, site, fn, execution))
+    return encode_context(context(context_info(program, site, fn, execution)), site, lm)
+
+
+def encode_context(context: Prompt, site: str, lm: LM) -> tuple[int, ...]:
+    """Token ids of what a context function made for a latent.
+
+    Raises:
+        TypeError: if that is no prompt.
+    """
     try:
-        return lm.encode_prompt(check_prompt(found))
+        return lm.encode_prompt(check_prompt(context))
     except TypeError as error:
         raise TypeError(f"the guide's context for site {site!r}: {error}") from None

@@ -24,9 +24,10 @@ import torch
 
 from langppl.guides.base import Guide, Key, Scorer
 from langppl.guides.context import ContextFunction, context_ids, default_context, observations_first
+from langppl.guides.guidance import Guidance, Reader, check_guidance
 from langppl.guides.heads import FLOW, Heads
 from langppl.guides.history import History
-from langppl.guides.identity import of_adapter, of_function, of_tensors
+from langppl.guides.identity import of_adapter, of_function, of_guidance, of_tensors
 from langppl.guides.keeping import Keeper
 from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
@@ -40,7 +41,7 @@ from langppl.lm.counts import as_count, as_number, as_pair
 from langppl.lm.files import write_atomically
 from langppl.lm.formats import check_format
 from langppl.lm.model import LM
-from langppl.lm.requests import StateReply, StateRequest, alone, perform
+from langppl.lm.requests import Reading, StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.posterior import Posterior
@@ -54,7 +55,7 @@ from langppl.warn import warn
 GUIDE_FILE = "guide.json"
 REPLAYED = 16_384
 """Most draws that are kept for replay over all observations."""
-_VERSION = 2
+_VERSION = 3
 _FORM_OF_GIVEN = (
     'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
     "posterior; for several observations a list of such, one for each"
@@ -71,6 +72,9 @@ class GFlowNetGuide(Guide):
             trainable view of it are the guide's to propose.
         context: makes what the policy reads before a latent; the default shows the observations
             that depend on it (see `langppl.guides.context.ContextInfo`).
+        guidance: has the guide propose strings from the prior, changed by what the context shows
+            (see `Guidance`); training changes what it makes of the context. None proposes after the
+            context as it is.
         rank: of the LoRA adapter.
         alpha: LoRA's scale; the rank if None.
         objective: what it is trained with:
@@ -125,6 +129,7 @@ class GFlowNetGuide(Guide):
         lm: LM,
         *,
         context: ContextFunction | None = None,
+        guidance: Guidance | None = None,
         rank: int = 16,
         alpha: int | None = None,
         objective: str = "auto",
@@ -144,6 +149,7 @@ class GFlowNetGuide(Guide):
         check_lm(lm)
         if context is not None and not callable(context):
             raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
+        check_guidance(guidance)
         if not callable(numeric) and numeric not in ("head", "prior"):
             raise ValueError(f'numeric must be "head", "prior" or a Pyro guide, got {numeric!r}')
         rank = as_count("rank", rank, 1)
@@ -156,7 +162,7 @@ class GFlowNetGuide(Guide):
             base_model_name_or_path=lm.name,
             revision=lm.revision,
         )
-        self._setup(lm, context, objective, numeric, seed)
+        self._setup(lm, context, guidance, objective, numeric, seed)
         self.defensive = defensive
         with seeded(seed):
             lm.add_adapter(self.adapter, config)
@@ -164,10 +170,17 @@ class GFlowNetGuide(Guide):
     # What is made in inference mode can never be trained.
     @torch.inference_mode(False)
     def _setup(
-        self, lm: LM, context: ContextFunction | None, objective: str, numeric: Any, seed: int
+        self,
+        lm: LM,
+        context: ContextFunction | None,
+        guidance: Guidance | None,
+        objective: str,
+        numeric: Any,
+        seed: int,
     ) -> None:
         self.lm = lm
         self.context = context or default_context
+        self.guidance = guidance
         self.objective = objective
         self.numeric = numeric
         self._told: set[str] = set()
@@ -194,6 +207,8 @@ class GFlowNetGuide(Guide):
             own = f"{super().identity()} {own}"
         if self.context is not default_context:
             own += f" context {of_function(self.context)}"
+        if self.guidance is not None:
+            own += f" {of_guidance(self.guidance)}"
         if self._defensive:
             own += f" defensive {self._defensive!r}"
         if callable(self.numeric):
@@ -208,7 +223,7 @@ class GFlowNetGuide(Guide):
         return Proposer(
             self.lm,
             self.adapter,
-            self.context,
+            Reader(self.context, self.guidance),
             None if self.numeric == "prior" else self.heads,
             self.numeric if callable(self.numeric) else None,
             self._told,
@@ -280,19 +295,20 @@ class GFlowNetGuide(Guide):
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution
-    ) -> tuple[tuple[int, ...] | None, str | None]:
+    ) -> tuple[Reading | None, str | None]:
         """See `Guide.reads`; without the share of the prior that `defensive` mixes in."""
         own = self.proposer
         if not own.covers(fn):
             return None, None
-        return context_ids(program, name, fn, execution, own.context, own.lm), own.adapter
+        return own.reader.reading(program, name, fn, execution, own.lm), own.adapter
 
     def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
         """See `Guide.log_flow`."""
         own = self.proposer
         if _pattern(name) not in self.flows or not own.covers(fn):
             return None
-        prompt = context_ids(program, name, fn, execution, own.context, own.lm)
+        # What it learned reads the context itself, guidance or none.
+        prompt = context_ids(program, name, fn, execution, self.context, own.lm)
         (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
         assert isinstance(reply, StateReply)
         with torch.no_grad():
@@ -519,11 +535,13 @@ class GFlowNetGuide(Guide):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a standard PEFT adapter folder, and beside it `guide.json` and the heads.
 
-        A context function or a Pyro guide is code and is not saved: give it again to `load`.
+        A context function, that of a guidance or a Pyro guide is code and is not saved: give it
+        again to `load`.
         """
         self.lm.save_adapter(self.adapter, folder)
         self.heads.save(folder)
         packages = ("langppl", "torch", "transformers", "peft")
+        without = None if self.guidance is None else self.guidance.without
         record = {
             "format": "langppl-guide",
             "version": _VERSION,
@@ -532,6 +550,8 @@ class GFlowNetGuide(Guide):
             "objective": self.objective,
             "context": _name_of(self.context),
             "default_context": self.context is default_context,
+            "guidance": None if self.guidance is None else self.guidance.scale,
+            "without": _name_of(without) if without is not None else None,
             "numeric": self.numeric if isinstance(self.numeric, str) else "pyro",
             "sites": sorted(self.learned),
             "flows": sorted(self.flows),
@@ -553,6 +573,7 @@ class GFlowNetGuide(Guide):
         lm: LM,
         *,
         context: ContextFunction | None = None,
+        without: ContextFunction | None = None,
         numeric: Callable[..., Any] | None = None,
     ) -> GFlowNetGuide:
         """Reads a guide that `save` wrote.
@@ -562,6 +583,7 @@ class GFlowNetGuide(Guide):
             lm: the LM that it was trained on.
             context: the context function, if the guide was made with one; langppl's own are found
                 by themselves. One of another name than it was trained with is a warning.
+            without: the function of its guidance, if that had one of its own; likewise.
             numeric: the Pyro guide of numeric latents, if it was made with one.
 
         Returns:
@@ -569,7 +591,7 @@ class GFlowNetGuide(Guide):
 
         Raises:
             ValueError: if a file is missing or corrupt, the guide was trained on another LM, or
-                its context function or Pyro guide is missing.
+                a function of its own or its Pyro guide is missing.
             TypeError: for a folder that is no path, or an LM that is none.
         """
         if not isinstance(folder, str | os.PathLike):
@@ -594,6 +616,7 @@ class GFlowNetGuide(Guide):
             # The first version drew numbers from the prior.
             how = record.get("numeric", "prior")
             named = str(record.get("context", ""))
+            scale, named_without = record.get("guidance"), record.get("without")
             # Older ones have none.
             history = History(
                 {
@@ -610,12 +633,14 @@ class GFlowNetGuide(Guide):
                 f"{lm!r} has other weights (fingerprint {lm.weights_fingerprint})"
             )
         context = _context_of(folder, named, plain, context)
+        guidance = _guidance_of(path, scale, named_without, without)
         if how == "pyro" and numeric is None:
             raise ValueError(
                 f"the guide in {folder} was made with a Pyro guide for numbers; give it to load"
             )
         self = cls.__new__(cls)
-        self._setup(lm, context, objective, how if numeric is None else numeric, seed)
+        how_numbers = how if numeric is None else numeric
+        self._setup(lm, context, guidance, objective, how_numbers, seed)
         self.defensive = defensive
         self.history = history
         self.learned, self.flows = learned, flows
@@ -657,13 +682,48 @@ def _context_of(
             f"the guide in {folder} was trained with a context function of its own, {named}; give "
             "it to load"
         )
-    # What was a script's own function then may be a module's now; the first version has no name.
-    if named and _name_of(context).partition(":")[2] != named.partition(":")[2]:
-        warn(
-            f"the guide in {folder} was trained with the context {named}, and reads "
-            f"{_name_of(context)} now",
-        )
+    _warn_of_another(folder, "context", named, context)
     return context
+
+
+def _guidance_of(
+    path: Path, scale: Any, named: str | None, without: ContextFunction | None
+) -> Guidance | None:
+    """The guidance of a saved guide, with its function if it had one of its own."""
+    if scale is None:
+        if without is not None:
+            raise ValueError(
+                f"the guide in {path.parent} has no guidance, so load takes no without"
+            )
+        return None
+    if named is not None and without is None:
+        raise ValueError(
+            f"the guide in {path.parent} was trained with a guidance by a function of its own, "
+            f"{named}; give it to load as without"
+        )
+    if named is None and without is not None:
+        raise ValueError(
+            f"the guidance of the guide in {path.parent} is by its context function, so load takes "
+            "no without"
+        )
+    if without is not None and named is not None:
+        _warn_of_another(path.parent, "context without observations", named, without)
+    try:
+        return Guidance(scale, without)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is corrupt: {error}") from error
+
+
+def _warn_of_another(
+    folder: str | os.PathLike[str], what: str, named: str, function: ContextFunction
+) -> None:
+    """Warns of a function of another name than a guide was trained with."""
+    # What was a script's own function then may be a module's now; the first version has no name.
+    if named and _name_of(function).partition(":")[2] != named.partition(":")[2]:
+        warn(
+            f"the guide in {folder} was trained with the {what} {named}, and reads "
+            f"{_name_of(function)} now",
+        )
 
 
 def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from langppl.guides.checkpoints import name_of, plain
+from langppl.guides.guidance import Guidance
 from langppl.lm import LM, adapters
 from langppl.program.statements import bound_to
 
@@ -37,6 +38,12 @@ def of_function(fn: Any) -> str:
     while hasattr(inner, "func"):  # a functools.partial
         inner = inner.func
     return f"{name_of(inner)} {plain(bound_to(fn))!r}"
+
+
+def of_guidance(guidance: Guidance) -> str:
+    """A guidance's scale, and the function that it has of its own."""
+    own = "" if guidance.without is None else f" without {of_function(guidance.without)}"
+    return f"guidance {guidance.scale!r}{own}"
 
 
 def of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

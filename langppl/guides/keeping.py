@@ -218,6 +218,9 @@ class Keeper:
         }
         if own := _adapters(first):
             described["adapters"] = checkpoints.digest(own)
+        if (guidance := trainer.guide.guidance) is not None:
+            named = None if guidance.without is None else checkpoints.name_of(guidance.without)
+            described["guidance"] = [guidance.scale, named]
         if trainer.weights is not None:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))

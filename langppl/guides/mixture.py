@@ -13,6 +13,7 @@ from langppl.guides.base import Guide, Key, PriorGuide, Scorer
 from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.prompted import PromptedGuide
+from langppl.lm.requests import Reading
 from langppl.lm.seeds import generator
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution
@@ -121,7 +122,7 @@ class MixtureGuide(Guide):
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution
-    ) -> tuple[tuple[int, ...] | None, str | None]:
+    ) -> tuple[Reading | None, str | None]:
         """See `Guide.reads`; those of the guide with the largest share."""
         largest = self.guides[int(np.argmax(self.shares))]
         return largest.reads(program, name, fn, execution)

@@ -12,10 +12,10 @@ import torch
 from langppl.distributions import StringDistribution
 from langppl.guides.base import Key, raw_log_prob
 from langppl.guides.checks import check_number, check_run, name_of
-from langppl.guides.context import ContextFunction, context_ids
+from langppl.guides.guidance import Reader
 from langppl.guides.heads import Heads, head_of
 from langppl.lm.model import LM
-from langppl.lm.requests import StateReply, StateRequest, perform
+from langppl.lm.requests import Guided, Reading, StateReply, StateRequest, perform
 from langppl.lm.seeds import generator, seeded
 from langppl.program import Program
 from langppl.program.apart import unseen
@@ -41,7 +41,7 @@ class Proposer:
     Attributes:
         lm: the LM.
         adapter: name of the adapter on it.
-        context: makes what the policy reads.
+        reader: makes what the policy reads.
         heads: for numeric latents; None to draw these from the prior.
         numeric: a Pyro guide that proposes them instead, a function of the model's arguments.
         told: the names of that guide's sites which a warning has said are no latents.
@@ -49,7 +49,7 @@ class Proposer:
 
     lm: LM
     adapter: str
-    context: ContextFunction
+    reader: Reader
     heads: Heads | None = None
     numeric: Callable[..., Any] | None = None
     told: set[str] = field(default_factory=set)
@@ -73,7 +73,7 @@ class Policy:
         defensive: share of proposals that are drawn from the prior.
 
     Attributes:
-        contexts: of each latent that the policy covers, the ids that it read before it.
+        contexts: of each latent that the policy covers, what it read before it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Policy:
         self.proposer, self.program, self.key = proposer, program, key
         self.temperature, self.defensive = temperature, defensive
         self.values = values
-        self.contexts: dict[str, tuple[int, ...]] = {}
+        self.contexts: dict[str, Reading] = {}
         self._proposed: Mapping[str, Site] | None = None
 
     def __call__(self, name: str, fn: Any, execution: Execution) -> Choice:
@@ -96,9 +96,7 @@ class Policy:
         own, key = self.proposer, (*self.key, name)
         covered = own.covers(fn)
         if covered:
-            self.contexts[name] = context_ids(
-                self.program, name, fn, execution, own.context, own.lm
-            )
+            self.contexts[name] = own.reader.reading(self.program, name, fn, execution, own.lm)
         if self.values is not None:
             return given_values(self.values)(name, fn, execution)
         if not covered:
@@ -111,7 +109,7 @@ class Policy:
         if not own.covers(fn):
             site = self._site_elsewhere(name, fn, execution)
             return raw_log_prob(fn if site is None else site.fn, value)
-        prompt = context_ids(self.program, name, fn, execution, own.context, own.lm)
+        prompt = own.reader.reading(self.program, name, fn, execution, own.lm)
         if isinstance(fn, StringDistribution):
             log_q = raw_log_prob(fn, value, prompt, own.adapter)
         else:
@@ -140,7 +138,7 @@ class Policy:
         # A string that is rejected has no log_prob, but the prior does propose it.
         return Choice(value, mixed(log_q, raw_log_prob(fn, value), self.defensive))
 
-    def _number(self, fn: Any, key: Key, prompt: tuple[int, ...]) -> Choice:
+    def _number(self, fn: Any, key: Key, prompt: Reading) -> Choice:
         made = self._made(fn, prompt)
         if self.defensive and generator((*key, "defence")).random() < self.defensive:
             value = draw_number(fn, (*key, "prior"))
@@ -151,10 +149,10 @@ class Policy:
             log_q = mixed(log_q, log_density(fn, value), self.defensive)
         return choice_of_number(made, value, log_q)
 
-    def _made(self, fn: Any, prompt: tuple[int, ...]) -> Any:
+    def _made(self, fn: Any, prompt: Reading) -> Any:
         """What the heads propose for a number after a context."""
         own = self.proposer
-        assert own.heads is not None
+        assert own.heads is not None and not isinstance(prompt, Guided)
         (reply,) = perform([StateRequest(own.lm, prompt, own.adapter)])
         assert isinstance(reply, StateReply)
         with torch.no_grad():

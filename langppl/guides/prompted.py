@@ -7,8 +7,10 @@ from typing import Any
 
 from langppl.distributions import StringDistribution
 from langppl.guides.base import Guide, Key, raw_log_prob
-from langppl.guides.context import ContextFunction, context_ids, default_context
-from langppl.guides.identity import of_function
+from langppl.guides.context import ContextFunction, default_context
+from langppl.guides.guidance import Guidance, Reader, check_guidance
+from langppl.guides.identity import of_function, of_guidance
+from langppl.lm.requests import Reading
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
 from langppl.program.execution import given as given_values
@@ -19,28 +21,38 @@ class PromptedGuide(Guide):
 
     Args:
         context: makes the context; the default shows the observations that depend on the latent.
+        guidance: draws from the prior, changed by what the context shows (see `Guidance`); None
+            draws after the context as it is.
 
     Raises:
-        TypeError: for a context that is no function.
+        TypeError: for a context that is no function, or a guidance that is none.
     """
 
     name = "prompted"
 
-    def __init__(self, context: ContextFunction | None = None) -> None:
+    def __init__(
+        self, context: ContextFunction | None = None, *, guidance: Guidance | None = None
+    ) -> None:
         if context is not None and not callable(context):
             raise TypeError(f"context must be a function of a ContextInfo, got {context!r}")
+        check_guidance(guidance)
         self.context = context or default_context
+        self.guidance = guidance
 
     def __repr__(self) -> str:
-        """The context function, if it is not the default."""
-        own = "" if self.context is default_context else getattr(self.context, "__name__", "...")
-        return f"PromptedGuide({own})"
+        """The context function, if it is not the default, and the guidance."""
+        own = [] if self.context is default_context else [getattr(self.context, "__name__", "...")]
+        if self.guidance is not None:
+            own.append(f"guidance={self.guidance.scale:g}")
+        return f"PromptedGuide({', '.join(own)})"
 
     def identity(self) -> str:
         """See `Guide.identity`."""
-        if type(self) is PromptedGuide and self.context is default_context:
-            return self.name
-        return f"{super().identity()} {of_function(self.context)}"
+        if type(self) is not PromptedGuide or self.context is not default_context:
+            own = f"{super().identity()} {of_function(self.context)}"
+        else:
+            own = self.name
+        return own if self.guidance is None else f"{own} {of_guidance(self.guidance)}"
 
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
@@ -62,13 +74,14 @@ class PromptedGuide(Guide):
             value = take(name, fn, execution).value
             prompt = None
             if isinstance(fn, StringDistribution):
-                prompt = context_ids(program, name, fn, execution, self.context, fn.lm)
+                prompt, _ = self.reads(program, name, fn, execution)
             return Choice(value, raw_log_prob(fn, value, prompt))
 
         return choose
 
     def reads(
         self, program: Program, name: str, fn: Any, execution: Execution
-    ) -> tuple[tuple[int, ...] | None, str | None]:
+    ) -> tuple[Reading | None, str | None]:
         """See `Guide.reads`."""
-        return context_ids(program, name, fn, execution, self.context, fn.lm), None
+        reader = Reader(self.context, self.guidance)
+        return reader.reading(program, name, fn, execution, fn.lm), None

@@ -15,7 +15,14 @@ from langppl.guides.heads import Heads
 from langppl.guides.objectives import Actions, Trajectory
 from langppl.lm.divergence import step_divergences
 from langppl.lm.model import LM
-from langppl.lm.requests import ScoreReply, ScoreRequest, StateRequest, perform
+from langppl.lm.requests import (
+    Guided,
+    Reading,
+    ScoreReply,
+    ScoreRequest,
+    StateRequest,
+    perform,
+)
 from langppl.lm.rules import Path
 from langppl.lm.scoring import PathLogProbs, score_with_gradients
 from langppl.program import Program
@@ -40,11 +47,11 @@ class Part:
 
     Attributes:
         site: the latent, with its distribution and value.
-        context: ids that the policy reads before it.
+        context: what the policy reads before it.
     """
 
     site: Site
-    context: tuple[int, ...]
+    context: Reading
 
     def requests(self, lm: LM, adapter: str | None) -> list[ScoreRequest | StateRequest]:
         """What to ask the policy for; empty if the value is not the policy's to make."""
@@ -55,6 +62,7 @@ class Part:
         if isinstance(fn, LMChoice):
             is_option = value in fn.options
             return list(fn.requests(prompt=self.context, adapter=adapter)) if is_option else []
+        assert not isinstance(self.context, Guided)
         return [StateRequest(lm, self.context, adapter)]
 
     def is_drawable(self, lm: LM) -> bool:
@@ -165,7 +173,7 @@ def key_of(parts: Sequence[Part], execution: Execution) -> object:
     return (tuple(strings.items()), rest)
 
 
-Contexts = Mapping[str, tuple[int, ...]]
+Contexts = Mapping[str, Reading]
 
 
 @dataclass
@@ -175,7 +183,7 @@ class Batch:
     Attributes:
         program: the program.
         executions: unscored runs.
-        contexts: for each, the ids that the policy read before each latent it covers.
+        contexts: for each, what the policy read before each latent it covers.
         prefixes: whether to score every prefix of the first latent, a string, as well: of the one
             that the program is known to have.
         log_joints: where the log joints are known and need not be told apart (the guide covers
@@ -319,7 +327,7 @@ def to_record(draw: Draw) -> dict[str, Any]:
     """A draw as JSON can hold it."""
     return {
         "latents": {site: encode(value) for site, value in draw.latents.items()},
-        "contexts": {p.site.name: list(p.context) for p in draw.parts},
+        "contexts": {p.site.name: _context_to_record(p.context) for p in draw.parts},
         "log_prior": draw.log_prior,
         "log_rest": draw.log_rest,
         "ends": [list(end) for end in draw.ends],
@@ -330,6 +338,22 @@ def to_record(draw: Draw) -> dict[str, Any]:
     }
 
 
+def _context_to_record(context: Reading) -> Any:
+    if isinstance(context, Guided):
+        return {
+            "prompt": list(context.prompt),
+            "without": list(context.without),
+            "scale": context.scale,
+        }
+    return list(context)
+
+
+def _context_from_record(record: Any) -> Reading:
+    if isinstance(record, Mapping):
+        return Guided(tuple(record["prompt"]), tuple(record["without"]), float(record["scale"]))
+    return tuple(record)
+
+
 def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list[Draw]:
     """The draws that `to_record` wrote; the program is run for their sites, and nothing scored."""
     rows = [{site: decode(v) for site, v in r["latents"].items()} for r in records]
@@ -337,7 +361,8 @@ def from_records(program: Program, records: Sequence[Mapping[str, Any]]) -> list
     draws = []
     for record, execution in zip(records, executions, strict=True):
         parts = [
-            Part(execution.sites[name], tuple(ids)) for name, ids in record["contexts"].items()
+            Part(execution.sites[name], _context_from_record(context))
+            for name, context in record["contexts"].items()
         ]
         draws.append(
             Draw(

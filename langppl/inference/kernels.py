@@ -34,7 +34,7 @@ import torch
 
 from langppl.distributions import LMString, StringDistribution
 from langppl.guides.base import Guide, Key
-from langppl.lm.requests import ScoreReply, perform
+from langppl.lm.requests import Reading, ScoreReply, perform
 from langppl.lm.rules import Path
 from langppl.lm.seeds import generator
 from langppl.program import Program, run_together
@@ -137,7 +137,7 @@ class _Move:
         self._kept: set[str] = set()
         self._is_possible = True
         self._cut = 0
-        self._read: tuple[tuple[int, ...] | None, str | None] = (None, None)
+        self._read: tuple[Reading | None, str | None] = (None, None)
 
     def choose(self, name: str, fn: Any, execution: Execution) -> Choice:
         """See `langppl.program.execution.Chooser`."""

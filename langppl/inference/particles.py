@@ -101,7 +101,8 @@ class Growing:
         request, fn = self.request, self.fn
         own = fn.prompt_ids()
         return (
-            request.adapter == fn.adapter
+            request.beside is None
+            and request.adapter == fn.adapter
             and request.temperature == 1.0
             and request.rules is fn.bound
             and request.prompt == own
@@ -405,11 +406,7 @@ class Crowd:
         for particle, g in self.growing():
             path = None if g.is_ended else g.request.rules.begun(g.ids, g.request.limit)
             if path is not None:
-                temperature = g.request.rules.rules.temperature * g.request.temperature
-                request = ScoreRequest(
-                    g.request.lm, g.request.prompt, path, temperature, g.request.adapter
-                )
-                wanted.append((particle, request))
+                wanted.append((particle, g.request.scoring(path)))
         replies = perform([r for _, r in wanted])
         return {
             id(p): float(reply.canonical[-1])
@@ -533,9 +530,7 @@ def _followed(g: Growing, held: Held, every: int | None) -> Growing:
     path = request.rules.parse(g.fn.tokens_of(value), value.encode(), request.limit)
     if not isinstance(path, Path) or path.ending == "dead":
         raise MissedError
-    temperature = request.rules.rules.temperature * request.temperature
-    asked = ScoreRequest(request.lm, request.prompt, path, temperature, request.adapter)
-    (reply,) = perform([asked])
+    (reply,) = perform([request.scoring(path)])
     assert isinstance(reply, ScoreReply)
     length = len(path.tokens) + 1 if every is None else len(g.ids) + every
     # As a draw of so many tokens: one that stands at its limit has ended, others have yet to.

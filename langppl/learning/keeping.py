@@ -14,6 +14,7 @@ import torch
 
 from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule, checkpoints
 from langppl.guides.checkpoints import plain
+from langppl.guides.identity import of_guidance
 from langppl.inference.methods import infer
 from langppl.inference.settings import options_in_words
 from langppl.learning.maximiser import Maximiser
@@ -78,6 +79,8 @@ class Keeper:
             more["guide's settings"] = [guide.objective, guide.seed, guide.defensive]
             more["guide's adapter"] = [config.r, config.lora_alpha]
             more["context"] = checkpoints.name_of(guide.context)
+            if guide.guidance is not None:
+                more["guidance"] = of_guidance(guide.guidance)
             more["numeric"] = plain(guide.numeric)
         shown = {k: _shown(v) for k, v in (fitting or {}).items() if k not in _NO_SETTINGS}
         if (fitting or {}).get("validation") is not None:

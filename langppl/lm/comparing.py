@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from langppl.lm import decoding
+from langppl.lm import growing
 from langppl.lm.packed import check_finite, tolerance
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ def _padded(lm: LM, texts: list[tuple[int, ...]], prefix: tuple[int, ...]) -> li
 
 def _stepped(lm: LM, texts: list[tuple[int, ...]]) -> list[torch.Tensor]:
     """The last logits of texts in a batch that is padded on the left, their last token a step."""
-    _, cache, mask, owner = decoding.encode(lm, [ids[:-1] for ids in texts])
+    _, cache, mask, owner = growing.encode(lm, [ids[:-1] for ids in texts])
     cache.batch_select_indices(owner)
     last = torch.tensor([ids[-1:] for ids in texts], device=lm.device)
-    logits, _, _ = decoding.step_padded(lm, last, mask[owner], cache)
-    return list(logits[:, None])
+    states, _, _ = growing.step_padded(lm, last, mask[owner], cache)
+    return list(lm.logits_of(states)[:, None])
 
 
 def _check(lm: LM, found: list[torch.Tensor], alone: list[torch.Tensor]) -> None:

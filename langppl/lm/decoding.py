@@ -10,20 +10,17 @@ the model).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from langppl.lm import caches, captured, kept, packed, products
-from langppl.lm.inverse_cdf import by_inverse_cdf
+from langppl.lm import caches, captured, guided, kept, packed, products
+from langppl.lm.growing import Draft, choose, encode, run_tree, step_padded
 from langppl.lm.kept import Tree
 from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
-from langppl.lm.rules import COLDEST, State, Step
-from langppl.lm.seeds import generator
 from langppl.lm.trie import Row, lay_out, shared
 
 if TYPE_CHECKING:
@@ -33,9 +30,6 @@ if TYPE_CHECKING:
 PACKED_ROWS = 256
 """Most strings that grow in one tree, whose cache keeps the tokens of finished ones too."""
 
-BLOCK = 8
-"""Strings whose attention goes together: each looks through the tokens of all of them."""
-
 PLANNED_LENGTH = 64
 """Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
 
@@ -44,7 +38,8 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
     """Draws one string for each request.
 
     Args:
-        requests: strings of one LM under one adapter.
+        requests: strings of one LM under one adapter, all of them guided (those with one adapter
+            beside) or none.
 
     Returns:
         One reply for each request, in their order.
@@ -57,13 +52,17 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
         return []
     lm, adapter = requests[0].lm, requests[0].adapter
     full = [k for k, r in enumerate(requests) if r.most_tokens is not None and r.most_tokens < 1]
-    replies = {k: _Row(requests[k]).reply() for k in full}
+    replies = {k: Draft(requests[k]).reply() for k in full}
     order = sorted(
         (k for k in range(len(requests)) if k not in replies),
         key=lambda k: (len(requests[k].read), requests[k].read),
     )
     planned = PLANNED_LENGTH
     with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing(), products.unchanged():
+        if requests[0].beside is not None and order:
+            drawn = guided.draw(lm, [requests[k] for k in order])
+            replies.update(zip(order, drawn, strict=True))
+            order = []
         while order:
             unfinished: list[int] = []
             for batch, tree in _batches(lm, requests, order, planned):
@@ -174,73 +173,6 @@ def _is_short(lm: LM, request: DrawRequest) -> bool:
     )
 
 
-class _Row:
-    """One string as it grows."""
-
-    def __init__(self, request: DrawRequest) -> None:
-        self.request = request
-        self.uniforms = generator(request.key)
-        self.state: State = request.rules.start(request.limit)
-        self.ids: list[int] = []
-        self.log_prob = 0.0
-        self.kept = b""
-        self.is_dead = False
-        self.is_ended = False
-        self._begin(request.begun)
-
-    def _begin(self, begun: tuple[int, ...]) -> None:
-        """Takes the tokens that are there already, and leaves out their random numbers."""
-        if not begun:
-            return
-        most = self.request.most_tokens
-        if most is not None and most < 0:
-            raise ValueError(f"the string has begun with {-most} more tokens than it may have")
-        for at, token in enumerate(begun):
-            step = self.step()
-            goes_on = token not in step.kept and token not in self.request.rules.vocabulary.end_ids
-            if not (0 <= token < len(step.legal) and step.legal[token] and goes_on):
-                why = "is not legal there" if goes_on else "ends the string"
-                raise ValueError(f"the string has begun with {begun}, whose token {at} {why}")
-            self.state = self.request.rules.advance(self.state, token)
-        self.ids = list(begun)
-        self.uniforms.random(len(begun))
-
-    def step(self) -> Step:
-        return self.request.rules.step(self.state)
-
-    def take(self, token: int, log_prob: float, step: Step, logits: torch.Tensor) -> bool:
-        """Takes the drawn token; True while the string goes on."""
-        rules = self.request.rules
-        if token in step.kept:
-            kept = step.kept[token]
-            members = step.groups[kept]
-            self.log_prob += float(logits.log_softmax(-1)[members].logsumexp(-1))
-            self.ids.append(rules.representative(kept, members.tolist()))
-            self.kept = kept
-            self.is_ended = True
-            return False
-        if token in rules.vocabulary.end_ids:
-            self.log_prob += float(logits.log_softmax(-1)[step.end_ids].logsumexp(-1))
-            self.is_ended = True
-            return False
-        self.log_prob += log_prob
-        self.ids.append(token)
-        self.state = rules.advance(self.state, token)
-        self.is_ended = self.state.remaining == 0
-        return not self.is_ended and len(self.ids) != self.request.length
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether it has the length that was asked for, and goes on later."""
-        return not self.is_ended and not self.is_dead and len(self.ids) == self.request.length
-
-    def reply(self) -> DrawReply:
-        join = self.request.rules.vocabulary.join
-        data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
-        text = data.decode("utf-8", errors="replace")
-        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended)
-
-
 def _draw(lm: LM, requests: Sequence[DrawRequest], tree: Tree | None) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget.
 
@@ -288,7 +220,7 @@ def _draw_packed(
     keys = caches.keys_and_values(cache)
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), PACKED_ROWS):
-        strings = [_Row(r) for r in requests[first : first + PACKED_ROWS]]
+        strings = [Draft(r) for r in requests[first : first + PACKED_ROWS]]
         at = np.array([place[s.request.read] for s in strings])
         of_first = logits[torch.from_numpy(at).to(lm.device)]
         tree = Tree.of_row(row)
@@ -316,7 +248,7 @@ def _draw_on(
         tree: it holds all that the LM reads before them, or all but the last tokens, which are then
             run first; it grows with them.
     """
-    strings = [_Row(r) for r in requests]
+    strings = [Draft(r) for r in requests]
     reads = [r.read for r in requests]
     # If this is broken off, nodes without keys are in no tree that is kept.
     kept.forget(lm, tree)
@@ -332,49 +264,16 @@ def _draw_on(
     if is_run:
         states = tree.states(np.array([tree.places[node] for node in last]))
     else:
-        states, seen, last = _run(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
+        states, seen, last = run_tree(lm, packing, [r[-1] for r in reads], seen, tree, last, cache)
     _grow(lm, packing, strings, lm.logits_of(states), seen, tree, last, cache)
     kept.keep(lm, tree, caches.keys_and_values(cache))
     return [s.reply() for s in strings]
 
 
-def _run(
-    lm: LM,
-    packing: packed.Packing,
-    tokens: Sequence[int],
-    seen: np.ndarray,
-    tree: Tree,
-    last: Sequence[int],
-    cache: Any,
-) -> tuple[torch.Tensor, np.ndarray, list[int]]:
-    """One step of a tree: a token for each row, after the row's last node.
-
-    Returns:
-        States after the tokens, what of the cache each row sees by then, and the new last nodes.
-    """
-    # Rows that have come the same way go on as one.
-    steps = list(zip((tree.first[node] for node in last), tokens, strict=True))
-    lines = list({step: line for line, step in reversed([*enumerate(steps)])}.values())
-    lines.sort()
-    number = {steps[line]: k for k, line in enumerate(lines)}
-    of_step = np.array([number[step] for step in steps])
-    nodes = [tree.add(last[line], tokens[line]) for line in lines]
-    seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)[of_step]], axis=1)
-    depth = np.array(tree.depth)
-    sees = packed.seen_by(lm, packing, seen[lines], depth[nodes], depth, BLOCK)
-    ids = torch.tensor([tokens[line] for line in lines])
-    at, everyone = torch.from_numpy(depth[nodes]), torch.arange(len(nodes))
-    found = packed.run(lm, packing, ids, at, sees, everyone, cache)
-    tree.note(lm, nodes, found)
-    if len(nodes) < len(tokens):
-        found = found[torch.from_numpy(of_step).to(lm.device)]
-    return found, seen, [nodes[k] for k in of_step]
-
-
 def _grow(
     lm: LM,
     packing: packed.Packing,
-    rows: Sequence[_Row],
+    rows: Sequence[Draft],
     logits: torch.Tensor,
     seen: np.ndarray,
     tree: Tree,
@@ -402,7 +301,7 @@ def _grow(
     while True:
         chosen: list[int | None] = []
         for part in of_next:
-            chosen += _choose(alive[len(chosen) :][: len(part)], part)
+            chosen += choose(alive[len(chosen) :][: len(part)], part)
         going = [
             line
             for line, (row, token) in enumerate(zip(alive, chosen, strict=True))
@@ -415,7 +314,7 @@ def _grow(
             alive = [alive[line] for line in going]
         before = [last[line] for line in going]
         tokens = [row.ids[-1] for row in alive]
-        states, seen, last = _run(lm, packing, tokens, seen, tree, before, cache)
+        states, seen, last = run_tree(lm, packing, tokens, seen, tree, before, cache)
         going = [line for line, row in enumerate(alive) if not row.is_paused]
         if not going:
             return
@@ -430,21 +329,21 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
     """Draws strings in captured steps; None if the LM does not take these."""
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), captured.MOST_ROWS):
-        rows = [_Row(r) for r in requests[first : first + captured.MOST_ROWS]]
-        logits, cache, mask, owner = encode(lm, [r.request.read for r in rows])
+        rows = [Draft(r) for r in requests[first : first + captured.MOST_ROWS]]
+        states, cache, mask, owner = encode(lm, [r.request.read for r in rows])
         most = max(r.request.most_tokens or 0 for r in rows)
         found = caches.keys_and_values(cache)
         steps = captured.steps_of(lm, most, found, mask, owner)
         if steps is None:
             return None
-        logits = logits[owner]
+        logits = lm.logits_of(states)[owner]
         alive = list(range(len(rows)))
         tokens = [0] * len(rows)
         while True:
             of_alive = logits
             if len(alive) < len(rows):
                 of_alive = logits[torch.tensor(alive, device=lm.device)]
-            chosen = _choose([rows[k] for k in alive], of_alive)
+            chosen = choose([rows[k] for k in alive], of_alive)
             for k, token in zip(alive, chosen, strict=True):
                 tokens[k] = token or 0
             alive = [k for k, token in zip(alive, chosen, strict=True) if token is not None]
@@ -457,15 +356,15 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
 
 def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
     """Draws strings as rows of a batch, each with a cache of its own."""
-    rows = [_Row(r) for r in requests]
-    logits, cache, mask, owner = encode(lm, [r.read for r in requests])
+    rows = [Draft(r) for r in requests]
+    states, cache, mask, owner = encode(lm, [r.read for r in requests])
     cache.batch_select_indices(owner)
-    logits, mask = logits[owner], mask[owner]
+    logits, mask = lm.logits_of(states)[owner], mask[owner]
 
     put_off: set[int] = set()
     alive = list(range(len(rows)))  # row of each line of the batch
     while True:
-        chosen = _choose([rows[k] for k in alive], logits)
+        chosen = choose([rows[k] for k in alive], logits)
         going = [line for line, token in enumerate(chosen) if token is not None]
         # Draws depend on their keys alone, so one put off comes out the same when drawn anew.
         room = max(1, lm.token_budget // (mask.shape[1] + 1))
@@ -479,96 +378,5 @@ def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | No
             mask = mask[lines]
             alive = [alive[line] for line in going]
         tokens = torch.tensor([[chosen[line]] for line in going], device=lm.device)
-        logits, mask, cache = step_padded(lm, tokens, mask, cache)
-
-
-def step_padded(
-    lm: LM, tokens: torch.Tensor, mask: torch.Tensor, cache: Any
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Reads one more token of each row of a batch padded on the left, shape [rows, 1].
-
-    Returns:
-        The logits after them, the mask that shows them too, and the cache.
-    """
-    mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
-    found, cache = lm.states(
-        tokens,
-        attention_mask=mask,
-        position_ids=mask.sum(1, keepdim=True) - 1,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return lm.logits_of(found[:, -1]), mask, cache
-
-
-def encode(
-    lm: LM, reads: Sequence[tuple[int, ...]]
-) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
-    """What is read before strings, each different prompt once, padded on the left.
-
-    Returns:
-        Last logits, KV cache and mask of the different prompts, and which of them is each string's.
-    """
-    prompts = sorted(set(reads))
-    number = {prompt: k for k, prompt in enumerate(prompts)}
-    owner = torch.tensor([number[r] for r in reads], device=lm.device)
-    longest = max(len(p) for p in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for k, prompt in enumerate(prompts):
-        ids[k, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[k, longest - len(prompt) :] = 1
-    padding = mask.numel() - int(mask.sum())
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
-    found, cache = lm.states(
-        ids,
-        padding=padding,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-    )
-    return lm.logits_of(found[:, -1]), cache, mask, owner
-
-
-def _choose(rows: Sequence[_Row], logits: torch.Tensor) -> list[int | None]:
-    """Draws the next token of each row and takes it; None for rows that are finished.
-
-    Args:
-        rows: the rows.
-        logits: of their next tokens, shape [rows, vocabulary]; they are written over.
-    """
-    device = logits.device
-    steps = [row.step() for row in rows]
-    kinds = {id(step): step for step in steps}
-    illegal = ~torch.stack([step.legal_on(device) for step in kinds.values()])
-    if len(kinds) > 1:
-        number = {key: k for k, key in enumerate(kinds)}
-        illegal = illegal[torch.tensor([number[id(step)] for step in steps], device=device)]
-    scales = [
-        max(row.request.rules.rules.temperature * row.request.temperature, COLDEST) for row in rows
-    ]
-    scaled = logits.float()
-    if any(scale != 1.0 for scale in scales):
-        scaled = scaled / torch.tensor(scales, dtype=scaled.dtype, device=device)[:, None]
-    # On the CPU every pass over a large new tensor counts.
-    shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
-    uniforms = [[row.uniforms.random()] for row in rows]  # below 1, which float32 may round to 1
-    drawn = by_inverse_cdf(shares, torch.tensor(uniforms, dtype=torch.float64, device=device))
-    of_drawn = shares.gather(1, drawn)[:, 0].log()
-    # Read for all rows at once: on an accelerator each read waits for it.
-    tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
-    chosen: list[int | None] = []
-    for row, step, token, log_prob, line in zip(rows, steps, tokens, numbers, scaled, strict=True):
-        if step.is_dead:
-            row.is_dead = True
-            chosen.append(None)
-        elif math.isnan(log_prob):
-            raise FloatingPointError(
-                f"{row.request.lm!r} gives logits that are not numbers (NaN), so nothing can be "
-                "drawn from it: its weights or its adapter's are not finite, or overflow"
-            )
-        elif row.take(token, log_prob, step, line):
-            chosen.append(token)
-        else:
-            chosen.append(None)
-    return chosen
+        states, mask, cache = step_padded(lm, tokens, mask, cache)
+        logits = lm.logits_of(states)

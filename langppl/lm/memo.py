@@ -66,12 +66,15 @@ class Memo:
         """Answers requests, scoring those that are not remembered.
 
         Args:
-            requests: of this LM, under one adapter.
+            requests: of this LM, under one adapter; guided ones under one beside it as well.
             score: scores what is not known.
         """
         if not requests or self.capacity == 0:
             return score(requests)
-        state = state_of(requests[0].lm, requests[0].adapter)
+        lm, beside = requests[0].lm, requests[0].beside
+        state = state_of(lm, requests[0].adapter)
+        if beside is not None and beside.adapter is not None:
+            state = (*state, adapters.digest(lm.model, beside.adapter))
         # Equal ones are one object, which all keys hold.
         self._state = state = self._state if state == self._state else state
         keys = [(state, *_key(r)) for r in requests]
@@ -90,6 +93,8 @@ class Memo:
             return
         path = request.path
         ids = len(request.prompt) + len(path.tokens) + path.ending_ids.numel()
+        if request.beside is not None:
+            ids += len(request.beside.base) + len(request.beside.without)
         size = _OVERHEAD + _ID.itemsize * ids + _STEP_BYTES * len(path.steps)
         size += reply.tokens.nbytes + reply.canonical.nbytes
         for row in (reply.tokens, reply.canonical):
@@ -104,7 +109,7 @@ class Memo:
 
 
 def _key(request: ScoreRequest) -> tuple[object, ...]:
-    path = request.path
+    path, beside = request.path, request.beside
     return (
         _packed(request.prompt),
         _packed(path.tokens),
@@ -112,6 +117,7 @@ def _key(request: ScoreRequest) -> tuple[object, ...]:
         path.ending,
         _packed(path.ending_ids.tolist()),
         request.temperature,
+        None if beside is None else (_packed(beside.base), _packed(beside.without), beside.scale),
     )
 
 

@@ -75,6 +75,63 @@ if hasattr(os, "register_at_fork"):
 _server: ContextVar[Server | None] = ContextVar("langppl_server", default=None)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What an LM reads beside the prompt of a string that is guided (see `langppl.lm.guided`).
+
+    Attributes:
+        base: the ids of the string's own prompt.
+        without: the prompt's, without what the string is to be guided by.
+        scale: how much the difference counts that this makes.
+        adapter: name of the adapter on the LM under which it reads both, None for the LM itself.
+    """
+
+    base: tuple[int, ...]
+    without: tuple[int, ...]
+    scale: float
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What a guide has an LM read in place of a string's own prompt, to be guided by it.
+
+    Attributes:
+        prompt: the ids.
+        without: the same without what the string is to be guided by.
+        scale: how much the difference counts.
+    """
+
+    prompt: tuple[int, ...]
+    without: tuple[int, ...]
+    scale: float
+
+    def beside(self, base: tuple[int, ...], adapter: str | None) -> Beside:
+        """What is read beside it for a string with a prompt and an adapter of its own."""
+        return Beside(base, self.without, self.scale, adapter)
+
+
+Reading = tuple[int, ...] | Guided
+"""What a guide has an LM read in place of a string's own prompt."""
+
+
+def read_as(
+    reading: Reading | None, own: tuple[int, ...], adapter: str | None
+) -> tuple[tuple[int, ...], Beside | None, int]:
+    """The prompt of a request, what is read beside it, and how long the longer of them is.
+
+    Args:
+        reading: what a guide has the LM read, None for the string's own prompt.
+        own: the ids of that.
+        adapter: the string's own adapter.
+    """
+    if isinstance(reading, Guided):
+        longest = max(len(reading.prompt), len(reading.without))
+        return reading.prompt, reading.beside(own, adapter), longest
+    prompt = own if reading is None else reading
+    return prompt, None, len(prompt)
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
     """Ask for the log-probabilities of the actions of one string.
@@ -85,6 +142,7 @@ class ScoreRequest:
         path: the string's actions.
         temperature: divides the logits.
         adapter: name of the adapter on the LM, None for the LM itself.
+        beside: what guides the string; None for the LM's own probabilities.
     """
 
     lm: LM
@@ -92,6 +150,7 @@ class ScoreRequest:
     path: Path
     temperature: float = 1.0
     adapter: str | None = None
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +190,7 @@ class DrawRequest:
         begun: ids of the string that are there already. The draw goes on after them; each token
             depends on its place in the whole string, so a string drawn in pieces is the string
             drawn at once.
+        beside: what guides the string; None for the LM's own probabilities.
     """
 
     lm: LM
@@ -142,6 +202,7 @@ class DrawRequest:
     adapter: str | None = None
     length: int | None = None
     begun: tuple[int, ...] = ()
+    beside: Beside | None = None
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -153,6 +214,11 @@ class DrawRequest:
         """Most tokens that are drawn, None for no limit."""
         known = [n - len(self.begun) for n in (self.limit, self.length) if n is not None]
         return min(known, default=None)
+
+    def scoring(self, path: Path) -> ScoreRequest:
+        """Ask for the log-probabilities with which it draws the actions of a string."""
+        temperature = self.rules.rules.temperature * self.temperature
+        return ScoreRequest(self.lm, self.prompt, path, temperature, self.adapter, self.beside)
 
 
 @dataclass(frozen=True)
@@ -226,9 +292,9 @@ def serve(requests: Sequence[Request]) -> list[Reply]:
     from langppl.lm.decoding import draw
     from langppl.lm.scoring import score, states
 
-    groups: dict[tuple[type, int, str | None], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for at, request in enumerate(requests):
-        groups.setdefault((type(request), id(request.lm), request.adapter), []).append(at)
+        groups.setdefault((type(request), id(request.lm), *_passes_of(request)), []).append(at)
     replies: dict[int, Reply] = {}
     for indices in groups.values():
         batch = [requests[at] for at in indices]
@@ -241,6 +307,12 @@ def serve(requests: Sequence[Request]) -> list[Reply]:
             answers = states([r for r in batch if isinstance(r, StateRequest)])
         replies.update(zip(indices, answers, strict=True))
     return [replies[at] for at in range(len(requests))]
+
+
+def _passes_of(request: Request) -> tuple[str | None, ...]:
+    """The adapters of the passes that a request takes: guided ones take more than one."""
+    beside = None if isinstance(request, StateRequest) else request.beside
+    return (request.adapter,) if beside is None else (request.adapter, beside.adapter)
 
 
 @contextlib.contextmanager
@@ -291,7 +363,7 @@ def noted_by(note: Note) -> Iterator[None]:
     """
     token = _notes.set((*_notes.get(), note))
     try:
-        with watched_by(lambda requests: note((r.lm, r.adapter) for r in requests)):
+        with watched_by(lambda requests: note((r.lm, a) for r in requests for a in _passes_of(r))):
             yield
     finally:
         _notes.reset(token)

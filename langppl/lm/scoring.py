@@ -9,17 +9,18 @@ float32 log-softmax over the legal tokens of each action's state of the rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from langppl.lm import packed, padded
+from langppl.lm import guided, packed, padded
 from langppl.lm.reading import Wanted, log_probs
-from langppl.lm.requests import ScoreReply, ScoreRequest, StateReply, StateRequest
-from langppl.lm.rules import Step
+from langppl.lm.requests import Beside, ScoreReply, ScoreRequest, StateReply, StateRequest
+from langppl.lm.rules import Path, Step
+from langppl.lm.trie import Ids
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -35,7 +36,8 @@ class PathLogProbs:
         canonical: shape [T + 1], nats; of the canonical ending action before each token and at
             the end, −inf where no string may end.
         state: shape [width] (see `LM.states`); after the prompt, None if nothing was read there.
-        states: shape [actions, width]; before each action, if they were asked for.
+        states: shape [actions, width]; before each action, if they were asked for; of a guided
+            string they are mixed.
     """
 
     tokens: torch.Tensor
@@ -61,7 +63,7 @@ def score(requests: Sequence[ScoreRequest]) -> list[ScoreReply]:
     """
     replies: dict[int, ScoreReply] = {}
     with torch.no_grad():
-        for members, tokens, ends, _ in _score(requests):
+        for members, tokens, ends, _, _ in _score(requests):
             numbers, sums = tokens.double().cpu().numpy(), ends.double().cpu().numpy()
             for m in members:
                 ending = float(sums[m.ending]) if m.ending is not None else 0.0
@@ -98,7 +100,7 @@ def score_with_gradients(
         One result for each request, in their order; float32.
     """
     results: dict[int, PathLogProbs] = {}
-    for members, tokens, ends, found in _score(requests):
+    for members, tokens, ends, read, found in _score(requests):
         device = tokens.device
         pieces = tokens.split([m.count for m in members])
         forced = tokens.new_zeros(())
@@ -108,7 +110,7 @@ def score_with_gradients(
             state = None if m.state is None else found[m.state]
             # A text alone has no actions: an empty list would be of floats.
             rows = torch.tensor(m.rows, dtype=torch.long, device=device)
-            states = found[rows] if with_states else None
+            states = read[rows] if with_states else None
             results[m.request] = PathLogProbs(own, ending, canonical, state, states)
     return [results[at] for at in range(len(requests))]
 
@@ -123,8 +125,9 @@ class _Member:
         count: how many tokens it has.
         ending: place of its ending among the ends, None where that is forced or open.
         canonical: places of the canonical ending actions; the last end is −inf.
-        state: row of the state after the prompt, None if it was not asked for.
-        rows: of the state before each action.
+        state: row of the state after the prompt, None if it was not asked for, among those of a
+            pass.
+        rows: of the state before each action, among those that are read.
     """
 
     request: int
@@ -138,33 +141,80 @@ class _Member:
 
 def _score(
     requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
-) -> Iterator[tuple[list[_Member], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For some strings at a time, log-probabilities of tokens and of sets of them, and states."""
+) -> Iterator[tuple[list[_Member], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For some strings at a time, log-probabilities of tokens and of sets of them, and states.
+
+    The states are those that the numbers are of, then those after the prompts: of a guided string,
+    others.
+    """
     if not requests:
         return
     lm, adapter = requests[0].lm, requests[0].adapter
-    first = [len(r.prompt) - 1 for r in requests]
     paths = [r.path if isinstance(r, ScoreRequest) else None for r in requests]
+    besides = [r.beside if isinstance(r, ScoreRequest) else None for r in requests]
+    others = _states_beside(lm, paths, besides)
+    for found, rows in _pass(lm, adapter, [r.prompt for r in requests], paths):
+        states, at = guided.blend(found, rows, besides, others)
+        yield (*_read(lm, requests, rows, at, states), states, found)
+
+
+def _pass(
+    lm: LM, adapter: str | None, prompts: Sequence[Ids], paths: Sequence[Path | None]
+) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    """For some strings at a time, states, and which of them are before each string's actions."""
+    first = [len(p) - 1 for p in prompts]
     count = [1 if p is None else len(p.steps) for p in paths]
     # Where a string does not end, nothing is read after its last token.
     sequences = [
-        (r.prompt if isinstance(r, StateRequest) else r.prompt + r.path.tokens)[: max(f + c, 1)]
-        for r, f, c in zip(requests, first, count, strict=True)
+        (prompt if path is None else prompt + path.tokens)[: max(f + c, 1)]
+        for prompt, path, f, c in zip(prompts, paths, first, count, strict=True)
     ]
     fits = lm.packs is not None and max(map(len, sequences)) <= lm.packs.window
     route = packed.states if fits else padded.states
     with lm.adapter(adapter):
-        for found, rows in route(lm, sequences, first, count):
-            yield (*_read(lm, requests, rows, found), found)
+        yield from route(lm, sequences, first, count)
+
+
+def _states_beside(
+    lm: LM, paths: Sequence[Path | None], besides: Sequence[Beside | None]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each guided string, the states before its actions after the base and after `without`."""
+    by_adapter: dict[str | None, list[tuple[int, Beside]]] = {}
+    for k, beside in enumerate(besides):
+        if beside is not None:
+            by_adapter.setdefault(beside.adapter, []).append((k, beside))
+    if by_adapter:
+        guided.check_head(lm)
+    states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for adapter, members in by_adapter.items():
+        prompts = [p for _, b in members for p in (b.base, b.without)]
+        twice = [paths[k] for k, _ in members for _ in range(2)]
+        halves: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for found, rows in _pass(lm, adapter, prompts, twice):
+                for n, own in rows.items():
+                    halves[n] = found[torch.from_numpy(own).to(found.device)]
+        for n, (k, _) in enumerate(members):
+            states[k] = halves[2 * n], halves[2 * n + 1]
+    return states
 
 
 def _read(
     lm: LM,
     requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
-    rows: dict[int, np.ndarray],
+    prompted: Mapping[int, np.ndarray],
+    rows: Mapping[int, np.ndarray],
     states: torch.Tensor,
 ) -> tuple[list[_Member], torch.Tensor, torch.Tensor]:
-    """Reads the actions of some strings from the states before them."""
+    """Reads the actions of some strings from the states before them.
+
+    Args:
+        lm: the LM.
+        requests: all strings.
+        prompted: for some of them, the rows of their actions among the states of a pass.
+        rows: the same among the states to read.
+        states: shape [n, width].
+    """
     device = states.device
     # What several strings ask of one position under the same rules is computed once.
     slots: dict[tuple[int, int, float], int] = {}
@@ -181,7 +231,7 @@ def _read(
 
     for at, own in rows.items():
         request = requests[at]
-        after_prompt = int(own[0]) if len(own) else None
+        after_prompt = int(prompted[at][0]) if len(own) else None
         if isinstance(request, StateRequest):
             members.append(_Member(at, len(tokens), 0, None, [-1], after_prompt, []))
             continue

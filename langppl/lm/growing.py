@@ -1,0 +1,221 @@
+"""Strings as they grow: the rules that each walks, the draw of its next token, and a step of all.
+
+A token is drawn by inverse CDF from one uniform number that depends on the row's key and the
+token's place alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from langppl.lm import packed
+from langppl.lm.inverse_cdf import by_inverse_cdf
+from langppl.lm.kept import Tree
+from langppl.lm.requests import DrawReply, DrawRequest
+from langppl.lm.rules import COLDEST, State, Step
+from langppl.lm.seeds import generator
+
+if TYPE_CHECKING:
+    from langppl.lm.model import LM
+
+BLOCK = 8
+"""Strings whose attention goes together: each looks through the tokens of all of them."""
+
+
+class Draft:
+    """One string as it grows."""
+
+    def __init__(self, request: DrawRequest) -> None:
+        self.request = request
+        self.uniforms = generator(request.key)
+        self.state: State = request.rules.start(request.limit)
+        self.ids: list[int] = []
+        self.log_prob = 0.0
+        self.kept = b""
+        self.is_dead = False
+        self.is_ended = False
+        self._begin(request.begun)
+
+    def _begin(self, begun: tuple[int, ...]) -> None:
+        """Takes the tokens that are there already, and leaves out their random numbers."""
+        if not begun:
+            return
+        most = self.request.most_tokens
+        if most is not None and most < 0:
+            raise ValueError(f"the string has begun with {-most} more tokens than it may have")
+        for at, token in enumerate(begun):
+            step = self.step()
+            goes_on = token not in step.kept and token not in self.request.rules.vocabulary.end_ids
+            if not (0 <= token < len(step.legal) and step.legal[token] and goes_on):
+                why = "is not legal there" if goes_on else "ends the string"
+                raise ValueError(f"the string has begun with {begun}, whose token {at} {why}")
+            self.state = self.request.rules.advance(self.state, token)
+        self.ids = list(begun)
+        self.uniforms.random(len(begun))
+
+    def step(self) -> Step:
+        """The actions that are legal next."""
+        return self.request.rules.step(self.state)
+
+    def take(self, token: int, log_prob: float, step: Step, logits: torch.Tensor) -> bool:
+        """Takes the drawn token; True while the string goes on."""
+        rules = self.request.rules
+        if token in step.kept:
+            kept = step.kept[token]
+            members = step.groups[kept]
+            self.log_prob += float(logits.log_softmax(-1)[members].logsumexp(-1))
+            self.ids.append(rules.representative(kept, members.tolist()))
+            self.kept = kept
+            self.is_ended = True
+            return False
+        if token in rules.vocabulary.end_ids:
+            self.log_prob += float(logits.log_softmax(-1)[step.end_ids].logsumexp(-1))
+            self.is_ended = True
+            return False
+        self.log_prob += log_prob
+        self.ids.append(token)
+        self.state = rules.advance(self.state, token)
+        self.is_ended = self.state.remaining == 0
+        return not self.is_ended and len(self.ids) != self.request.length
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has the length that was asked for, and goes on later."""
+        return not self.is_ended and not self.is_dead and len(self.ids) == self.request.length
+
+    def reply(self) -> DrawReply:
+        """The string as it stands."""
+        join = self.request.rules.vocabulary.join
+        data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
+        text = data.decode("utf-8", errors="replace")
+        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended)
+
+
+def choose(rows: Sequence[Draft], logits: torch.Tensor) -> list[int | None]:
+    """Draws the next token of each row and takes it; None for rows that are finished.
+
+    Args:
+        rows: the rows.
+        logits: of their next tokens, shape [rows, vocabulary]; they are written over.
+    """
+    device = logits.device
+    steps = [row.step() for row in rows]
+    kinds = {id(step): step for step in steps}
+    illegal = ~torch.stack([step.legal_on(device) for step in kinds.values()])
+    if len(kinds) > 1:
+        number = {key: k for k, key in enumerate(kinds)}
+        illegal = illegal[torch.tensor([number[id(step)] for step in steps], device=device)]
+    scales = [
+        max(row.request.rules.rules.temperature * row.request.temperature, COLDEST) for row in rows
+    ]
+    scaled = logits.float()
+    if any(scale != 1.0 for scale in scales):
+        scaled = scaled / torch.tensor(scales, dtype=scaled.dtype, device=device)[:, None]
+    # On the CPU every pass over a large new tensor counts.
+    shares = scaled.masked_fill_(illegal, -torch.inf).softmax(-1)
+    uniforms = [[row.uniforms.random()] for row in rows]  # below 1, which float32 may round to 1
+    drawn = by_inverse_cdf(shares, torch.tensor(uniforms, dtype=torch.float64, device=device))
+    of_drawn = shares.gather(1, drawn)[:, 0].log()
+    # Read for all rows at once: on an accelerator each read waits for it.
+    tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
+    chosen: list[int | None] = []
+    for row, step, token, log_prob, line in zip(rows, steps, tokens, numbers, scaled, strict=True):
+        if step.is_dead:
+            row.is_dead = True
+            chosen.append(None)
+        elif math.isnan(log_prob):
+            raise FloatingPointError(
+                f"{row.request.lm!r} gives logits that are not numbers (NaN), so nothing can be "
+                "drawn from it: its weights or its adapter's are not finite, or overflow"
+            )
+        elif row.take(token, log_prob, step, line):
+            chosen.append(token)
+        else:
+            chosen.append(None)
+    return chosen
+
+
+def run_tree(
+    lm: LM,
+    packing: packed.Packing,
+    tokens: Sequence[int],
+    seen: np.ndarray,
+    tree: Tree,
+    last: Sequence[int],
+    cache: Any,
+) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+    """One step of a tree: a token for each row, after the row's last node.
+
+    Returns:
+        States after the tokens, what of the cache each row sees by then, and the new last nodes.
+    """
+    # Rows that have come the same way go on as one.
+    steps = list(zip((tree.first[node] for node in last), tokens, strict=True))
+    lines = list({step: line for line, step in reversed([*enumerate(steps)])}.values())
+    lines.sort()
+    number = {steps[line]: k for k, line in enumerate(lines)}
+    of_step = np.array([number[step] for step in steps])
+    nodes = [tree.add(last[line], tokens[line]) for line in lines]
+    seen = np.concatenate([seen, np.eye(len(nodes), dtype=bool)[of_step]], axis=1)
+    depth = np.array(tree.depth)
+    sees = packed.seen_by(lm, packing, seen[lines], depth[nodes], depth, BLOCK)
+    ids = torch.tensor([tokens[line] for line in lines])
+    at, everyone = torch.from_numpy(depth[nodes]), torch.arange(len(nodes))
+    found = packed.run(lm, packing, ids, at, sees, everyone, cache)
+    tree.note(lm, nodes, found)
+    if len(nodes) < len(tokens):
+        found = found[torch.from_numpy(of_step).to(lm.device)]
+    return found, seen, [nodes[k] for k in of_step]
+
+
+def step_padded(
+    lm: LM, tokens: torch.Tensor, mask: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Reads one more token of each row of a batch padded on the left, shape [rows, 1].
+
+    Returns:
+        The states after them (see `LM.states`), the mask that shows them too, and the cache.
+    """
+    mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
+    found, cache = lm.states(
+        tokens,
+        attention_mask=mask,
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return found[:, -1], mask, cache
+
+
+def encode(
+    lm: LM, reads: Sequence[tuple[int, ...]]
+) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    """What is read before strings, each different prompt once, padded on the left.
+
+    Returns:
+        Last states, KV cache and mask of the different prompts, and which of them is each string's.
+    """
+    prompts = sorted(set(reads))
+    number = {prompt: k for k, prompt in enumerate(prompts)}
+    owner = torch.tensor([number[r] for r in reads], device=lm.device)
+    longest = max(len(p) for p in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for k, prompt in enumerate(prompts):
+        ids[k, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[k, longest - len(prompt) :] = 1
+    padding = mask.numel() - int(mask.sum())
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    found, cache = lm.states(
+        ids,
+        padding=padding,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    return found[:, -1], cache, mask, owner
