@@ -375,7 +375,7 @@ class GFlowNetGuide(Guide):
                 this, nearly as often, with a weight that makes up for it.
             batch: trajectories of each observation in a step, at least 2.
             objective: another than the guide's own, as for a warm start with `"forward_kl"`.
-            learning_rate: AdamW's highest; it falls to a tenth by the last step (cosine).
+            learning_rate: AdamW's highest; after the warm-up it falls towards a tenth (cosine).
             head_rate: factor on it for the heads.
             betas: AdamW's; training of few steps gains from a shorter memory, such as (0.8, 0.95),
                 which forgets the large gradients of the beginning.
@@ -421,7 +421,7 @@ class GFlowNetGuide(Guide):
             keep_best: whether the guide ends with the weights of the best validation.
             average: share of the steps, the last ones, whose weights' mean the guide ends with, in
                 the place of the best or the last: less noise where steps are few and large. 0 for
-                none.
+                none, and a training that ends before them has none.
             accumulate: backward passes over which the observations of a step are spread: less
                 memory, the same gradient.
             accelerator: accelerate's `Accelerator`; made if None under `accelerate launch`. It says

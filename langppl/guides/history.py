@@ -61,6 +61,22 @@ class History(dict[str, list[float]]):
         for k, values in self.items():
             values.append(row.get(k, math.nan))
 
+    def amend(self, figures: Mapping[str, float]) -> None:
+        """Puts further figures into the last row.
+
+        Args:
+            figures: figure → value; see `add`.
+
+        Raises:
+            ValueError: if there is no row.
+        """
+        if not self.rows:
+            raise ValueError("there is no row to amend; add one first")
+        row = {k: _number(v) for k, v in figures.items()}
+        rows = self.rows
+        for k, value in row.items():
+            self.setdefault(k, [math.nan] * rows)[-1] = value
+
     def latest(self, figure: str) -> float:
         """The last value of a figure that is not NaN; NaN if it has none, or is not known yet."""
         known = (v for v in reversed(self.get(figure, ())) if not math.isnan(v))

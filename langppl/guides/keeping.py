@@ -181,7 +181,7 @@ class Keeper:
         for k, state in record["observations"].items():
             observation = trainer.observations[int(k)]
             trainer.note(observation.program)
-            _restore(observation, state, trainer.lm.device)
+            _restore(observation, state)
             observation.taken, observation.is_met = -1, True
         if step:
             trainer.hand_over()
@@ -274,11 +274,11 @@ def _state_of(observation: Observation) -> dict[str, Any]:
         "ready": [to_record(d) for d in observation.ready],
         "given": None if observation.given is None else [to_record(d) for d in observation.given],
         "again": [to_record(d) for d in observation.again],
-        "anchors": [[k, p, float(z)] for k, (p, z) in observation.anchors.items()],
+        "anchors": [[k, p, z] for k, (p, z) in observation.anchors.items()],
     }
 
 
-def _restore(observation: Observation, state: Mapping[str, Any], device: torch.device) -> None:
+def _restore(observation: Observation, state: Mapping[str, Any]) -> None:
     program = observation.program
     draws = from_records(program, [d for _, d in state["buffer"]])
     for (weight, _), draw in zip(state["buffer"], draws, strict=True):
@@ -288,7 +288,4 @@ def _restore(observation: Observation, state: Mapping[str, Any], device: torch.d
         observation.given = from_records(program, state["given"])
     observation.again = from_records(program, state["again"])
     for k, power, log_z in state["anchors"]:
-        observation.anchors[int(k)] = (
-            power,
-            torch.tensor(log_z, dtype=torch.float32, device=device),
-        )
+        observation.anchors[int(k)] = (float(power), float(log_z))

@@ -14,6 +14,9 @@ from langppl.guides.observations import WHOLE, Turn
 from langppl.guides.settings import OF_WHOLE_DRAWS, Settings
 from langppl.guides.trajectories import Draw, Found, plus, site_trajectory, trajectory
 
+EXACT = 2.0**13
+"""Log rewards beyond this (nats) are taken as differences: float32 has a thousandth of it."""
+
 
 def loss_of(
     turn: Turn,
@@ -40,20 +43,25 @@ def loss_of(
     if objective == "mle":
         return objectives.likelihood(total)
     whole = [plus(d.log_prior, d.log_rest, power) for d in draws]
+    offset = _offset(whole)
+    less = [w - offset for w in whole]
     if objective == "rao_blackwell":
         assert actions is not None
         # The actions have the prior of what they make.
         made = [sum(p.site.log_prob or 0.0 for p in d.parts) for d in draws]
-        rest = [-math.inf if w == -math.inf else w - m for w, m in zip(whole, made, strict=True)]
-        return objectives.rao_blackwell(actions, total.new_tensor(rest))
-    reward = total.new_tensor(whole)
+        rest = [-math.inf if w == -math.inf else w - m for w, m in zip(less, made, strict=True)]
+        return objectives.rao_blackwell(actions, total.new_tensor(rest)) - offset
+    reward = total.new_tensor(less)
     if objective in OF_WHOLE_DRAWS:
-        return OF_WHOLE_DRAWS[objective](reward, total)
+        loss = OF_WHOLE_DRAWS[objective](reward, total)
+        return loss if objective == "rws" else loss - offset
     if draws[0].ends:
-        return _over_prefixes(turn, scores, log_qs, settings, power)
+        return _over_prefixes(turn, scores, log_qs, settings, power, offset)
     if objective in ("subtb", "db"):
         return _over_sites(turn, scores, log_qs, settings, heads, power)
     learned = heads if objective == "tb" else None
+    if learned is not None:  # the flow is of the reward itself
+        offset, reward = 0.0, total.new_tensor(whole)
     # Draws that were made ahead are those of an older policy.
     is_own = [
         settings.draw_ahead == 1 and k < turn.fresh and not (d.is_tempered or d.is_given)
@@ -66,15 +74,26 @@ def loss_of(
         if learned is not None:
             groups = turn.observation.program.graph.independent()
             roots = [_roots(groups, d) for d in draws]
-        return _balance(turn, WHOLE, reward, total, scores, roots, learned, power, drawn)
+        return _balance(turn, WHOLE, reward, total, scores, roots, learned, power, drawn, offset)
     losses = []
     for k in range(counts.pop()):
         pieces = [d.pieces[k] for d in draws]
         own = torch.stack([q[p.parts].sum() for q, p in zip(log_qs, pieces, strict=True)])
-        reward = own.new_tensor([plus(p.log_prior, p.log_rest, power) for p in pieces])
+        of_piece = [plus(p.log_prior, p.log_rest, power) for p in pieces]
+        offset = 0.0 if learned is not None else _offset(of_piece)
+        reward = own.new_tensor([w - offset for w in of_piece])
         first = [[p.parts[0]] for p in pieces]
-        losses.append(_balance(turn, k, reward, own, scores, first, learned, power, drawn))
+        losses.append(_balance(turn, k, reward, own, scores, first, learned, power, drawn, offset))
     return torch.stack(losses).sum()
+
+
+def _offset(log_rewards: Sequence[float]) -> float:
+    """What may be taken off log rewards (nats) that differ by little beside what they are.
+
+    Every balance that estimates log Z, and every baseline, is the same without it.
+    """
+    known = next((w for w in log_rewards if w > -math.inf), 0.0)
+    return known if abs(known) > EXACT else 0.0
 
 
 def _roots(groups: Sequence[Collection[str]], draw: Draw) -> list[int]:
@@ -94,19 +113,21 @@ def _balance(
     learned: Heads | None,
     power: float,
     drawn: torch.Tensor,
+    offset: float,
 ) -> torch.Tensor:
     """Trajectory balance of one independent piece, or of the whole.
 
     Args:
         turn: the draws.
         piece: its number, or `WHOLE`.
-        reward: log R of it in each draw, shape [n].
+        reward: log R of it in each draw less the offset, shape [n].
         own: log q, shape [n], with gradients.
         scores: what the policy said of each draw.
         first: the piece's first part in each; of the whole the first of every piece.
         learned: heads of which one gives log Z; None for the batch's own estimate.
         power: of the reward.
         drawn: bool [n], which of them the policy drew as it is.
+        offset: nats.
     """
     if learned is not None:
         log_z = torch.stack(
@@ -118,7 +139,7 @@ def _balance(
     else:
         gap = reward - own
         log_z = turn.observation.estimate(
-            piece, gap[: turn.fresh], gap, power, turn.learns_from_given
+            piece, gap[: turn.fresh], gap, power, turn.learns_from_given, offset
         )
     return objectives.trajectory_balance(reward, own, log_z, drawn)
 
@@ -129,9 +150,10 @@ def _over_prefixes(
     log_qs: Sequence[torch.Tensor],
     settings: Settings,
     power: float,
+    offset: float,
 ) -> torch.Tensor:
     paths = [
-        trajectory(d, f[0][0], power, q[1:].sum())
+        trajectory(d, f[0][0], power, q[1:].sum(), offset)
         for d, f, q in zip(turn.own, scores, log_qs, strict=True)
     ]
     log_z = turn.observation.estimate(
@@ -140,6 +162,7 @@ def _over_prefixes(
         objectives.root_gaps(paths),
         power,
         turn.learns_from_given,
+        offset,
     )
     return _between_end_points(paths, log_z, settings)
 

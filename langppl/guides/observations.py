@@ -57,7 +57,7 @@ class Observation:
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []
-        self.anchors: dict[int, tuple[float, torch.Tensor]] = {}
+        self.anchors: dict[int, tuple[float, float]] = {}
 
     @property
     def is_visited(self) -> bool:
@@ -79,8 +79,9 @@ class Observation:
         everything: torch.Tensor,
         power: float,
         is_given: bool,
+        offset: float = 0.0,
     ) -> torch.Tensor:
-        """Log Z of a batch, detached.
+        """Log Z of a batch less the offset, detached.
 
         Args:
             piece: number of the independent piece that it is of, or `WHOLE`.
@@ -90,14 +91,15 @@ class Observation:
             power: of the reward.
             is_given: whether these are given draws. The guide leaves them behind as it
                 learns from them, and log Z must not follow: it stays what the first batch said.
+            offset: what was taken off every log R, nats.
         """
         anchor = self.anchors.get(piece)
         if is_given and anchor is not None and anchor[0] == power:
-            return anchor[1]
+            return fresh.new_tensor(anchor[1] - offset)
         has_possible = bool(torch.isfinite(fresh).any())
         log_z = objectives.log_evidence(fresh if has_possible else everything)
         if is_given and has_possible:
-            self.anchors[piece] = (power, log_z)
+            self.anchors[piece] = (power, float(log_z) + offset)
         return log_z
 
 

@@ -10,6 +10,7 @@ an observation (draws to replay, draws made ahead) stays in one place; see `lang
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -177,6 +178,9 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------
 
+    # Whoever trains wants gradients, wherever it is called.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def run(self, keeper: Keeper, progress: bool, callback: Callback | None = None) -> None:
         """Trains until the steps are done, or validation or the callback ends it."""
         guide, settings = self.guide, self.settings
@@ -197,11 +201,17 @@ class Trainer:
                     figures = self.step(step)
                     self.memory.say()
                     guide.history.add(figures)
+                    if self._is_validated(step):
+                        figures.update(self._validated(step))
                     keeper.report(figures)
                     if callback is not None:
                         said = callback(dict(figures))
                         # Other values, such as a loss that is passed on, end nothing.
-                        self.is_over |= isinstance(said, bool | np.bool_) and bool(said)
+                        ends = isinstance(said, bool | np.bool_) and bool(said)
+                        if ends and self.held_out and not self._is_validated(step):
+                            found = self._validated(step)
+                            keeper.report({"step": figures["step"], **found})
+                        self.is_over |= ends
                     rate = self._tokens / (time.monotonic() - started)
                     advance(1, text=f"training {_shown(figures, guide.history)} {rate:.0f} tok/s")
                     last = step + 1 == settings.steps or self.is_over
@@ -209,9 +219,11 @@ class Trainer:
                         keeper.write(self, step + 1)
         except KeyboardInterrupt:
             guide.was_interrupted = True
+            goes_back = settings.keep_best and self.best is not None and not self.mean.counts
+            kept = "has the weights that were best in validation" if goes_back else ""
             warn(
                 f"training was interrupted after {guide.history.rows - self.done} of "
-                f"{settings.steps} steps; the guide keeps what it has learned",
+                f"{settings.steps} steps; the guide {kept or 'keeps what it has learned'}",
             )
         finally:
             keeper.close()
@@ -227,8 +239,14 @@ class Trainer:
         Raises:
             FloatingPointError: if a reward, a loss or the gradient is not a number; names the step.
         """
-        try:
+        with self._named(step):
             return self._step(step)
+
+    @contextlib.contextmanager
+    def _named(self, step: int) -> Iterator[None]:
+        """Within the block, an error of a number that is none names the step."""
+        try:
+            yield
         except BadNumber as error:
             raise FloatingPointError(f"at training step {self.done + step}, {error}") from error
 
@@ -272,11 +290,7 @@ class Trainer:
         self.hand_over()
         if settings.is_averaged(step):
             self.mean.add(self.all_named())
-        figures = {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
-        is_last = step + 1 == settings.steps
-        if self.held_out and ((step + 1) % settings.validate_every == 0 or is_last):
-            figures.update(self._validate(number))
-        return figures
+        return {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
 
     def pick(self, slot: int, step: int) -> int:
         """Which observation a slot takes in a step, counted over all calls of `fit`."""
@@ -414,7 +428,10 @@ class Trainer:
             self.guide.heads.centre_on(torch.tensor(everything, dtype=torch.float32))
 
     def _start_flow(self, turns: Sequence[Turn], log_qs: Sequence[torch.Tensor]) -> None:
-        """Lets flows begin at the batch's estimate of log Z, else they learn that number first."""
+        """Lets flows begin at the batch's estimate of log Z, else they learn that number first.
+
+        Of the whole reward: where a schedule begins at another power, they learn the difference.
+        """
         self._flow_is_new = False
         gaps, at = [], 0
         for turn in turns:
@@ -436,7 +453,20 @@ class Trainer:
 
     # -- validation ---------------------------------------------------------------------------
 
-    def _validate(self, number: int) -> dict[str, float]:
+    def _is_validated(self, step: int) -> bool:
+        settings = self.settings
+        is_due = (step + 1) % settings.validate_every == 0 or step + 1 == settings.steps
+        return bool(self.held_out) and is_due
+
+    @alone
+    def _validated(self, step: int) -> dict[str, float]:
+        """Validates after a step, whose row in the history has the figures too."""
+        with self._named(step):
+            found = self._validate()
+        self.guide.history.amend(found)
+        return found
+
+    def _validate(self) -> dict[str, float]:
         """Figures on held-out observations; keeps the best weights and decides to stop."""
         settings = self.settings
         mine = range(self.workers.rank, len(self.held_out), self.workers.count)

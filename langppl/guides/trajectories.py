@@ -578,7 +578,11 @@ def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:
 
 
 def trajectory(
-    draw: Draw, found: PathLogProbs, power: float, further: torch.Tensor | float = 0.0
+    draw: Draw,
+    found: PathLogProbs,
+    power: float,
+    further: torch.Tensor | float = 0.0,
+    offset: float = 0.0,
 ) -> Trajectory:
     """A draw of one string as SubTB over prefixes sees it, its reward tempered.
 
@@ -587,11 +591,12 @@ def trajectory(
         found: what the policy said of the string.
         power: of the reward.
         further: log q of latents that this string led to, nats.
+        offset: taken off every log reward, nats.
     """
     device = found.tokens.device
     positions = [t for t, _, _ in draw.ends]
     inner = found.canonical[torch.tensor(positions[:-1], dtype=torch.long, device=device)]
-    rewards = [plus(prior, rest, power) for _, prior, rest in draw.ends]
+    rewards = [plus(prior, rest, power) - offset for _, prior, rest in draw.ends]
     return Trajectory(
         log_q=found.tokens,
         ends=torch.tensor(positions, dtype=torch.long, device=device),

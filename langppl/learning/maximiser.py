@@ -53,7 +53,10 @@ class Maximiser:
         )
         self.done = 0
 
+    # Whoever fits wants gradients, wherever it is called.
     @alone
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def run(
         self, every: Sequence[Sequence[Factor]], advance: Callable[[int], None]
     ) -> dict[str, float]:
