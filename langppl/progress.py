@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 LOG = logging.getLogger("langppl")
 EVERY = 10.0
 """Seconds between two lines in the log."""
+PATIENCE = 1.0
+"""Seconds before a notebook has a line."""
+RENEWED = 0.25
+"""Seconds between two states of it."""
 
 Advance = Callable[..., None]
 
 
 @contextlib.contextmanager
 def bar(title: str, total: int, show: bool) -> Iterator[Advance]:
-    """A bar for long work: on stderr if it is a terminal, or in a notebook.
+    """A bar for long work: on stderr if it is a terminal; in a notebook a line that is renewed.
 
     Elsewhere the logger `langppl` gets a line at level INFO every ten seconds.
 
@@ -31,7 +37,10 @@ def bar(title: str, total: int, show: bool) -> Iterator[Advance]:
     """
     if not show:
         yield lambda steps=1, text=None: None
-    elif sys.stderr.isatty() or _is_notebook():
+    elif _is_notebook():
+        with _displayed(title, total) as advance:
+            yield advance
+    elif sys.stderr.isatty():
         with _drawn(title, total) as advance:
             yield advance
     else:
@@ -50,13 +59,50 @@ def _drawn(title: str, total: int) -> Iterator[Advance]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    # What is redirected is printed above the bar, on stderr: not what goes into a file or a pipe.
+    redirected = sys.stdout.isatty()
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, redirect_stdout=redirected
+    ) as progress:
         task = progress.add_task(title, total=total)
 
         def advance(steps: int = 1, text: str | None = None) -> None:
             progress.update(task, advance=steps, description=text)
 
         yield advance
+
+
+@contextlib.contextmanager
+def _displayed(title: str, total: int) -> Iterator[Advance]:
+    """A line in a notebook; none for what is soon done."""
+    display: Any = importlib.import_module("IPython.display").display
+
+    began = time.monotonic()
+    shown = began + PATIENCE - RENEWED
+    done, latest = 0, title
+    handle: Any = None
+
+    def show() -> None:
+        nonlocal handle
+        line = {"text/plain": f"{latest}: {done} of {total}, {time.monotonic() - began:.0f} s"}
+        if handle is None:
+            handle = display(line, raw=True, display_id=True)
+        else:
+            handle.update(line, raw=True)
+
+    def advance(steps: int = 1, text: str | None = None) -> None:
+        nonlocal shown, done, latest
+        done, latest = done + steps, text or latest
+        if time.monotonic() - shown >= RENEWED:
+            shown = time.monotonic()
+            show()
+
+    try:
+        yield advance
+    finally:
+        if handle is not None:
+            show()
 
 
 def _logged(title: str, total: int) -> Advance:
@@ -90,7 +136,7 @@ def say(text: str, show: bool) -> None:
         text: the line.
         show: False for nothing.
     """
-    if show and (sys.stderr.isatty() or _is_notebook()):
+    if show and (_is_notebook() or sys.stderr.isatty()):
         print(text, file=sys.stderr, flush=True)
     elif show:
         LOG.info("%s", text)

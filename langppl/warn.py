@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Hashable
 
 from greenlet import getcurrent, greenlet
 
 _INSIDE = ("langppl", "pyro", "torch", "greenlet", "contextlib", "functools")
-_said: set[tuple[Hashable, str, int]] = set()
+_MOST_SAID = 1024
+_said: OrderedDict[tuple[Hashable, str, int], None] = OrderedDict()
 
 
 def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = None) -> None:
@@ -22,14 +24,20 @@ def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = N
     Args:
         message: what to say.
         category: the warning's class.
-        once: what it is about; the same is said once for each line, whatever the message.
+        once: what it is about; the same is said once for each line, whatever the message, among
+            the last thousand or so.
     """
     frame = _line_of_user()
     file, line = frame.f_code.co_filename, frame.f_lineno
     if once is not None:
-        if (once, file, line) in _said:
+        key = (once, file, line)
+        if key in _said:
+            _said.move_to_end(key)
             return
-        _said.add((once, file, line))
+        _said[key] = None
+        # Sites may have a name of their own in every request of a service.
+        if len(_said) > _MOST_SAID:
+            _said.popitem(last=False)
     warnings.warn_explicit(
         message,
         category,

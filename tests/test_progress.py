@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -33,15 +36,58 @@ def test_the_log_has_a_line_now_and_then(
     ]
 
 
-def test_a_notebook_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+class Handle:
+    def __init__(self, shown: list[str]) -> None:
+        self.shown = shown
+
+    def update(self, line: dict[str, str], raw: bool) -> None:
+        assert raw
+        self.shown.append(line["text/plain"])
+
+
+def test_a_notebook_has_one_line_that_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
+    handles: list[Handle] = []
 
-    def drawn(title: str, total: int) -> object:
-        shown.append(f"{title} {total}")
-        return progress.contextlib.nullcontext(lambda steps=1, text=None: None)
+    def display(line: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        assert raw and display_id
+        handles.append(Handle(shown))
+        handles[-1].update(line, raw=True)
+        return handles[-1]
 
+    now = [100.0]
+    module = types.ModuleType("IPython.display")
+    module.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setattr(progress, "_is_notebook", lambda: True)
-    monkeypatch.setattr(progress, "_drawn", drawn)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.bar("working", 9, show=True) as advance:
+        for _ in range(9):
+            now[0] += 0.125
+            advance(1)
+    # The first second shows nothing.
+    assert shown == ["working: 8 of 9, 1 s", "working: 9 of 9, 1 s"] and len(handles) == 1
+    with progress.bar("short", 9, show=True) as advance:
+        now[0] += 0.5
+        advance(9)
+    assert len(handles) == 1
+
+
+PRINTS = """
+import sys, time
+from langppl import progress
+sys.stderr.isatty = lambda: True
+with progress.bar("working", 3, True) as advance:
+    for k in range(3):
         advance(1)
-    assert shown == ["working 9"]
+        print("x" * 200, flush=True)
+"""
+
+
+def test_what_is_printed_into_a_file_stays_there_beside_a_bar() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == ("x" * 200 + "\n") * 3
+    assert "xxx" not in done.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 
 import langppl as lp
 from langppl.testing import tiny_lm
+from langppl.warn import _said, warn
 
 
 def test_a_warning_about_a_model_points_into_it() -> None:
@@ -42,3 +44,12 @@ def test_a_warning_of_inference_points_to_who_asked() -> None:
     with pytest.warns(lp.InferenceWarning) as heard:
         lp.infer(model, progress=False)
     assert [w.filename for w in heard] == [__file__]
+
+
+def test_what_was_said_is_kept_for_a_thousand_subjects() -> None:
+    for k in [*range(3000), 2999]:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            warn(f"subject {k}", once=("test", k))
+        assert len(_said) <= 1024
+    assert not heard  # the last one had been said

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ TINY = tiny_lm("ab. ", merged=["ab"])
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("langppl.warn._said", set())
+    monkeypatch.setattr("langppl.warn._said", OrderedDict())
 
 
 def test_another_tokenizer_tokenises_anew() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -185,7 +186,7 @@ def extreme(kind: str) -> Callable[[], None]:
 def test_a_draw_without_a_density_is_impossible_and_told(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("langppl.warn._said", set())  # it is said once for each line
+    monkeypatch.setattr("langppl.warn._said", OrderedDict())  # it is said once for each line
     with pytest.warns(UserWarning, match=r"site 's': .* drew .* no density .*torch.float64"):
         found = lp.infer(extreme(kind), num_samples=64, progress=False)
     values = torch.tensor([float(sample["s"]) for sample in found.samples])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_rows_that_are_given_are_taken() -> None:
 def test_a_latent_in_some_of_the_rows_is_warned_of(
     in_turn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("langppl.warn._said", set())
+    monkeypatch.setattr("langppl.warn._said", OrderedDict())
 
     def model() -> None:
         if in_turn:
