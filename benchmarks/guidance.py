@@ -20,19 +20,21 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from objectives import Draws, draw, log_mean, make_story, read_stories, whole_story
+from objectives import (
+    Draws,
+    draw,
+    log_mean,
+    make_story,
+    read_stories,
+    whole_story,
+    without_ending,
+)
 
 import langppl as lp
 from langppl.guides import Guide, PriorGuide, PromptedGuide
 from langppl.guides.base import log_q_together
-from langppl.guides.context import ContextInfo, observations_first
+from langppl.guides.context import observations_first
 from langppl.program.scheduler import run
-
-
-def without_ending(info: ContextInfo) -> str:
-    """`whole_story` where nobody knows how the story ends."""
-    beginning = info.args[0]
-    return f"{beginning} [...]\n\nThe full story:\n\n{beginning}"
 
 
 def proposals(scales: list[float]) -> dict[str, Guide]:
