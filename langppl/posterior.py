@@ -17,7 +17,6 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import json
@@ -51,6 +50,7 @@ from langppl.program.execution import Choice, Execution, draw_prior, given, run_
 from langppl.program.lengths import (
     MOST_ATTEMPTS,
     EndedEarly,
+    RejectedDraw,
     as_lengths,
     draw_open,
     too_short,
@@ -492,7 +492,9 @@ class Posterior(Report):
         """Runs a second model on posterior draws: Bayesian model averaging.
 
         Latents of the second model that have the name of one of this posterior's take the drawn
-        values; its other latents are sampled. What it observes is not weighed.
+        values; its other latents are sampled, and a run in which one is rejected by its own rules
+        (unfinished under a grammar, or with `truncate="reject"`) is done anew, on the same
+        posterior draw. What it observes is not weighed.
 
         Args:
             model: a model function, or a compiled `Program` (then without `args`).
@@ -508,8 +510,8 @@ class Posterior(Report):
             have, and `"_RETURN"`: what the model returned.
 
         Raises:
-            ValueError: if no sample has weight, the model has none of this posterior's sites, or an
-                open string has no length.
+            ValueError: if no sample has weight, the model has none of this posterior's sites, an
+                open string has no length, or every attempt of a run is rejected.
             TypeError: for a compiled program with arguments, arguments that do not fit the model,
                 or a seed that is no integer.
         """
@@ -522,16 +524,30 @@ class Posterior(Report):
         draws = [dict(self.samples[i]) for i in chosen]
 
         def task(i: int, values: dict[str, Any]) -> dict[str, Any]:
+            rejected: set[str] = set()
             for attempt in range(MOST_ATTEMPTS):
-                with contextlib.suppress(EndedEarly):
+                try:
                     return run_on(values, (seed, "predict", i, *([attempt] if attempt else [])))
+                except RejectedDraw as early:
+                    rejected.add(str(early))
+                except EndedEarly:
+                    pass
+            if rejected:
+                raise ValueError(
+                    f"{MOST_ATTEMPTS} runs on one posterior draw came to nothing: "
+                    f"{' or '.join(sorted(rejected))}; give strings that are rejected more "
+                    "max_tokens"
+                )
             raise too_short(known)
 
         def run_on(values: dict[str, Any], key: Key) -> dict[str, Any]:
             def prior(name: str, fn: Any, execution: Execution) -> Choice:
                 if isinstance(fn, LMString) and fn.is_open:
                     return Choice(draw_open(name, fn, (*key, name), known, "predict"))
-                return draw_prior(fn, (*key, name))
+                choice = draw_prior(fn, (*key, name))
+                if choice.log_prob == -math.inf:
+                    raise RejectedDraw(name)
+                return choice
 
             choose = given(values, prior)
             if isinstance(model, Program):

@@ -74,6 +74,9 @@ class Guide(ABC):
     ) -> list[dict[str, Any]]:
         """Raw draws from the guide, unweighted; a `GFlowNetGuide`'s without its `defensive` share.
 
+        A string that its rules reject (unfinished under a grammar, or with `truncate="reject"`) is
+        there as it was drawn; `infer` would give it weight zero.
+
         A learned prediction is one of these, under a model that does not observe what is to be
         predicted. `infer` weights them.
 
@@ -264,6 +267,21 @@ class Guide(ABC):
             is the model's own law.
         """
         return None, None
+
+    def law(self, program: Program, name: str, fn: Any, execution: Execution) -> Any:
+        """From which distribution the guide goes on with a string that has begun.
+
+        Args:
+            program: the program.
+            name: the latent.
+            fn: its distribution, an `LMString`.
+            execution: the execution before it.
+
+        Returns:
+            An `LMString` of the same LM; the default is the latent's own. What it reads is a
+            matter of `reads`.
+        """
+        return fn
 
     def __repr__(self) -> str:
         """The type, and what tells it from others of it."""

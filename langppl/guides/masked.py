@@ -86,6 +86,10 @@ class MaskedGuide(Guide):
 
         return choose
 
+    def law(self, program: Program, name: str, fn: Any, execution: Execution) -> Any:
+        """See `Guide.law`."""
+        return self._masked(name, fn) if name in self.grammars else fn
+
     def check(self, program: Program) -> None:
         """Raises ValueError if a named site is no latent `LMString`, or no string can be drawn."""
         for name in self.grammars:

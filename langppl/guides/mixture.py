@@ -124,8 +124,15 @@ class MixtureGuide(Guide):
         self, program: Program, name: str, fn: Any, execution: Execution
     ) -> tuple[Reading | None, str | None]:
         """See `Guide.reads`; those of the guide with the largest share."""
-        largest = self.guides[int(np.argmax(self.shares))]
-        return largest.reads(program, name, fn, execution)
+        return self._largest.reads(program, name, fn, execution)
+
+    def law(self, program: Program, name: str, fn: Any, execution: Execution) -> Any:
+        """See `Guide.law`; that of the guide with the largest share."""
+        return self._largest.law(program, name, fn, execution)
+
+    @property
+    def _largest(self) -> Guide:
+        return self.guides[int(np.argmax(self.shares))]
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -103,11 +103,16 @@ def _support(latent: Pause, room: int, limit: int) -> list[Any]:
             )
         # Under a mask a rejected string counts as any other does.
         with_rejected = counted(-math.inf, latent.scale, latent.mask) > -math.inf
-        found = [
-            Text(text, ids, fn.lm.fingerprint)
-            for ids, text, rejected in enumeration.strings(fn.bound, most)
-            if with_rejected or not rejected
-        ]
+        found, first = [], None
+        for ids, text, rejected in enumeration.strings(fn.bound, most):
+            value = Text(text, ids, fn.lm.fingerprint)
+            if with_rejected or not rejected:
+                found.append(value)
+            else:
+                first = first or value
+        # Where nothing is possible, one of them tells why.
+        if not found and first is not None:
+            found = [first]
     elif getattr(fn, "has_enumerate_support", False):
         each = fn.enumerate_support(expand=False)
         each = each.reshape(len(each), *fn.event_shape)

@@ -7,7 +7,7 @@ leaves the posterior as it is. Two kinds of moves:
 - *site*: the guide proposes the whole value, whatever it was (an independence proposal).
 - *tail*, for an `LMString`: the string is cut before one of its actions, chosen evenly, and what
   follows is drawn anew, token by token, from the LM after the guide's context (under the prior:
-  the site's own prompt).
+  the site's own prompt) and by the guide's rules (under a `MaskedGuide`: its mask).
 
 Where the program has other sites with the new value, latents that appear are proposed by the
 guide, and latents that vanish would have to be on the way back. For a move from x, which has n
@@ -35,7 +35,7 @@ import torch
 from langppl.distributions import LMString, StringDistribution
 from langppl.guides.base import Guide, Key
 from langppl.lm.requests import Reading, ScoreReply, perform
-from langppl.lm.rules import Path
+from langppl.lm.rules import Path, Violation
 from langppl.lm.seeds import generator
 from langppl.program import Program, run_together
 from langppl.program.execution import (
@@ -138,6 +138,7 @@ class _Move:
         self._is_possible = True
         self._cut = 0
         self._read: tuple[Reading | None, str | None] = (None, None)
+        self._law: Any = self.site.fn
 
     def choose(self, name: str, fn: Any, execution: Execution) -> Choice:
         """See `langppl.program.execution.Chooser`."""
@@ -161,14 +162,19 @@ class _Move:
         return (*self.key, name)
 
     def _tail(self, fn: Any, execution: Execution) -> Choice:
-        path = fn.parse(self.site.value)
+        name = self.site.name
+        self._read = self.guide.reads(self.program, name, fn, execution)
+        self._law = self.guide.law(self.program, name, fn, execution)
+        path = self._law.parse(self.site.value)
+        if isinstance(path, Violation):  # the guide would never have come here
+            self._is_possible = False
+            return draw_prior(fn, (*self._key_of(name), "unused"))
         actions = _actions(path)
         self._cut = int(self.place * actions)
-        self._read = self.guide.reads(self.program, self.site.name, fn, execution)
         prompt, adapter = self._read
         begun = path.tokens[: self._cut]
-        key = (*self._key_of(self.site.name), "tail")
-        value, log_q = fn.draw_on(begun, key, prompt=prompt, adapter=adapter)
+        key = (*self._key_of(name), "tail")
+        value, log_q = self._law.draw_on(begun, key, prompt=prompt, adapter=adapter)
         return Choice(value, log_q - math.log(actions))
 
     def weigh(self, execution: Execution) -> Execution:
@@ -209,13 +215,13 @@ class _Move:
         return known(name, site.fn, site.value, _before(self.state, name))
 
     def _tail_back(self, execution: Execution) -> float:
-        fn = self.site.fn
+        law, name = self._law, self.site.name
         prompt, adapter = self._read
-        request = fn.request(self.site.value, prompt=prompt, adapter=adapter)
+        request = law.request(self.site.value, prompt=prompt, adapter=adapter)
         (reply,) = perform([request])
         assert isinstance(reply, ScoreReply)
         tail = float(reply.tokens[self._cut :].sum() + reply.ending)
-        return tail - math.log(_actions(fn.parse(execution.sites[self.site.name].value)))
+        return tail - math.log(_actions(law.parse(execution.sites[name].value)))
 
     def decide(self, execution: Execution) -> Moved:
         """Accepts or rejects."""

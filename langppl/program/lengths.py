@@ -23,6 +23,17 @@ class EndedEarly(BaseException):
     """The LM ended an open string before the length asked for, or the string was rejected."""
 
 
+class RejectedDraw(EndedEarly):
+    """A string was drawn that its own rules reject.
+
+    Args:
+        name: of its site.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the string {name!r} was rejected by its own rules")
+
+
 def draw_open(name: str, fn: LMString, key: Key, lengths: Mapping[str, int], by: str) -> Text:
     """Draws the first tokens of an open string.
 

@@ -34,6 +34,7 @@ from langppl.program.keys import hashable
 from langppl.program.lengths import (
     MOST_ATTEMPTS,
     EndedEarly,
+    RejectedDraw,
     as_lengths,
     check_lengths,
     draw_open,
@@ -459,7 +460,7 @@ class Program:
                     return draw_open(name, fn, (*key, name), lengths, "simulate")
             choice = draw_prior(fn, (*key, name))
             if choice.log_prob == -torch.inf:
-                raise EndedEarly(f"the string {name!r} was rejected by its own rules")
+                raise RejectedDraw(name)
             return choice.value
 
         def choose(name: str, fn: Any, execution: Execution) -> Any:
