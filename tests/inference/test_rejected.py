@@ -1,12 +1,10 @@
-"""Strings that their own rules reject: in predictions, in enumeration, and in moves under a mask."""
+"""Strings that their own rules reject: in predictions, enumeration, and moves under a mask."""
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 import langppl as lp
@@ -73,7 +71,7 @@ def test_moves_under_a_mask_keep_to_it() -> None:
     guide = lp.MaskedGuide({"z": grammar})
     for own in (guide, lp.MixtureGuide([guide, "prior"], shares=[0.8, 0.2])):
         chains = lp.infer(
-            program, method="mh", guide=own, num_samples=1600, chains=32, tail_share=1.0, seed=1,
+            program, method="mh", guide=own, num_samples=960, chains=32, tail_share=1.0, seed=1,
             progress=False,
         )  # fmt: skip
         assert chains.chains is not None
@@ -96,7 +94,4 @@ def test_lone_surrogates_are_named() -> None:
         (lp.one_of, ["\ud800"]),
     ):
         with pytest.raises(ValueError, match="not valid Unicode"):
-            make(value)  # type: ignore[operator]
-    assert json.loads('"\\u00e9"') == "é" and np.isfinite(
-        float(lp.LMString(LM, "a", max_tokens=3).log_prob("é"))
-    )
+            make(value)
