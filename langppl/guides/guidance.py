@@ -33,8 +33,8 @@ class Guidance:
     """Has a guide propose from the prior, changed by what its context shows.
 
     Args:
-        scale: how much that counts, above 0. Untrained, less than 1 is nearer to the prior, and 1
-            or more costs more than it gains on short strings (`docs/guides.md`).
+        scale: how much that counts, above 0. Less is nearer to the prior; untrained, a quarter to a
+            half did best where it was measured (`docs/guides.md`).
         without: makes the guide's context without what it is to be guided by, for a guide with a
             context function of its own that takes the observations out of the model's arguments.
             By default the guide's context function is asked again, with no observations.
