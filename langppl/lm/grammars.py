@@ -22,6 +22,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from langppl.lm.matcher import EXACT, Matcher, Tokenizer, bytes_only
+from langppl.lm.texts import plain_text
 from langppl.warn import warn
 
 _SHOWN = 80
@@ -83,7 +84,7 @@ class Grammar:
 def _check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {value!r} ({type(value).__name__})")
-    return str(value)
+    return plain_text(value)
 
 
 def regex(pattern: str) -> Grammar:

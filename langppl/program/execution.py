@@ -258,6 +258,7 @@ class _Handler(Messenger):
             msg["infer"] = {**msg["infer"], "langppl_made_of": parameters(fn)}
         if isinstance(fn, StringDistribution):
             check_string_site(name, msg["value"])
+            msg["value"] = as_value(msg["value"])
             for frame in msg["cond_indep_stack"]:
                 if frame.vectorized:
                     raise plate_error(name, frame.name)
@@ -564,7 +565,7 @@ def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Choose
         if name in values:
             if isinstance(fn, StringDistribution):
                 check_string_site(name, values[name])
-                return Choice(values[name])
+                return Choice(as_value(values[name]))
             return Choice(as_value(values[name], fn))
         if otherwise is None:
             raise ValueError(
