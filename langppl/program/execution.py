@@ -31,6 +31,7 @@ from langppl.program.pyros import (
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     BadNumber,
+    Constant,
     Known,
     Memo,
     Model,
@@ -265,7 +266,7 @@ class _Handler(Messenger):
         if msg["infer"].get("_deterministic"):
             # Pyro's own statement: to Pyro an observation, of a value that is computed.
             value = msg["value"]
-            msg["fn"] = Known(lambda: value, (value,), "deterministic")
+            msg["fn"] = Known(Constant(value), (value,), "deterministic")
             msg["is_observed"] = False
             if self.know is not None:
                 msg["value"] = unboxed(self.know(name, msg["fn"]))

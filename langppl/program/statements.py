@@ -282,6 +282,17 @@ class Known(dist.Distribution):
         return torch.zeros((), dtype=torch.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Evaluates to a value that is there already; unlike a lambda it can be pickled."""
+
+    value: Any
+
+    def __call__(self) -> Any:
+        """The value."""
+        return self.value
+
+
 def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwargs: Any) -> R:
     """A tool call: a site whose value is a fixed function of its arguments.
 
@@ -434,7 +445,7 @@ def deterministic(name: str, value: R) -> R:
         The value.
     """
     _check_name(name)
-    return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
+    return cast(R, _known(name, Known(Constant(value), (value,), "deterministic")))
 
 
 def _known(name: str, fn: Known) -> Any:
