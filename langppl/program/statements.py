@@ -117,9 +117,13 @@ def _check_distribution(name: str, fn: Any) -> None:
 def check_string_site(name: str, value: object) -> None:
     """Raises TypeError unless a string site's value is a string (or None: to be drawn)."""
     if value is not None and not isinstance(value, str):
+        is_missing = type(value).__name__ == "NAType" or (
+            isinstance(value, float) and math.isnan(value)
+        )
+        mend = "a missing value? give None, and the site is latent" if is_missing else "give a str"
         raise TypeError(
             f"site {name!r} is a string site, but its value is {value!r} "
-            f"({type(value).__name__}); give a str"
+            f"({type(value).__name__}); {mend}"
         )
 
 
