@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, unwrapped
 from langppl.lm.filters import let_through
 from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
@@ -74,6 +74,7 @@ def _as_filter(name: str, value: object) -> TokenFilter | None:
 
 def check_temperature(value: object) -> None:
     """Raises ValueError unless a temperature is a number above 0 by which logits can be divided."""
+    value = unwrapped(value)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not float(value) > 0:  # type: ignore[arg-type]
         raise ValueError(f"temperature must be above 0, got {value!r}")
@@ -157,6 +158,7 @@ class StringRules:
                     "for strings of a fixed length"
                 )
         check_temperature(self.temperature)
+        object.__setattr__(self, "temperature", unwrapped(self.temperature))
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
 
