@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from langppl.distributions.text import Text
+from langppl.lm.texts import plain_text
 
 
 def number(value: float) -> float | str:
@@ -36,9 +37,9 @@ def encode(value: Any) -> Any:
     """A sample's value in strict JSON; objects mark the types that JSON lacks."""
     if isinstance(value, Text):
         ids = None if value.ids is None else list(value.ids)
-        return {"text": str(value), "ids": ids, "tokenizer": value.tokenizer}
+        return {"text": plain_text(value), "ids": ids, "tokenizer": value.tokenizer}
     if isinstance(value, str):
-        return str(value)
+        return plain_text(value)
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
@@ -53,7 +54,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [encode(entry) for entry in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {str(key): encode(entry) for key, entry in value.items()}}
+        return {"dict": {plain_text(key): encode(entry) for key, entry in value.items()}}
     raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from langppl.lm.texts import plain_text
 from langppl.tables import shown
 
 LONGEST_VALUE = 160
@@ -52,7 +53,7 @@ class UncountableError(TypeError):
 def plain(value: Any) -> Any:
     """A site's value as plain Python: `str`, number or (nested) list."""
     if isinstance(value, str):
-        return str(value)
+        return plain_text(value)
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().tolist()
     if isinstance(value, (np.ndarray, np.generic)):

@@ -17,6 +17,7 @@ from langppl.lm.prompts import Prompt
 from langppl.lm.requests import Reading, Reply, ScoreReply, ScoreRequest, perform, read_as
 from langppl.lm.rules import Path, Violation
 from langppl.lm.seeds import generator
+from langppl.lm.texts import plain_text
 from langppl.lm.trainable import TrainableLM
 from langppl.warn import warn
 
@@ -52,7 +53,8 @@ class LMChoice(StringDistribution):
             if option in seen:
                 raise ValueError(f"{sites.where()}the option {option!r} is given twice")
             seen.add(option)
-        self.options = listed
+        # A latent among the options keeps its type, by which it is known for text that was drawn.
+        self.options = tuple(o if isinstance(o, Text) else plain_text(o) for o in listed)
         self._open = LMString(lm, prompt)
         self.lm, self.adapter = self._open.lm, self._open.adapter
         self.prompt = self._open.prompt
@@ -60,7 +62,7 @@ class LMChoice(StringDistribution):
 
     def _warn_of_prefixes(self) -> None:
         # Sorted, an option that begins another one stands right before one that it begins.
-        ordered = sorted(str(o) for o in self.options)
+        ordered = sorted(plain_text(o) for o in self.options)
         for short, long in itertools.pairwise(ordered):
             if long.startswith(short):
                 warn(
@@ -103,7 +105,7 @@ class LMChoice(StringDistribution):
         found = []
         for option in self.options:
             self._open._check_join(option)
-            path = self._open.parse(str(option), len(read))
+            path = self._open.parse(plain_text(option), len(read))
             if isinstance(path, Violation):
                 raise ValueError(
                     f"{sites.where()}the option {option!r} has probability zero under "
@@ -149,7 +151,7 @@ class LMChoice(StringDistribution):
 
     def text(self, at: int) -> Text:
         """An option as a value."""
-        option = str(self.options[at])
+        option = plain_text(self.options[at])
         return Text(option, self.lm.encode_text(option), self.lm.fingerprint)
 
     def pending(

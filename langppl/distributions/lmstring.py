@@ -25,6 +25,7 @@ from langppl.lm.requests import (
     read_as,
 )
 from langppl.lm.rules import BoundRules, Path, StringRules, TokenFilter, Violation
+from langppl.lm.texts import plain_text
 from langppl.lm.trainable import TrainableLM, split
 from langppl.lm.vocabulary import REPLACEMENT
 from langppl.warn import warn
@@ -306,7 +307,7 @@ class LMString(StringDistribution):
         ids, limit = self.tokens_of(value), self.limit(prompt_length)
         found = self.bound.parse(ids, data, limit)
         if isinstance(found, Violation) and self._runs_past(value, ids, data):
-            return self.bound.parse(self.lm.encode_text(str(value)), data, limit)
+            return self.bound.parse(self.lm.encode_text(plain_text(value)), data, limit)
         return found
 
     def is_read_anew(self, value: Text) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from langppl.lm.texts import plain_text
+
 _OF_TENSORS = ("ndim", "shape", "dim", "detach", "new_zeros")
 _INSTEAD = (
     ": a text is no tensor. In the place of pyro.deterministic write lp.deterministic, of "
@@ -40,7 +42,7 @@ class Text(str):
         cls, text: str, ids: Sequence[int] | None = None, tokenizer: str | None = None
     ) -> Text:
         """Makes the string; `str` is immutable, so the ids are attached here."""
-        self = super().__new__(cls, text)
+        self = super().__new__(cls, plain_text(text))
         self.ids = None if ids is None else tuple(int(i) for i in ids)
         self.tokenizer = tokenizer
         return self
@@ -54,7 +56,7 @@ class Text(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keeps the ids through copies and between processes."""
-        return (Text, (str(self), self.ids, self.tokenizer))
+        return (Text, (plain_text(self), self.ids, self.tokenizer))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Text:
         """Immutable, so a copy is the value itself."""

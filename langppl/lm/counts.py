@@ -7,6 +7,11 @@ from numbers import Integral, Real
 from typing import Any
 
 
+def unwrapped(value: Any) -> Any:
+    """The number in a tensor or an array of no dimensions; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def as_count(name: str, value: Any, least: int) -> int:
     """A number of things, of any integer type.
 
@@ -18,9 +23,10 @@ def as_count(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: if it is no integer, or below that.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    number = unwrapped(value)
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
+    return int(number)
 
 
 def as_number(name: str, value: Any) -> float:
@@ -33,9 +39,10 @@ def as_number(name: str, value: Any) -> float:
     Raises:
         ValueError: if it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    number = unwrapped(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    return float(number)
 
 
 def as_share(name: str, value: Any) -> float:

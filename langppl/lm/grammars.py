@@ -22,6 +22,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from langppl.lm.matcher import EXACT, Matcher, Tokenizer, bytes_only
+from langppl.lm.texts import plain_text
 from langppl.warn import warn
 
 _SHOWN = 80
@@ -87,7 +88,7 @@ def _check_text(name: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} is not valid Unicode (a lone surrogate): {value!r}") from None
-    return str(value)
+    return plain_text(value)
 
 
 def regex(pattern: str) -> Grammar:

@@ -25,6 +25,7 @@ from langppl.lm.requests import alone, when_orphaned
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
+from langppl.lm.texts import plain_text
 from langppl.lm.trainable import TrainableLM, get_trainable
 from langppl.lm.vocabulary import Vocabulary
 from langppl.lm.weights import resolve
@@ -264,7 +265,7 @@ class LM:
         """
         if is_chat(prompt):
             return encode_chat(self.tokenizer, prompt)
-        text = str(prompt)
+        text = plain_text(prompt)
         found = self._prompts.get(text)
         if found is None:
             try:

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from langppl.lm.texts import plain_text
+
 Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
 
@@ -47,7 +49,7 @@ def check_prompt(prompt: object) -> Prompt:
         TypeError: if it is anything else.
     """
     if isinstance(prompt, str):
-        return prompt
+        return plain_text(prompt)
     if (
         is_chat(prompt)
         and prompt
@@ -58,7 +60,9 @@ def check_prompt(prompt: object) -> Prompt:
             for m in prompt
         )
     ):
-        return [dict(m) for m in prompt]
+        return [
+            {k: plain_text(v) if isinstance(v, str) else v for k, v in m.items()} for m in prompt
+        ]
     raise TypeError(
         "a prompt must be a string or a non-empty list of messages such as "
         f'{{"role": "user", "content": "Hello"}}, got {prompt!r}'
@@ -68,8 +72,8 @@ def check_prompt(prompt: object) -> Prompt:
 def begun_answer(prompt: Prompt) -> str | None:
     """The text that a string goes on with at once; None if a chat has the answer still to begin."""
     if not is_chat(prompt):
-        return str(prompt)
-    return str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else None
+        return plain_text(prompt)
+    return plain_text(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else None
 
 
 def _check_roles(template: str, messages: Chat) -> None:

@@ -35,11 +35,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from langppl.lm.counts import as_count
+from langppl.lm.counts import as_count, unwrapped
 from langppl.lm.filters import let_through
 from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
 from langppl.lm.matcher import tokenizer_of
+from langppl.lm.texts import plain_text
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
 
 TokenFilter = tuple[str, ...] | Callable[[str], bool]
@@ -63,7 +64,7 @@ def _as_filter(name: str, value: object) -> TokenFilter | None:
         return value
     is_list = isinstance(value, Iterable) and not isinstance(value, str)
     given = tuple(value) if is_list else (value,)  # type: ignore[arg-type]
-    strings = tuple(s for s in given if isinstance(s, str) and s)
+    strings = tuple(plain_text(s) for s in given if isinstance(s, str) and s)
     if not strings or len(strings) < len(given):
         raise ValueError(
             f"{name} must be non-empty strings or a predicate on a token's text, got {value!r}"
@@ -73,6 +74,7 @@ def _as_filter(name: str, value: object) -> TokenFilter | None:
 
 def check_temperature(value: object) -> None:
     """Raises ValueError unless a temperature is a number above 0 by which logits can be divided."""
+    value = unwrapped(value)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not float(value) > 0:  # type: ignore[arg-type]
         raise ValueError(f"temperature must be above 0, got {value!r}")
@@ -119,7 +121,7 @@ class StringRules:
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"a stop must be a non-empty string, got {self.stop!r}")
-        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop", tuple(map(plain_text, stops)))
         object.__setattr__(self, "allow", _as_filter("allow", self.allow))
         object.__setattr__(self, "ban", _as_filter("ban", self.ban))
         # A predicate that is written inside of a model is another object in every execution.
@@ -156,6 +158,7 @@ class StringRules:
                     "for strings of a fixed length"
                 )
         check_temperature(self.temperature)
+        object.__setattr__(self, "temperature", unwrapped(self.temperature))
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
 

@@ -123,7 +123,7 @@ def rows_in(data: Any) -> list[Any]:
         )
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         # Polars has a method of its own for rows.
-        return list(data.to_dicts() if hasattr(data, "to_dicts") else data.to_dict("records"))
+        return list(data.to_dicts() if hasattr(data, "to_dicts") else _records(data))
     try:
         if isinstance(data, set | frozenset):
             raise TypeError("no order")
@@ -136,6 +136,19 @@ def rows_in(data: Any) -> list[Any]:
             f"data must be a sequence (or a Dataset) of tuples of the model's arguments, got "
             f"a {type(data).__name__}"
         ) from error
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table of pandas; where no number is missing, None, as in other tables."""
+    rows = table.to_dict("records")
+    if not hasattr(table, "isna"):
+        return list(rows)
+    others = {name for name, dtype in table.dtypes.items() if dtype.kind not in "biufc"}
+    missing = table.isna().to_dict("records")
+    return [
+        {k: None if k in others and gone[k] else v for k, v in row.items()}
+        for row, gone in zip(rows, missing, strict=True)
+    ]
 
 
 def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:

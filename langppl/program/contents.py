@@ -14,6 +14,7 @@ from torch.distributions.utils import lazy_property
 
 from langppl.distributions import StringDistribution
 from langppl.distributions.tempered import TemperedFactor
+from langppl.lm.texts import plain_text
 from langppl.program.keys import hashable
 from langppl.program.statements import Known
 
@@ -29,7 +30,7 @@ def parameters(fn: Any) -> Any:
     if isinstance(fn, StringDistribution):
         return (type(fn).__name__, fn.fields())
     if isinstance(fn, TemperedFactor):
-        return ("TemperedFactor", fn.power, fn.base.fields(), str(fn.value))
+        return ("TemperedFactor", fn.power, fn.base.fields(), plain_text(fn.value))
     if isinstance(fn, Known):
         return ("Known", hashable(fn.inputs))
     if isinstance(fn, Unit):

@@ -31,6 +31,7 @@ from langppl.program.pyros import (
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     BadNumber,
+    Constant,
     Known,
     Memo,
     Model,
@@ -258,13 +259,14 @@ class _Handler(Messenger):
             msg["infer"] = {**msg["infer"], "langppl_made_of": parameters(fn)}
         if isinstance(fn, StringDistribution):
             check_string_site(name, msg["value"])
+            msg["value"] = as_value(msg["value"])
             for frame in msg["cond_indep_stack"]:
                 if frame.vectorized:
                     raise plate_error(name, frame.name)
         if msg["infer"].get("_deterministic"):
             # Pyro's own statement: to Pyro an observation, of a value that is computed.
             value = msg["value"]
-            msg["fn"] = Known(lambda: value, (value,), "deterministic")
+            msg["fn"] = Known(Constant(value), (value,), "deterministic")
             msg["is_observed"] = False
             if self.know is not None:
                 msg["value"] = unboxed(self.know(name, msg["fn"]))
@@ -564,7 +566,7 @@ def given(values: Mapping[str, Any], otherwise: Chooser | None = None) -> Choose
         if name in values:
             if isinstance(fn, StringDistribution):
                 check_string_site(name, values[name])
-                return Choice(values[name])
+                return Choice(as_value(values[name]))
             return Choice(as_value(values[name], fn))
         if otherwise is None:
             raise ValueError(

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+from rich.text import Text
+
+from langppl.tables import as_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,16 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
             line = f"{name!s:<{width}}  {data['kind']:<13}  {data['family']}"
             lines.append(line + (f"  <- {parents}" if parents else ""))
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """The same as `str`."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return as_html(
+            Text(str(self), no_wrap=True), width=max(map(len, str(self).split("\n"))) + 1
+        )
 
     def show(self) -> None:
         """Prints the graph as text."""

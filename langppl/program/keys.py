@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from langppl.lm.functions import Same, content_of_cell
+from langppl.lm.texts import plain_text
 
 MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
 """What a function closes over of these is told from others by its identity: it may keep a log."""
@@ -79,7 +80,9 @@ def _key(value: Any, within: tuple[int, ...], left: list[int] | None) -> Any:
         left: how many more parts of an object may be looked at; None outside of such objects.
     """
     if isinstance(value, str):
-        return ("str", str(value))
+        text = plain_text(value)
+        # What prints otherwise than it reads may be printed.
+        return ("str", text) if str(value) == text else (_name(type(value)), text, str(value))
     kind = _name(type(value))
     if isinstance(value, float):
         return (kind, value.hex())

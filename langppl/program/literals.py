@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from langppl.lm.functions import content_of_cell, is_users_class, is_users_code, names_of
+from langppl.lm.texts import plain_text
 
 _DEEPEST = 4
 _MOST_LOOKED_AT = 200
@@ -31,7 +32,7 @@ def literals(model: Any) -> Iterator[str]:
     while waiting and len(looked) < _MOST_LOOKED_AT:
         value, depth = waiting.popleft()
         if isinstance(value, str):
-            yield str(value)
+            yield plain_text(value)
             continue
         if id(value) in looked or depth > _DEEPEST:
             continue

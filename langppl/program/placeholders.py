@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from langppl.distributions import Text
+from langppl.lm.texts import plain_text
 
 MARKER = re.compile("\ue000([^\ue000\ue001]+)\ue001")
 
@@ -66,7 +67,7 @@ for _name in dir(str):
 def strings_in(structure: Any) -> Iterator[str]:
     """All strings in nested tuples, lists and mappings."""
     if isinstance(structure, str):
-        yield str(structure)
+        yield plain_text(structure)
     elif isinstance(structure, Mapping):
         for value in structure.values():
             yield from strings_in(value)
@@ -85,7 +86,7 @@ def fill(structure: Any, values: Mapping[str, str]) -> Any:
     if isinstance(structure, str):
         if "\ue000" not in structure:
             return structure
-        return MARKER.sub(lambda m: str(values.get(m[1], m[0])), structure)
+        return MARKER.sub(lambda m: plain_text(values.get(m[1], m[0])), structure)
     if isinstance(structure, Mapping):
         return {k: fill(v, values) for k, v in structure.items()}
     if isinstance(structure, tuple):

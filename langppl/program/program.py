@@ -16,6 +16,7 @@ from langppl.distributions.sites import naming
 from langppl.keywords import did_you_mean
 from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
+from langppl.lm.texts import plain_text
 from langppl.program.arguments import arguments_by_place
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
@@ -196,7 +197,7 @@ class Program:
 
     def _observing(self, values: Mapping[str, Any]) -> Program:
         known = {name: site.fn for name, site in self.sites.items() if not site.is_string}
-        new = {k: v if isinstance(v, str) else as_value(v, known.get(k)) for k, v in values.items()}
+        new = {k: as_value(v, known.get(k)) for k, v in values.items()}
         for name in new.keys() & self.sites.keys():
             check_observation(name, self.sites[name].fn, new[name])
 
@@ -537,7 +538,7 @@ def _check_model(model: Any) -> None:
 def _is_value_of(argument: Any, site: Site) -> bool:
     """Whether an argument is what a site observes."""
     if isinstance(argument, str) or isinstance(site.value, str):
-        return isinstance(argument, str) and str(argument) == str(site.value)
+        return isinstance(argument, str) and plain_text(argument) == plain_text(site.value)
     tensor = as_value(argument, site.fn)
     return isinstance(tensor, torch.Tensor) and torch.equal(tensor, as_value(site.value))
 

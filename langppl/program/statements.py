@@ -34,6 +34,7 @@ from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.functions import content_of_cell
 from langppl.lm.model import LM
 from langppl.lm.requests import Asked, noted_by, tell, wait, weights_of
+from langppl.lm.texts import plain_text
 from langppl.program.keys import MUTABLE, hashable, is_function, tool_key
 
 R = TypeVar("R")
@@ -78,6 +79,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
             return _sample_tempered(name, dist, obs)
         if isinstance(dist, StringDistribution):
             check_string_site(name, obs)
+            obs = as_value(obs)
             for handler in _PYRO_STACK:
                 if isinstance(handler, IndepMessenger) and handler._vectorized:
                     raise plate_error(name, handler.name)
@@ -115,9 +117,13 @@ def _check_distribution(name: str, fn: Any) -> None:
 def check_string_site(name: str, value: object) -> None:
     """Raises TypeError unless a string site's value is a string (or None: to be drawn)."""
     if value is not None and not isinstance(value, str):
+        is_missing = type(value).__name__ == "NAType" or (
+            isinstance(value, float) and math.isnan(value)
+        )
+        mend = "a missing value? give None, and the site is latent" if is_missing else "give a str"
         raise TypeError(
             f"site {name!r} is a string site, but its value is {value!r} "
-            f"({type(value).__name__}); give a str"
+            f"({type(value).__name__}); {mend}"
         )
 
 
@@ -280,6 +286,17 @@ class Known(dist.Distribution):
         return torch.zeros((), dtype=torch.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Evaluates to a value that is there already; unlike a lambda it can be pickled."""
+
+    value: Any
+
+    def __call__(self) -> Any:
+        """The value."""
+        return self.value
+
+
 def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwargs: Any) -> R:
     """A tool call: a site whose value is a fixed function of its arguments.
 
@@ -432,7 +449,7 @@ def deterministic(name: str, value: R) -> R:
         The value.
     """
     _check_name(name)
-    return cast(R, _known(name, Known(lambda: value, (value,), "deterministic")))
+    return cast(R, _known(name, Known(Constant(value), (value,), "deterministic")))
 
 
 def _known(name: str, fn: Known) -> Any:
@@ -575,11 +592,15 @@ def named_in(model: Model) -> tuple[Named, ...]:
 def as_value(value: Any, fn: Any = None) -> Any:
     """A site's value as Pyro takes it: a number becomes a tensor, of floats for integers too.
 
+    A string of whatever class becomes a plain one; a `Text` stays as it is.
+
     Args:
-        value: a number, or an array of them; anything else stays as it is.
+        value: a string, a number, or an array of numbers; anything else stays as it is.
         fn: the site's distribution if it is not over strings: lists of numbers are then taken too,
             and numbers get the precision of its parameters.
     """
+    if isinstance(value, str):
+        return value if isinstance(value, Text) else plain_text(value)
     if isinstance(value, numbers.Real | np.bool_):
         return torch.tensor(float(value), dtype=_precision(fn))
     if isinstance(value, np.ndarray if fn is None else np.ndarray | list | tuple):

@@ -17,6 +17,7 @@ from langppl.program.contents import parameters
 from langppl.program.execution import Execution, Site
 from langppl.program.keys import hashable
 from langppl.program.placeholders import MARKER, Placeholder, fill
+from langppl.program.statements import as_value
 
 
 def signature(site: Site) -> Any:
@@ -39,7 +40,7 @@ def fill_site(site: Site, values: Mapping[str, Any]) -> Site:
     fn = _fill_distribution(site.fn, values)
     value = site.value
     if site.kind == "latent":
-        value = values[site.name]
+        value = as_value(values[site.name]) if site.is_string else values[site.name]
     elif isinstance(value, str):
         value = _fill_value(value, values)
     return replace(site, fn=fn, value=value, log_prob=None, log_q=None)

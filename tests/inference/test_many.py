@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -210,3 +211,18 @@ def test_interrupted_it_returns_whole_rows(
         whole.append(len(found))
         assert [p.samples for p in found] == [p.samples for p in wanted[: len(found)]]
     assert whole == sorted(whole) and len(set(whole)) > 1
+
+
+def test_texts_that_are_missing_in_a_table_are_latent() -> None:
+    from langppl.program.arguments import rows_in
+
+    pd = pytest.importorskip("pandas")
+    for missing in (float("nan"), pd.NA, None):
+        table = pd.DataFrame({"text": ["a", missing], "number": [1.0, float("nan")]})
+        first, second = rows_in(table)
+        assert first == {"text": "a", "number": 1.0}
+        assert second["text"] is None
+        assert math.isnan(second["number"])
+        if missing is not None:
+            with pytest.raises(TypeError, match="a missing value"):
+                lp.compile(story, "a", missing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -377,3 +377,13 @@ def test_a_short_fragment_is_finished_by_the_same_bytes() -> None:
                 left, expected = utf8_fragment(short + more), utf8_fragment(data[:k] + more)
                 assert (left is None) == (expected is None)
                 assert left is None or (left == b"") == (expected == b"")
+
+
+@pytest.mark.parametrize("one", [np.array, torch.tensor])
+def test_numbers_of_no_dimensions_are_numbers(one: Callable[[Any], Any]) -> None:
+    rules = StringRules(max_tokens=one(8), temperature=one(0.5))
+    assert (rules.max_tokens, rules.temperature) == (8, 0.5)
+    assert rules == StringRules(max_tokens=8, temperature=0.5)
+    for wrong in (one(True), one([8])):
+        with pytest.raises(ValueError, match="max_tokens must be an integer"):
+            StringRules(max_tokens=wrong)

@@ -819,3 +819,10 @@ def test_what_is_computed_leaves_the_literals_of_a_branch_to_be_tried() -> None:
         ("words", "long"),
         ("words", "o"),
     }
+
+
+def test_a_graph_shows_as_its_text() -> None:
+    graph = lp.compile(story, "a", " b").graph
+
+    assert repr(graph) == str(graph)
+    assert "LMString  &lt;- mood" in graph._repr_html_()

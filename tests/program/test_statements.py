@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -755,3 +756,13 @@ def test_a_tool_that_infers_with_itself_inside_does_not_wait_for_itself() -> Non
 
     expected = float(lp.LMChoice(lm, "b", ["a", "b"]).log_prob("a"))
     assert lp.infer(model, method="exact").log_evidence == pytest.approx(expected)
+
+
+def computed() -> str:
+    z = lp.sample("z", lp.LMChoice(LM, "a", ["a", "b"]))
+    return lp.deterministic("d", z + "!")
+
+
+def test_the_value_of_a_deterministic_site_can_be_pickled() -> None:
+    fn = lp.compile(computed).sites["d"].fn
+    assert "!" in str(pickle.loads(pickle.dumps(fn))().value)

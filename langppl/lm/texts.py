@@ -1,0 +1,17 @@
+"""Texts, of whatever class of strings, as they are given to langppl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def plain_text(text: Any) -> str:
+    """A string's own characters, whatever its class prints.
+
+    Example:
+        >>> import enum
+        >>> Mood = enum.Enum("Mood", {"GOOD": "good"}, type=str)
+        >>> str(Mood.GOOD), plain_text(Mood.GOOD)
+        ('Mood.GOOD', 'good')
+    """
+    return text if type(text) is str else str.__str__(text)
