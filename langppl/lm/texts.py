@@ -6,7 +6,7 @@ from typing import Any
 
 
 def plain_text(text: Any) -> str:
-    """A string's own characters, whatever its class prints.
+    """A string's own characters, whatever its class prints; of anything else what it prints.
 
     Example:
         >>> import enum
@@ -14,4 +14,4 @@ def plain_text(text: Any) -> str:
         >>> str(Mood.GOOD), plain_text(Mood.GOOD)
         ('Mood.GOOD', 'good')
     """
-    return text if type(text) is str else str.__str__(text)
+    return str.__str__(text) if isinstance(text, str) else str(text)
