@@ -829,8 +829,8 @@ def test_a_guide_of_the_first_version_is_read(tmp_path: Path) -> None:
     assert (loaded.objective, loaded.defensive) == ("vargrad", 0.1)
     draws = [g.sample(story, lm, n=6) for g in (guide, loaded)]
     assert [str(d) for d in draws[0]] == [str(d) for d in draws[1]]
-    (tmp_path / "guide.json").write_text(json.dumps({**old, "version": 3}))
-    with pytest.raises(ValueError, match=r"guide.json is of version 3 .*reads up to version 2"):
+    (tmp_path / "guide.json").write_text(json.dumps({**old, "version": 4}))
+    with pytest.raises(ValueError, match=r"guide.json is of version 4 .*reads up to version 3"):
         lp.GFlowNetGuide.load(tmp_path, lm)
 
 
