@@ -189,7 +189,7 @@ def _lines(lm: LM, reads: Sequence[Ids], longest: int, adapter: str | None) -> _
     packing, prompts = lm.packs, sorted(set(reads))
     if packing is not None and max(map(len, prompts)) + longest <= packing.window:
         layout = lay_out(prompts, min(lm.node_budget, lm.token_budget))
-        if len(layout.rows) == 1:
+        if len(layout.rows) == 1 and not layout.stem:
             return _TreeLines(lm, reads, adapter, packing)
     return _PaddedLines(lm, reads, adapter)
 
