@@ -152,10 +152,19 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
     if not isinstance(schema, Mapping):
         raise TypeError(f"a schema must be a mapping or JSON of one, got {schema!r}")
     try:
-        source = json.dumps(dict(schema), allow_nan=False)
+        source = json.dumps(_plain(schema), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the schema cannot be written as JSON: {error}") from error
     return Grammar("json_schema", source, f"start: %json {source}{EXACT}")
+
+
+def _plain(part: Any) -> Any:
+    """A schema's part in types that JSON knows, whatever mappings and sequences it is made of."""
+    if isinstance(part, Mapping):
+        return {key: _plain(value) for key, value in part.items()}
+    if isinstance(part, Sequence) and not isinstance(part, str | bytes):
+        return [_plain(value) for value in part]
+    return part
 
 
 def lark(source: str) -> Grammar:

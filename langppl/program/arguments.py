@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from langppl.keywords import did_you_mean
 
@@ -152,8 +154,9 @@ def _records(table: Any) -> list[dict[str, Any]]:
 
 
 def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
-    if isinstance(row, tuple | list):
-        return tuple(row)
+    row = _as_row(row)
+    if isinstance(row, tuple):
+        return row
     if not isinstance(row, Mapping):
         raise TypeError(
             f"each observation must be a tuple of the model's arguments, or a mapping from their "
@@ -167,6 +170,25 @@ def _arguments_of(model: Callable[..., Any], row: Any) -> tuple[Any, ...]:
             f"an observation with {', '.join(map(repr, row))} does not fit the model"
             f"{inspect.signature(model)}: {wrong or error}"
         ) from error
+
+
+def _as_row(row: Any) -> Any:
+    """A row as a tuple, if it has an order, or as a mapping; anything else as it is."""
+    if hasattr(row, "iloc") and hasattr(row, "isna") and getattr(row, "ndim", None) == 1:
+        # A row of a table of pandas has the columns' names.
+        numeric = row.dtype.kind in "biufc"
+        gone = row.isna().tolist()
+        values = [
+            None if lost and not numeric else v for v, lost in zip(row.tolist(), gone, strict=True)
+        ]
+        names = row.index.tolist()
+        by_name = all(isinstance(name, str) for name in names)
+        return dict(zip(names, values, strict=True)) if by_name else tuple(values)
+    if isinstance(row, np.ndarray) and row.ndim == 1:
+        return tuple(row.tolist())
+    if isinstance(row, Sequence) and not isinstance(row, str | bytes):
+        return tuple(row)
+    return row
 
 
 def _why_unfit(model: Callable[..., Any], row: Mapping[str, Any]) -> str:

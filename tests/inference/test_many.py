@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -211,6 +211,50 @@ def test_interrupted_it_returns_whole_rows(
         whole.append(len(found))
         assert [p.samples for p in found] == [p.samples for p in wanted[: len(found)]]
     assert whole == sorted(whole) and len(set(whole)) > 1
+
+
+class Listed(Sequence[Any]):
+    """A list that is none, as configurations have them."""
+
+    def __init__(self, *entries: Any) -> None:
+        self.entries = entries
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.entries[at]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def test_a_row_may_be_any_sequence() -> None:
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame(ROWS[:2], columns=["prompt", "seen"])
+    options: dict[str, Any] = {"num_samples": 4, "progress": False}
+    expected = [p.samples for p in lp.infer_many(story, ROWS[:2], **options)]
+    for rows in (
+        Listed(*(Listed(*row) for row in ROWS[:2])),
+        np.array(ROWS[:2]),
+        [pd.Series(row) for row in ROWS[:2]],
+        [row for _, row in table.iterrows()],
+        [row for _, row in table[["seen", "prompt"]].iterrows()],
+    ):
+        assert [p.samples for p in lp.infer_many(story, rows, **options)] == expected
+    found = lp.compare(
+        story,
+        *ROWS[0],
+        methods=Listed(Listed("importance", "prior")),
+        num_samples=4,
+        progress=False,
+    )
+    assert not found.errors
+
+
+def test_a_missing_entry_of_a_series_is_latent() -> None:
+    from langppl.program.arguments import arguments_of_rows
+
+    pd = pytest.importorskip("pandas")
+    rows = [pd.Series(["a", missing]) for missing in (float("nan"), None, pd.NA)]
+    assert arguments_of_rows(story, rows) == [("a", None)] * 3
 
 
 def test_texts_that_are_missing_in_a_table_are_latent() -> None:

@@ -10,8 +10,10 @@ import itertools
 import json
 import math
 import re
+from collections import UserList
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -506,3 +508,15 @@ def test_one_of_takes_any_text(text: str) -> None:
 def test_angle_brackets_in_the_text_of_a_lark_grammar() -> None:
     grammar = lp.lark('// <[1]>\nstart: /<[a-z]+>/ "<|a|>" # max_tokens=3')
     assert lp.log_matches("<b><|a|>", grammar) == 0.0
+
+
+def test_a_schema_of_mappings_and_sequences_of_any_kind() -> None:
+    plain = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    made = MappingProxyType(
+        {
+            "type": "object",
+            "properties": MappingProxyType({"a": MappingProxyType({"enum": ("x", "y")})}),
+            "required": UserList(["a"]),
+        }
+    )
+    assert lp.json_schema(made) == lp.json_schema(plain)
