@@ -239,14 +239,6 @@ def test_a_row_may_be_any_sequence() -> None:
         [row for _, row in table[["seen", "prompt"]].iterrows()],
     ):
         assert [p.samples for p in lp.infer_many(story, rows, **options)] == expected
-    found = lp.compare(
-        story,
-        *ROWS[0],
-        methods=Listed(Listed("importance", "prior")),
-        num_samples=4,
-        progress=False,
-    )
-    assert not found.errors
 
 
 def test_a_missing_entry_of_a_series_is_latent() -> None:
