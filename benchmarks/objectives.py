@@ -44,16 +44,11 @@ WAYS: dict[str, list[tuple[str, float]]] = {
     "reverse_kl": [("reverse_kl", 1.0)],
     "rao_blackwell": [("rao_blackwell", 1.0)],
     "rao_blackwell and pairs": [("rao_blackwell", 1.0)],
-    "subtb, guided": [("subtb", 1.0)],
-    "rao_blackwell, guided": [("rao_blackwell", 1.0)],
     "reward": [("reward", 1.0)],
     "rws": [("rws", 1.0)],
     "mle": [("mle", 1.0)],
 }
 """Objectives one after the other, each with its share of the time."""
-
-GUIDED = {"subtb, guided": 0.5, "rao_blackwell, guided": 0.5}
-"""Ways that train the guide with guidance by its context, and its scale."""
 
 SIMULATED = {"rao_blackwell and pairs": 0.25}
 """Share of each batch that is simulated from the model, latents and data."""
@@ -188,12 +183,7 @@ def train(
     story = make_story(lm)
     pairs = [(b, e) for b, _, e in rows]
     context = CONTEXTS[args.context]
-    guided = None
-    if way in GUIDED:
-        without = without_ending if context is whole_story else None
-        guided = lp.Guidance(GUIDED[way], without)
-    made: dict[str, Any] = {"rank": args.rank, "context": context, "guidance": guided}
-    guide = lp.GFlowNetGuide(lm, seed=args.seed, **made)
+    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed)
     total = 0
     for k, (objective, share) in enumerate(WAYS[way]):
         options: dict[str, Any] = {
@@ -215,7 +205,7 @@ def train(
             steps = json.loads(known.read_text())["steps"]
         else:
             # How long a step takes is seen on a guide that is thrown away.
-            trial = lp.GFlowNetGuide(lm, seed=args.seed + 1, **made)
+            trial = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed + 1)
             trial.fit(story, pairs, steps=2, progress=False, **options)
             started = time.monotonic()
             trial.fit(story, pairs, steps=args.trial, progress=False, **options)

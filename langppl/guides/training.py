@@ -220,10 +220,11 @@ class Trainer:
         except KeyboardInterrupt:
             guide.was_interrupted = True
             goes_back = settings.keep_best and self.best is not None and not self.mean.counts
-            kept = "has the weights that were best in validation" if goes_back else ""
+            kept = "has the weights that were best in validation"
+            kept = kept if goes_back else "keeps what it has learned"
             warn(
                 f"training was interrupted after {guide.history.rows - self.done} of "
-                f"{settings.steps} steps; the guide {kept or 'keeps what it has learned'}",
+                f"{settings.steps} steps; the guide {kept}",
             )
         finally:
             keeper.close()

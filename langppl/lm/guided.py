@@ -15,6 +15,7 @@ mixed, and the output layer is read once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from langppl.lm import caches, kept, packed
 from langppl.lm.growing import Draft, choose, encode, run_tree, step_padded
 from langppl.lm.kept import Tree
 from langppl.lm.requests import Beside, DrawReply, DrawRequest
-from langppl.lm.trie import Ids, lay_out
+from langppl.lm.trie import Ids, Row, lay_out
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -47,8 +48,9 @@ def mixed(own: Tensor, base: Tensor, without: Tensor, scales: Tensor) -> Tensor:
         without: the same after the prompt without what guides.
         scales: how much their difference counts, shape [n].
     """
-    change = own.float() - without.float()
-    return (base.float() + scales[:, None].to(change) * change).to(own.dtype)
+    kind = torch.promote_types(own.dtype, torch.float32)
+    change = own.to(kind) - without.to(kind)
+    return (base.to(kind) + scales[:, None].to(change) * change).to(own.dtype)
 
 
 def check_head(lm: LM) -> None:
@@ -190,11 +192,11 @@ def _lines(lm: LM, reads: Sequence[Ids], longest: int, adapter: str | None) -> _
     if packing is not None and max(map(len, prompts)) + longest <= packing.window:
         layout = lay_out(prompts, min(lm.node_budget, lm.token_budget))
         if len(layout.rows) == 1 and not layout.stem:
-            return _TreeLines(lm, reads, adapter, packing)
+            return _TreeLines(lm, reads, adapter, packing, layout.rows[0])
     return _PaddedLines(lm, reads, adapter)
 
 
-class _Lines:
+class _Lines(ABC):
     """Texts that are read together, token by token.
 
     Attributes:
@@ -203,15 +205,15 @@ class _Lines:
 
     states: Tensor
 
+    @abstractmethod
     def keep(self, lines: Sequence[int]) -> None:
         """Goes on with some of the texts alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, tokens: Sequence[int]) -> None:
         """Reads one more token of each text."""
-        raise NotImplementedError
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027 - a batch has nothing to leave
         """Leaves what was read to the scoring that follows."""
 
 
@@ -219,11 +221,15 @@ class _TreeLines(_Lines):
     """Texts as one tree, whose KV cache holds every token once."""
 
     def __init__(
-        self, lm: LM, reads: Sequence[Ids], adapter: str | None, packing: packed.Packing
+        self,
+        lm: LM,
+        reads: Sequence[Ids],
+        adapter: str | None,
+        packing: packed.Packing,
+        row: Row,
     ) -> None:
         self.lm, self.adapter, self.packing = lm, adapter, packing
         prompts = sorted(set(reads))
-        (row,) = lay_out(prompts, min(lm.node_budget, lm.token_budget)).rows
         leaves = np.unique([path[-1] for path in row.paths.values()])
         place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
         self.cache = caches.cache_of([])
