@@ -46,10 +46,12 @@ class Guide(ABC):
         flows: the latents before which `log_flow` is known, by name, with "#" for numbers.
         is_sequential: whether a string's log q is that of the law that draws its tokens, so that
             `method="smc"` can follow it.
+        may_leave_out: whether it may have rules that leave out what a program allows.
     """
 
     name: str = "guide"
     is_sequential: bool = True
+    may_leave_out: bool = False
     flows: Collection[str] = ()
 
     @abstractmethod

@@ -17,7 +17,7 @@ import torch
 
 from langppl.distributions import StringDistribution
 from langppl.lm import LM
-from langppl.lm.prompts import Prompt, check_prompt, is_chat
+from langppl.lm.prompts import Chat, Prompt, check_prompt, is_chat
 from langppl.program import Program
 from langppl.program.execution import Execution, Site
 from langppl.program.placeholders import MARKER, fill
@@ -73,8 +73,20 @@ def _before_prompt(info: ContextInfo, lines: list[str]) -> Prompt:
     if not shown:
         return info.prompt
     if is_chat(info.prompt):
-        return [{"role": "system", "content": shown}, *info.prompt]
+        return _before_user(info.prompt, shown)
     return f"{shown}\n\n{info.prompt}"
+
+
+def _before_user(chat: Chat, shown: str) -> Chat:
+    """A chat whose first message of the user begins with a text.
+
+    Many templates have no role for the system, and a chat may have such a message of its own.
+    """
+    first = next((k for k, m in enumerate(chat) if m["role"] != "system"), len(chat))
+    if first < len(chat) and chat[first]["role"] == "user":
+        message = {**chat[first], "content": f"{shown}\n\n{chat[first]['content']}"}
+        return [*chat[:first], message, *chat[first + 1 :]]
+    return [*chat[:first], {"role": "user", "content": shown}, *chat[first:]]
 
 
 def context_info(program: Program, site: str, fn: Any, execution: Execution) -> ContextInfo:

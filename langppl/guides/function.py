@@ -11,6 +11,7 @@ from langppl.distributions import LMChoice, LMString, StringDistribution
 from langppl.guides.base import Guide, Key, Scorer, not_a_guide, raw_log_prob
 from langppl.guides.checks import check_number, check_run, name_of
 from langppl.guides.identity import of_function
+from langppl.guides.support import is_covered, tell_left_out
 from langppl.program import Program
 from langppl.program.apart import unseen
 from langppl.program.execution import (
@@ -57,6 +58,7 @@ class FunctionGuide(Guide):
     """
 
     is_sequential = False
+    may_leave_out = True
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         if not callable(fn) or isinstance(fn, type | Guide | Program):
@@ -76,6 +78,7 @@ class FunctionGuide(Guide):
     def chooser(self, program: Program, key: Key) -> Chooser:
         """See `Guide.chooser`."""
         run = _Run(self, program)
+        is_alone = not is_covered()
 
         def draw(name: str, fn: Any, execution: Execution) -> Choice:
             return draw_prior(fn, (*key, name))
@@ -87,6 +90,8 @@ class FunctionGuide(Guide):
             if site is None:
                 return draw(name, fn, execution)
             self._check_site(name, fn, site)
+            if is_alone:
+                tell_left_out(self.name, program, name, fn, site.fn, self._told)
             if isinstance(fn, LMString) and fn.is_read_anew(site.value):
                 raise ValueError(
                     f"the guide {self.name!r} drew {str(site.value)!r} for site {name!r} in a "

@@ -9,6 +9,7 @@ from typing import Any
 from langppl.diagnostics import InferenceWarning
 from langppl.distributions import LMString
 from langppl.guides.base import Guide, Key, raw_log_prob
+from langppl.guides.support import MEND, is_conditioned, is_covered
 from langppl.lm.grammars import Grammar
 from langppl.program import Program
 from langppl.program.execution import Choice, Chooser, Execution, draw_prior
@@ -40,6 +41,7 @@ class MaskedGuide(Guide):
     """
 
     name = "masked"
+    may_leave_out = True
 
     def __init__(self, grammars: Mapping[str, Grammar]) -> None:
         if not isinstance(grammars, Mapping):
@@ -106,6 +108,21 @@ class MaskedGuide(Guide):
                 raise ValueError(f"MaskedGuide names the site {name!r}, which is {site.kind}")
             else:
                 self._masked(name, site.fn)
+                self._tell_left_out(program, name, site.fn)
+
+    def _tell_left_out(self, program: Program, name: str, fn: LMString) -> None:
+        grammar = self.grammars[name]
+        if fn.is_open or fn.rules.grammar is not None or is_covered():
+            return
+        if not is_conditioned(program, name):
+            shown = f"lp.factor({'is ' + name!r}, lp.log_matches({name}, grammar))"
+            warn(
+                f"MaskedGuide keeps site {name!r} to {grammar.shown}, and nothing in the program "
+                f"conditions it on that; {MEND}. Condition it in the model, {shown}, give its "
+                'LMString the grammar, or mix the guide: lp.MixtureGuide([guide, "prior"])',
+                InferenceWarning,
+                once=(id(self), name),
+            )
 
     def _masked(self, name: str, fn: Any) -> LMString:
         if not isinstance(fn, LMString):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from langppl.guides.base import Guide, Key, PriorGuide, Scorer
 from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.gflownet import GFlowNetGuide
 from langppl.guides.prompted import PromptedGuide
+from langppl.guides.support import covered
 from langppl.lm.requests import Reading
 from langppl.lm.seeds import generator
 from langppl.program import Program
@@ -83,7 +85,8 @@ class MixtureGuide(Guide):
         place = generator((*key, "mixture")).random()
         bounds = np.cumsum(self.shares)
         chosen = min(int(np.searchsorted(bounds, place, side="right")), len(self.guides) - 1)
-        own = self.guides[chosen].chooser(program, (*key, chosen))
+        with self._covered():
+            own = self.guides[chosen].chooser(program, (*key, chosen))
         scorers = self._scorers(program, key)
         so_far = _SoFar(self.shares)
 
@@ -131,6 +134,11 @@ class MixtureGuide(Guide):
         return self._largest.law(program, name, fn, execution)
 
     @property
+    def may_leave_out(self) -> bool:  # type: ignore[override]
+        """See `Guide`; all of them may."""
+        return all(guide.may_leave_out for guide in self.guides)
+
+    @property
     def _largest(self) -> Guide:
         return self.guides[int(np.argmax(self.shares))]
 
@@ -141,8 +149,12 @@ class MixtureGuide(Guide):
 
     def check(self, program: Program) -> None:
         """See `Guide.check`, of each guide."""
-        for guide in self.guides:
-            guide.check(program)
+        with self._covered():
+            for guide in self.guides:
+                guide.check(program)
+
+    def _covered(self) -> AbstractContextManager[None]:
+        return covered(not self.may_leave_out)
 
     def _scorers(self, program: Program, key: Key) -> list[Scorer]:
         return [guide.scorer(program, (*key, k)) for k, guide in enumerate(self.guides)]

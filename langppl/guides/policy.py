@@ -14,6 +14,7 @@ from langppl.guides.base import Key, raw_log_prob
 from langppl.guides.checks import check_number, check_run, name_of
 from langppl.guides.guidance import Reader
 from langppl.guides.heads import Heads, head_of
+from langppl.guides.support import tell_left_out
 from langppl.lm.model import LM
 from langppl.lm.requests import Guided, Reading, StateReply, StateRequest, perform
 from langppl.lm.seeds import generator, seeded
@@ -188,7 +189,9 @@ class Policy:
         assert self._proposed is not None and self.proposer.numeric is not None
         site = self._proposed.get(name)
         if site is not None:
-            check_number(name_of(self.proposer.numeric), name, fn, site.fn)
+            guide = name_of(self.proposer.numeric)
+            check_number(guide, name, fn, site.fn)
+            tell_left_out(guide, self.program, name, fn, site.fn, self.proposer.told)
         return site
 
 

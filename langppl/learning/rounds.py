@@ -29,7 +29,7 @@ import rich.console
 import rich.table
 
 from langppl.distributions import StringDistribution
-from langppl.guides import GFlowNetGuide, Guide, History
+from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule
 from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
@@ -143,8 +143,10 @@ def em(
         resample: keep so many draws of each observation for the M step, chosen by their weights
             (systematically), which makes it cheaper and noisier; None to keep all.
         fit: how a `GFlowNetGuide` is trained in each E step: a mapping of options for its `fit`,
-            such as `{"steps": 100}`; True for its defaults; False to take it as it is. Its
-            training goes on from round to round.
+            such as `{"steps": 100}`; True for its defaults; False to take it as it is. It is
+            trained before each round and after the last, from the weights that it has; a reward
+            `schedule` given here holds for each of these trainings, and without one the first
+            alone is tempered.
         trainable: the views to fit; all that the model stands on if None.
         steps: gradient steps in each M step.
         observations: how many observations such a step takes; 16, or all if there are fewer, if
@@ -293,11 +295,13 @@ class _Run:
         guide = self.guide
         assert isinstance(guide, GFlowNetGuide)
         covered = [(p, None) for p in self.programs if guide.sites_of(p)]
+        # From the second round on the guide is near its target: nothing is to come in by and by.
+        schedule = RewardSchedule(start=1.0) if number else None
         guide.fit(
             covered,
             checkpoint=keeper.of_guide(number),
             progress=self.progress,
-            **self.fitting,
+            **{"schedule": schedule, **self.fitting},
         )
         # `fit` ends its own interruption with a warning; the rounds must end with it.
         if guide.was_interrupted:

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import pyro.distributions as dist
+import pytest
 
 from langppl import LMString, Text, compile, sample
 from langppl.guides.context import (
@@ -68,7 +69,7 @@ def test_observations_first_shows_them_without_their_prompts() -> None:
     assert observations_first(info) == "c\nn = 2\nm = 1\n\nb"
     chat = [{"role": "user", "content": "go on"}]
     shown = observations_first(ContextInfo("z", chat, (("a ___", " c"),), {}, ()))
-    assert shown == [{"role": "system", "content": "c"}, *chat]
+    assert shown == [{"role": "user", "content": "c\n\ngo on"}]
     assert observations_first(ContextInfo("z", "b", (), {}, ())) == "b"
 
 
@@ -104,10 +105,29 @@ def test_an_observed_number_is_shown() -> None:
     assert info.prompt == "ab"
 
 
-def test_a_chat_prompt_gets_a_system_message() -> None:
-    chat = [{"role": "user", "content": "ab"}]
+SYSTEM = {"role": "system", "content": "be brief"}
+USER = {"role": "user", "content": "ab"}
+SHOWN = {"role": "user", "content": "a ___ b"}
+BEFORE = {"role": "user", "content": "a ___ b\n\nab"}
+ASSISTANT = {"role": "assistant", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"),
+    [
+        ([USER], [BEFORE]),
+        ([SYSTEM, USER], [SYSTEM, BEFORE]),
+        ([USER, ASSISTANT, USER], [BEFORE, ASSISTANT, USER]),
+        ([ASSISTANT], [SHOWN, ASSISTANT]),
+        ([SYSTEM], [SYSTEM, SHOWN]),
+    ],
+)
+def test_a_chat_shows_the_observations_in_the_users_first_message(
+    chat: list[dict[str, str]], expected: list[dict[str, str]]
+) -> None:
+    """Templates may know no system's message, and none takes two."""
     info = ContextInfo("z", chat, (("a ___", " b"),), {}, ())
-    assert default_context(info) == [{"role": "system", "content": "a ___ b"}, *chat]
+    assert default_context(info) == expected
 
 
 def test_a_function_of_the_user_s() -> None:

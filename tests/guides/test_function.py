@@ -315,6 +315,7 @@ def test_numbers_without_a_density_over_the_models(fn: Callable[[], Any], messag
         lp.infer(model, guide=guide, num_samples=4, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:the guide 'stops' cannot draw")
 def test_a_stop_that_the_model_lacks_gives_strings_two_spellings() -> None:
     lm = tiny_lm("ab.", seed=5, merged=[".b", "a.b"])
 

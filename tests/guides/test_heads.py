@@ -453,7 +453,8 @@ def test_given_numbers_that_nothing_proposes_are_left_out() -> None:
     guide = guide_of(lambda: pyro.sample("x", dist.Uniform(0.0, 1.0)))
     own = lp.compile(model)
     row = Observation(own, (), ReplayBuffer(0), [{"x": x, "z": "a"} for x in (0.5, 2.0)])
-    trainer_of(guide, own).drawing._score_given(row)
+    with pytest.warns(lp.InferenceWarning, match="numbers outside of 0 to 1"):
+        trainer_of(guide, own).drawing._score_given(row)
     assert row.given is not None
     assert [float(d.latents["x"]) for d in row.given] == [0.5]
 

@@ -1,5 +1,6 @@
 """`em`, held to exact posteriors, exact likelihoods and plain training by hand."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -363,6 +364,25 @@ def test_guide_and_view_learn_each_its_own_adapter():
     assert changed() == {guide.adapter, view.adapter}
     # The guide learned in the round and after it.
     assert guide.history.rows == 3 + 2 * 2 and result.guide is guide
+
+
+def test_the_first_training_of_a_guide_alone_is_tempered(monkeypatch):
+    lm = make_lm()
+    model = rationales(lm, lm.trainable("view", rank=2))
+    fit, powers = lp.GFlowNetGuide.fit, []
+
+    @functools.wraps(fit)
+    def watched(guide, data, **options):
+        powers.append((options["schedule"] or lp.RewardSchedule()).powers(4))
+        return fit(guide, data, **options)
+
+    monkeypatch.setattr(lp.GFlowNetGuide, "fit", watched)
+    lp.em(model, DATA, lp.GFlowNetGuide(lm), fit={"steps": 2}, rounds=2, steps=1)
+    assert powers[0][0] == 0.5 and powers[1:] == [[1.0] * 4] * 2
+    schedule = lp.RewardSchedule(start=2.0)
+    given = {"steps": 2, "schedule": schedule}
+    lp.em(model, DATA, lp.GFlowNetGuide(lm), fit=given, rounds=1, steps=1)
+    assert powers[3:] == [schedule.powers(4)] * 2
 
 
 def test_only_the_views_that_are_named_are_fitted():
