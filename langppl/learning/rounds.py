@@ -143,8 +143,9 @@ def em(
         resample: keep so many draws of each observation for the M step, chosen by their weights
             (systematically), which makes it cheaper and noisier; None to keep all.
         fit: how a `GFlowNetGuide` is trained in each E step: a mapping of options for its `fit`,
-            such as `{"steps": 100}`; True for its defaults; False to take it as it is. Its
-            training goes on from round to round.
+            such as `{"steps": 100}`; True for its defaults; False to take it as it is. Its weights
+            and its history go on from round to round; each training has an optimiser, replay
+            buffers and a warm-up of its own.
         trainable: the views to fit; all that the model stands on if None.
         steps: gradient steps in each M step.
         observations: how many observations such a step takes; 16, or all if there are fewer, if
