@@ -24,8 +24,8 @@ class MaskedGuide(Guide):
     other latents are drawn from the prior.
 
     A grammar that leaves out strings of the posterior, as where the model does not condition on it,
-    leaves them out of evidence and posterior, and no weight shows it; `MixtureGuide([guide,
-    "prior"])` mends that.
+    leaves them out of evidence and posterior, and no weight shows it;
+    `MixtureGuide([guide, "prior"])` mends that.
 
     Args:
         grammars: site → grammar.
