@@ -13,7 +13,7 @@ help:
 	@echo "make demo   the posterior of a missing sentence, on a real language model"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, mypy and the import contracts"
-	@echo "make bench  every benchmark, beside what one would use instead"
+	@echo "make bench  the shorter benchmarks, beside what one would use instead"
 	@echo "make peers  particles beside llamppl and genlm-control, in an environment of its own"
 	@echo "make truth  is SMC unbiased? the whole grid of programs, guides, twists and schemes"
 	@echo "make env    the environment alone, in $(VENV)"

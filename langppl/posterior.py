@@ -410,7 +410,8 @@ class Posterior(Report):
         Raises:
             UnknownSiteError: if there is no value of that name (a `KeyError`).
             ValueError: if no sample has weight, or `fn` returns NaN.
-            TypeError: if `fn` returns something that is not one number, or arrays differ in shape.
+            TypeError: if `fn` returns something that is not one number, arrays differ in shape, or
+                an execution that has weight did not reach the value that is named.
         """
         column = self._column(fn, ABSENT) if isinstance(fn, str) else None
         if column is not None and (found := self._mean_of_arrays(str(fn), column)) is not None:

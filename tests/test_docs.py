@@ -184,6 +184,11 @@ def test_the_index_knows_extras_commands_and_variables() -> None:
     )
 
 
+def test_the_names_are_all_there() -> None:
+    names = re.findall(r"^\| `lp\.(\w+)` \|", (ROOT / "docs" / "names.md").read_text(), re.M)
+    assert sorted(names) == sorted(lp.__all__)
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for path in PAGES:
         text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)

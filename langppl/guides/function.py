@@ -40,6 +40,10 @@ class FunctionGuide(Guide):
     Metropolis–Hastings, which must know how likely values are that it did not draw, do not take
     that. Wherever a guide is asked for, the function itself will do.
 
+    The function's rules (stop, max_tokens, ban, a grammar) must allow all that the posterior does.
+    What they leave out is missing from evidence and posterior, and no weight shows it;
+    `MixtureGuide([fn, "prior"])` mends that, and `evidence_bounds(...).missed` says how much it is.
+
     Args:
         fn: the function.
 

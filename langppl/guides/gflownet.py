@@ -3,8 +3,9 @@
 The policy reads a context made from the observations (see `langppl.guides.context`) and then
 writes the latent, under the latent's own rules. It is trained until q(z | observations) is
 proportional to the reward R(z), the program's joint density (Hu et al. 2024, arXiv 2310.04363).
-What it proposes is weighted like any other guide's draws, so its training can only make inference
-more or less efficient, never wrong.
+What it proposes is weighted like any other guide's draws, and it can draw all that a site's rules
+allow, so its training makes inference more or less efficient and not wrong. What it has come to
+draw hardly ever is another matter: see `docs/guides.md`, what a guide has lost.
 """
 
 from __future__ import annotations
@@ -360,7 +361,11 @@ class GFlowNetGuide(Guide):
         callback: Callback | None = None,
         progress: bool = True,
     ) -> GFlowNetGuide:
-        """Trains the adapter; called again, it goes on from where it was.
+        """Trains the adapter; called again, it goes on with the weights that it has.
+
+        The history and the order in which rows are taken go on too. The optimiser, the replay
+        buffers, the warm-up of the learning rate and the reward schedule begin anew; a second
+        training has no use for tempering as a rule: `schedule=RewardSchedule(start=1.0)`.
 
         Args:
             model: a model function, a compiled `Program` (then without data), or, for a guide that
@@ -382,7 +387,8 @@ class GFlowNetGuide(Guide):
             warmup: steps over which it rises.
             clip: largest norm of the gradient, of the adapter and of the heads each.
             lam: SubTB's λ.
-            schedule: how much of the reward counts when.
+            schedule: how much of the reward counts when. None for `RewardSchedule()`: a power of
+                0.5 at the first step, rising to 1 over the first 30 % of the steps.
             tempered_share: share of the batch drawn at `sampling_temperature`. For `reverse_kl`,
                 `rao_blackwell`, `reward` and `rws`, which hold for the policy's own draws alone,
                 this and `replay_share` are 0 and `draw_ahead` is 1, whatever is given here.
@@ -390,8 +396,8 @@ class GFlowNetGuide(Guide):
                 to draw one for each (log-uniformly).
             replay_share: share of the batch taken from the draws so far, in proportion to their
                 importance weights; at least two of the others are new.
-            replay_size: how many of those are kept for each observation; fewer where there are
-                so many observations that all would hold more than 16,384.
+            replay_size: how many of those are kept for each observation; where there are many
+                rows no more than 16,384 // rows, or `batch` if that is more.
             replay_distance: two of them differ in more than this share of their tokens (edit
                 distance over the longer one's length); 0 to refuse equal ones alone.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and

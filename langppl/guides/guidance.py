@@ -33,8 +33,9 @@ class Guidance:
     """Has a guide propose from the prior, changed by what its context shows.
 
     Args:
-        scale: how much that counts, above 0. Less is nearer to the prior; untrained, a quarter to a
-            half did best where it was measured (`docs/guides.md`).
+        scale: how much that counts, above 0. Less is nearer to the prior. Measured untrained on
+            one kind of story, a quarter to a half did best with the whole story as the context, and
+            a quarter with the default context (`docs/benchmarks.md`).
         without: makes the guide's context without what it is to be guided by, for a guide with a
             context function of its own that takes the observations out of the model's arguments.
             By default the guide's context function is asked again, with no observations.
@@ -44,7 +45,7 @@ class Guidance:
         ValueError: for a scale that is no number above 0.
 
     Example:
-        >>> guide = PromptedGuide(guidance=Guidance(0.8))
+        >>> guide = PromptedGuide(guidance=Guidance(0.25))
         >>> infer(story, *pair, guide=guide, num_samples=8).num_samples
         8
     """

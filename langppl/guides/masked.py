@@ -24,6 +24,10 @@ class MaskedGuide(Guide):
     grammar, this proposes only what the factor allows, and the weights carry the mask's mass. All
     other latents are drawn from the prior.
 
+    A grammar that leaves out strings of the posterior, as where the model does not condition on it,
+    leaves them out of evidence and posterior, and no weight shows it;
+    `MixtureGuide([guide, "prior"])` mends that.
+
     Args:
         grammars: site → grammar.
 

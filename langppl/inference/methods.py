@@ -93,7 +93,8 @@ def infer(
         every: for `method="smc"`, tokens of a string between two looks at the weights.
         rejuvenation: for `method="smc"`, Metropolis–Hastings moves of each particle after each
             latent, which make copies different again; 0 for none.
-        **named: the model's arguments by their names.
+        **named: the model's arguments by their names. One that is called as an argument above
+            (`seed`, `limit`, `every`, `chains`, `fit`, `method`, ...) must be given by place.
 
     Returns:
         The posterior. If no sample explains the observations, its evidence is −inf, with a

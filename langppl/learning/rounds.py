@@ -144,8 +144,9 @@ def em(
             (systematically), which makes it cheaper and noisier; None to keep all.
         fit: how a `GFlowNetGuide` is trained in each E step: a mapping of options for its `fit`,
             such as `{"steps": 100}`; True for its defaults; False to take it as it is. It is
-            trained before each round and after the last, from the weights that it has; a reward
-            `schedule` given here holds for each of these trainings, and without one the first
+            trained before each round and after the last. Its weights and its history go on from
+            round to round; each training has an optimiser, replay buffers and a warm-up of its
+            own. A reward `schedule` given here holds for each training; without one the first
             alone is tempered.
         trainable: the views to fit; all that the model stands on if None.
         steps: gradient steps in each M step.

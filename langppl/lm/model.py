@@ -67,6 +67,7 @@ class LM:
         tokenizer: transformers' tokenizer.
         vocabulary: the tokens as bytes.
         window: most tokens the model can read, from its config.
+        token_budget: as above; may be changed at any time.
         node_budget: most tokens of one row of a packed pass (see `langppl.lm.trie`).
         gradient_node_budget: most tokens of one row of a packed pass with gradients, besides what
             all its strings begin with; never more than `node_budget`. Fewer take less memory and
