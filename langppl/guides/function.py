@@ -55,7 +55,7 @@ class FunctionGuide(Guide):
     Example:
         >>> def backwards(beginning, ending):
         ...     prompt = f"{ending} That is because:"
-        ...     sample("middle", LMString(lm, prompt, stop=".", max_tokens=3))
+        ...     sample("middle", LMString(lm, prompt, stop=".", max_tokens=8))
         >>> posterior = infer(story, *pair, guide=backwards, num_samples=8)
         >>> posterior.guide
         'backwards'
