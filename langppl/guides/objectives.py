@@ -34,6 +34,12 @@ from torch.nn.functional import pad
 FLOOR = 3.0
 """An impossible trajectory counts as one that is drawn e^3 times too often."""
 
+MOST_AT_ONCE = 512
+"""Most end points of which SubTB keeps all pairs for the backward pass."""
+
+BLOCK = 256
+"""End points whose pairs are looked at together beyond that."""
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -180,6 +186,9 @@ def subtb(
     losses = []
     for t, root in zip(trajectories, log_z.expand(len(trajectories)), strict=True):
         u, reached, at = _end_points(t, root)
+        if len(u) > MOST_AT_ONCE:
+            losses.append(_over_many_pairs(t, u - reached, at, lam))
+            continue
         i, j = torch.triu_indices(len(u), len(u), 1, device=u.device)
         residual = u[i] + reached[j] - reached[i] - u[j]
         losses.append(_weighted(t, residual, lam, at[j] - at[i]))
@@ -218,13 +227,56 @@ def _end_points(t: Trajectory, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _weighted(t: Trajectory, residual: Tensor, lam: float, distance: Tensor) -> Tensor:
     """Mean of squared residuals by λ^distance; an impossible last end point is pushed down."""
     if not torch.isfinite(t.log_reward[-1]):
-        log_q = t.log_q.sum() + t.log_q_end[-1]
-        residual = torch.cat([residual, (log_q - log_q.detach() + FLOOR)[None]])
+        residual = torch.cat([residual, _floored(t)[None]])
         distance = torch.cat([distance, distance.new_zeros(1)])
     # A factor of all weights is none of the mean; without it, long strings' leave float32.
     heaviest = distance.min() if lam < 1.0 else distance.max()
     weight = lam ** (distance - heaviest).to(residual.dtype)
     return (weight * residual**2).sum() / weight.sum()
+
+
+def _floored(t: Trajectory) -> Tensor:
+    """The residual of an impossible last end point: FLOOR, with the gradient of its log q."""
+    log_q = t.log_q.sum() + t.log_q_end[-1]
+    return log_q - log_q.detach() + FLOOR
+
+
+def _over_many_pairs(t: Trajectory, level: Tensor, at: Tensor, lam: float) -> Tensor:
+    """`_weighted` of all pairs of end points, in memory that is linear in their number.
+
+    The residual of a pair is the difference of their levels, so the gradient is known with the sum,
+    and no pair is kept for a backward pass.
+
+    Args:
+        t: the string.
+        level: of each end point u less the log q of what leads there, shape [n], with gradients.
+        at: their positions, shape [n], ascending.
+        lam: λ.
+    """
+    is_cut = not torch.isfinite(t.log_reward[-1])
+    nearest = at.new_zeros(()) if is_cut else at.diff().min()
+    heaviest = nearest if lam < 1.0 else at[-1] - at[0]
+    known = level.detach()
+    slope = torch.zeros_like(known)
+    total, weights = known.new_zeros(()), known.new_zeros(())
+    for first in range(0, len(known), BLOCK):
+        rows = slice(first, first + BLOCK)
+        gap = known[rows, None] - known
+        weight = torch.ones_like(gap)
+        if lam != 1.0:
+            distance = (at[rows, None] - at).abs()
+            weight = lam ** (distance - heaviest).to(known.dtype)
+        weight.diagonal(first).zero_()  # an end point and itself are no pair
+        slope[rows] = 2.0 * (weight * gap).sum(1)
+        # Each pair is met from both of its ends.
+        total = total + 0.5 * (weight * gap**2).sum()
+        weights = weights + 0.5 * weight.sum()
+    way = (slope * level).sum()
+    total = total + way - way.detach()
+    if is_cut:
+        weight = lam ** (-heaviest).to(known.dtype)
+        total, weights = total + weight * _floored(t) ** 2, weights + weight
+    return total / weights
 
 
 def reverse_kl(log_reward: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from langppl.guides import objectives
 from langppl.guides.objectives import (
     FLOOR,
     Actions,
@@ -541,6 +542,54 @@ def test_subtb_of_a_long_string_stays_a_number(lam: float, is_possible: bool) ->
         assert found == pytest.approx(expected, rel=1e-4)
     else:
         assert float(loss.detach()) == pytest.approx(FLOOR**2)
+
+
+@pytest.mark.parametrize("lam", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("is_possible", [True, False])
+@pytest.mark.parametrize("least", [0, 1])
+def test_many_end_points_are_balanced_as_few_are(
+    monkeypatch: pytest.MonkeyPatch, lam: float, is_possible: bool, least: int
+) -> None:
+    """In blocks of 3, whose borders 11 end points (the root among them) do not meet."""
+    shape = torch.Generator().manual_seed(7)
+    numbers = [torch.randn(size, generator=shape, dtype=torch.float64) for size in (13, 10, 10)]
+    log_q, log_q_end, log_reward = (x.requires_grad_() for x in numbers)
+    # The first is the empty string's, at the root itself, where that may end.
+    ends = torch.tensor([0 if least == 0 else 2, 3, 4, 5, 6, 8, 9, 11, 12, 13])
+    possible = torch.ones(10, dtype=torch.bool)
+    possible[4] = False
+    possible[-1] = is_possible
+
+    def found() -> tuple[float, list[Tensor]]:
+        reward = log_reward.where(possible, -math.inf)
+        trajectory = Trajectory(log_q, ends, log_q_end, reward)
+        loss = subtb([trajectory], lam, torch.tensor(0.3, dtype=torch.float64))
+        return float(loss.detach()), list(torch.autograd.grad(loss, (log_q, log_q_end, log_reward)))
+
+    at_once, expected = found()
+    monkeypatch.setattr(objectives, "MOST_AT_ONCE", 1)
+    monkeypatch.setattr(objectives, "BLOCK", 3)
+    in_blocks, slopes = found()
+    assert in_blocks == pytest.approx(at_once, rel=1e-12)
+    for mine, theirs in zip(slopes, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
+        assert mine.abs().max() > 0.01
+
+
+def test_pairs_of_many_end_points_are_not_kept() -> None:
+    count = 3000
+    log_q = torch.full((count,), -0.1, requires_grad=True)
+    saved = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal saved
+        saved += x.numel()
+        return x
+
+    still = torch.zeros(count)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        subtb([Trajectory(log_q, torch.arange(1, count + 1), still, still)])
+    assert saved < 50 * count
 
 
 @pytest.mark.parametrize("loss", [subtb, detailed_balance])
