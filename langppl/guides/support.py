@@ -67,20 +67,24 @@ def tell_left_out(
         name: the latent.
         fn: the model's distribution.
         own: the guide's.
-        told: of what it has warned; the latent's name is added with a mark of its own.
+        told: what is known; the latent is added with a mark of its own.
     """
     mark = f"left out of {name}"
     if mark in told:
         return
-    lost = left_out(fn, own, is_conditioned(program, name))
-    if lost is not None:
-        told.add(mark)
-        warn(
-            f"the guide {guide!r} cannot draw, at site {name!r}, {lost}; {MEND}, unless the model "
-            "rules it out elsewhere. Widen the guide's site, or mix the guide with the prior: "
-            'lp.MixtureGuide([guide, "prior"])',
-            InferenceWarning,
-        )
+    lost = left_out(fn, own, conditioned=False)
+    if lost is None:
+        return
+    told.add(mark)
+    # The graph is searched last: this is asked at every draw.
+    if left_out(fn, own, conditioned=True) is None and is_conditioned(program, name):
+        return
+    warn(
+        f"the guide {guide!r} cannot draw, at site {name!r}, {lost}; {MEND}, unless the model "
+        "rules it out elsewhere. Widen the guide's site, or mix the guide with the prior: "
+        'lp.MixtureGuide([guide, "prior"])',
+        InferenceWarning,
+    )
 
 
 def left_out(fn: Any, own: Any, conditioned: bool) -> str | None:
