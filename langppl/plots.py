@@ -374,7 +374,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure: what to write.
         path: a file such as `weights.png`; missing folders are made.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         # Strings come in any script; what matplotlib's font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)

@@ -41,6 +41,7 @@ from langppl.diagnostics import Array, InferenceWarning, LogWeights
 from langppl.distributions import LMString
 from langppl.distributions.base import Key
 from langppl.keywords import did_you_mean
+from langppl.lm.counts import as_count
 from langppl.lm.files import write_atomically
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
@@ -471,12 +472,10 @@ class Posterior(Report):
         Raises:
             ValueError: if `n` is below 1, or no sample has weight.
         """
-        return [self[i] for i in self._draw(n, seed)]
+        return [self[i] for i in self._draw(as_count("n", n, 1), seed)]
 
     def _draw(self, n: int, seed: int) -> list[int]:
         """The numbers of n samples drawn by weight."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
         # numpy takes no negative ones.
         rng = np.random.default_rng(as_seed(seed) % 2**128)
         return [int(i) for i in rng.choice(self.num_samples, size=n, p=self.weights)]
@@ -521,7 +520,8 @@ class Posterior(Report):
         if not isinstance(model, Program):
             args = arguments_by_place(model, args, named, ("num_samples", "seed", "lengths"))
         seed, known = as_seed(seed), as_lengths(lengths)
-        chosen = self._draw(self.num_samples if num_samples is None else num_samples, seed)
+        count = self.num_samples if num_samples is None else num_samples
+        chosen = self._draw(as_count("num_samples", count, 1), seed)
         draws = [dict(self.samples[i]) for i in chosen]
 
         def task(i: int, values: dict[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def _evidence(posterior: Posterior) -> str:
 
 
 def _has_weight(posterior: Posterior) -> bool:
-    return posterior.impossible_share < 1.0
+    # The share of impossible draws is a product over parts, which may round to 1.
+    return bool((posterior.log_weights > -math.inf).any())
 
 
 def _is_exact(posterior: Posterior) -> bool:

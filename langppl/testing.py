@@ -69,7 +69,7 @@ def tiny_lm(
         ['..', 'ab']
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     from langppl.lm.vocabulary import _BYTE_LEVEL
 
@@ -117,7 +117,7 @@ def tiny_lm(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return LM.from_parts(model, tokenizer, f"tiny-{seed}")
 
 

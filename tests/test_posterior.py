@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from langppl.diagnostics import InferenceWarning
 from langppl.distributions.text import Text
+from langppl.parts import Part
 from langppl.posterior import ABSENT, Posterior, UnknownSiteError
 
 LOG3 = math.log(3.0)
@@ -208,8 +209,27 @@ def test_resample() -> None:
     assert draws != posterior.resample(4_000, seed=2)
     draws[0]["z"] = "changed"
     assert [sample["z"] for sample in posterior.samples] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1, got 0"):
         posterior.resample(0)
+    with pytest.raises(ValueError, match=r"n must be an integer of at least 1, got 2\.5"):
+        posterior.resample(2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got 0"):
+        posterior.predict(lambda: None, num_samples=0)
+
+
+def test_many_parts_that_are_seldom_possible_are_possible() -> None:
+    """The share of impossible draws, one less a product over parts, rounds to 1."""
+    names = [f"z{k}" for k in range(6)]
+    parts = [Part((n,), -1.0, 0.1, 5.0, 0.1, -1.5, 0.999) for n in names]
+    posterior = Posterior(
+        [dict.fromkeys(names, "a")] * 4,
+        np.full(4, -6.0),
+        log_evidence=-6.0,
+        log_evidence_error=0.1,
+        parts=parts,
+    )
+    assert posterior.impossible_share == 1.0
+    assert "weight zero" not in str(posterior)
 
 
 @settings(max_examples=50)

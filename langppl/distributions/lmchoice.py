@@ -146,7 +146,7 @@ class LMChoice(StringDistribution):
                 "LM's weights finite?"
             )
         cdf = np.exp(scaled).cumsum()
-        at = int(np.searchsorted(cdf, generator(key).random() * cdf[-1], side="right"))
+        at = int(np.searchsorted(cdf[:-1], generator(key).random() * cdf[-1], side="right"))
         return self.text(at), float(scaled[at])
 
     def text(self, at: int) -> Text:

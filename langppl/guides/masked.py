@@ -60,6 +60,7 @@ class MaskedGuide(Guide):
                     f"site {site!r} got {grammar!r}"
                 )
         self.grammars = dict(grammars)
+        self._told: set[str] = set()
 
     def __repr__(self) -> str:
         """The sites and their grammars, shortened."""
@@ -116,16 +117,16 @@ class MaskedGuide(Guide):
 
     def _tell_left_out(self, program: Program, name: str, fn: LMString) -> None:
         grammar = self.grammars[name]
-        if fn.is_open or fn.rules.grammar is not None or is_covered():
+        if name in self._told or fn.is_open or fn.rules.grammar is not None or is_covered():
             return
         if not is_conditioned(program, name):
+            self._told.add(name)
             shown = f"lp.factor({'is ' + name!r}, lp.log_matches({name}, grammar))"
             warn(
                 f"MaskedGuide keeps site {name!r} to {grammar.shown}, and nothing in the program "
                 f"conditions it on that; {MEND}. Condition it in the model, {shown}, give its "
                 'LMString the grammar, or mix the guide: lp.MixtureGuide([guide, "prior"])',
                 InferenceWarning,
-                once=(id(self), name),
             )
 
     def _masked(self, name: str, fn: Any) -> LMString:

@@ -30,14 +30,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from langppl.distributions import LMString, StringDistribution
 from langppl.guides.base import Guide, Key
 from langppl.lm.requests import Reading, ScoreReply, perform
 from langppl.lm.rules import Path, Violation
 from langppl.lm.seeds import generator
 from langppl.program import Program, run_together
+from langppl.program.densities import is_outside
 from langppl.program.execution import (
     Choice,
     Execution,
@@ -278,10 +277,4 @@ def _form(fn: Any) -> tuple[Any, ...]:
 
 def _supports(fn: Any, value: Any) -> bool:
     """Whether a number is in a distribution's support; strings are judged when they are scored."""
-    if isinstance(fn, StringDistribution):
-        return True
-    try:
-        support = fn.support
-    except NotImplementedError:
-        return True
-    return bool(torch.as_tensor(support.check(value)).all())
+    return isinstance(fn, StringDistribution) or not is_outside(fn, value)

@@ -132,7 +132,7 @@ def weighted(posterior: Posterior, weights: str, count: int | None, key: Key) ->
     if count is not None:
         points = (np.arange(count) + generator(key).random()) / count
         cdf = np.cumsum(shares)
-        chosen = np.searchsorted(cdf, points * cdf[-1], side="right")
+        chosen = np.searchsorted(cdf[:-1], points * cdf[-1], side="right")
         shares = np.bincount(chosen, minlength=len(shares)) / count
     merged: dict[object, tuple[Mapping[str, Any], float]] = {}
     for row, share in zip(posterior.samples, shares, strict=True):

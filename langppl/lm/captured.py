@@ -208,8 +208,10 @@ class Steps:
                 self._run()
         torch.cuda.current_stream(self.lm.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # A stream of torch's own choice would be the current device's, which need not be the LM's.
         # Other threads may go on with what a capture forbids its own.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        here = torch.cuda.device(self.lm.device)
+        with here, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._logits = self._run()
         self.graph = graph
 

@@ -54,9 +54,9 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
         lines = ["digraph program {"]
         for name, data in self.nodes(data=True):
             style = ' style="filled"' if data["kind"] == "observed" else ""
-            label = f"{name}\\n{data['family']}"
+            label = f"{_esc(name)}\\n{_esc(data['family'])}"
             lines.append(
-                f'  "{_esc(name)}" [label="{_esc(label)}" shape="{_SHAPES[data["kind"]]}"{style}];'
+                f'  "{_esc(name)}" [label="{label}" shape="{_SHAPES[data["kind"]]}"{style}];'
             )
         lines += [f'  "{_esc(a)}" -> "{_esc(b)}";' for a, b in self.edges]
         return "\n".join([*lines, "}"])
@@ -99,4 +99,4 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
 
 
 def _esc(text: Any) -> str:
-    return str(text).replace('"', '\\"')
+    return str(text).replace("\\", "\\\\").replace('"', '\\"')

@@ -329,11 +329,14 @@ def test_to_dot() -> None:
     ]
 
 
-def test_to_dot_escapes_quotes() -> None:
+def test_to_dot_escapes_quotes_and_backslashes() -> None:
     def model() -> None:
         lp.sample('say "a"', short("a"))
+        lp.sample("b\\", short("a"))
 
-    assert '"say \\"a\\"" [label=' in lp.compile(model).graph.to_dot()
+    dot = lp.compile(model).graph.to_dot()
+    assert '"say \\"a\\"" [label="say \\"a\\"\\nLMString"' in dot
+    assert '"b\\\\" [label="b\\\\\\nLMString"' in dot
 
 
 # -- static and dynamic --------------------------------------------------------------------------
