@@ -164,6 +164,14 @@ def test_posteriors_of_other_observations_disagree() -> None:
         one.diagnose(Posterior([{"y": "a"}], [0.0]))
 
 
+def test_evidences_differ_in_units_of_both_errors() -> None:
+    one = of_weights([0.0, 0.0], log_evidence=-1.0, log_evidence_error=0.3)
+    other = of_weights([0.0, 0.0], log_evidence=-2.0, log_evidence_error=0.4)
+    (beside,) = one.diagnose(other).agreements
+    # Independent errors: √(0.3² + 0.4²) = 0.5.
+    assert beside.evidence_deviations == pytest.approx(2.0, abs=1e-3)
+
+
 def test_the_distance_and_its_noise() -> None:
     one = Posterior([{"z": "a"}, {"z": "b"}] * 50, [0.0] * 100)
     other = Posterior([{"z": "a"}] * 70 + [{"z": "c"}] * 30, [0.0] * 100)
@@ -196,6 +204,16 @@ def test_continuous_numbers_are_compared_over_bins() -> None:
     assert same.agrees and same.total_variation is not None and same.total_variation < 0.15
     # Between Normal(0, 1) and Normal(1, 1) it is 0.38.
     assert other.agrees is False and other.total_variation == pytest.approx(0.38, abs=0.06)
+
+
+def test_numbers_that_do_not_overlap_are_as_far_apart_as_can_be() -> None:
+    one, other = (
+        Posterior([{"x": first + 0.01 * i} for i in range(30)], [0.0] * 30) for first in (0.0, 5.0)
+    )
+    # Bins are of both, whichever of the two is named first: at most one has numbers of both.
+    for pair in ((one, other), (other, one)):
+        (beside,) = pair[0].diagnose(pair[1]).agreements
+        assert beside.total_variation == pytest.approx(1.0, abs=0.1)
 
 
 def test_too_few_samples_to_compare() -> None:

@@ -139,6 +139,18 @@ def test_pareto_k_counts_impossible_samples_among_n() -> None:
     assert math.isfinite(pareto_k(diluted))
 
 
+def test_pareto_k_of_few_possible_samples_has_their_tail() -> None:
+    possible = np.random.default_rng(0).normal(0.0, 2.0, 15)
+    # 15 weights stand above 100 others: 23 of 115 are the tail, not 3 of 15.
+    assert math.isfinite(pareto_k(np.concatenate([np.full(100, -np.inf), possible])))
+
+
+def test_pareto_k_of_a_tail_that_is_equal_and_stands_above_the_rest() -> None:
+    # The tail is the largest ten; the eleventh, from which it starts, is below them.
+    assert pareto_k([0.0] * 10 + [-5.0] * 40) != -math.inf
+    assert pareto_k([0.0] * 11 + [-5.0] * 39) == -math.inf
+
+
 @pytest.mark.parametrize(
     "weights",
     [

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langppl.diagnostics import InferenceWarning
+from langppl.diagnostics import InferenceWarning, pareto_k
 from langppl.distributions.text import Text
 from langppl.parts import Part
 from langppl.posterior import ABSENT, Posterior, UnknownSiteError
@@ -166,6 +166,47 @@ def test_reliable_follows_the_threshold() -> None:
     assert lognormal(0.1).reliable
     assert not lognormal(4.0).reliable
     assert lognormal(4.0).pareto_k > 0.7
+
+
+def test_reliable_follows_the_threshold_of_so_many_samples() -> None:
+    # Of 100 samples it is 1 − 1/log₁₀ 100 = 0.5, below the 0.7 of thousands.
+    spreads = np.random.default_rng(0).normal(0.0, 1.4, (200, 100))
+    between = next(w for w in spreads if 0.52 < pareto_k(w) < 0.68)
+    posterior = Posterior([{"z": "a"}] * 100, between)
+    assert 0.5 < posterior.pareto_k < 0.7 and not posterior.reliable
+
+
+def test_descendants_of_one_particle_are_one_weight_of_the_tail() -> None:
+    n = 400
+    # Equal weights, but some families are large: their sums have a heavy tail.
+    sizes = np.random.default_rng(0).pareto(1.2, n)
+    ancestors = np.minimum((3.0 * sizes).astype(int), n - 1).tolist()
+    posterior = Posterior(
+        [{"z": "a"}] * n, np.zeros(n), method="smc", ancestors=ancestors, resampled=1
+    )
+    with np.errstate(divide="ignore"):
+        families = np.log(np.bincount(ancestors, minlength=n))
+    assert math.isfinite(posterior.pareto_k)
+    assert posterior.pareto_k == pytest.approx(pareto_k(families))
+
+
+def test_resampled_weights_have_no_mean_that_a_guide_is_told_by() -> None:
+    options: dict[str, Any] = {"method": "smc", "ancestors": [0, 1]}
+    for weights in ([0.0, LOG3], [-INF, 0.0]):
+        posterior = Posterior([{"z": "a"}] * 2, weights, **options)
+        assert posterior.elbo is None and posterior.elbo_possible is None
+
+
+def test_a_draw_is_possible_if_all_its_parts_are() -> None:
+    parts = [Part((site,), -1.0, 0.1, 5.0, 0.1, -1.5, 0.5) for site in "zw"]
+    posterior = Posterior(
+        [{"z": "a", "w": "b"}] * 4,
+        [-2.0] * 4,
+        log_evidence=-2.0,
+        log_evidence_error=0.1,
+        parts=parts,
+    )
+    assert posterior.impossible_share == pytest.approx(0.75)  # 1 − 0.5²
 
 
 # --- expectations and draws ---

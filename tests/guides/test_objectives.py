@@ -453,8 +453,9 @@ def test_forward_kl_rests_where_each_observation_has_its_posterior() -> None:
 def test_baselines_by_hand() -> None:
     log_q = tensor(-1.0, -2.0, -3.0).requires_grad_()
     rewards = tensor(0.0, 1.0, -math.inf)
-    # Costs −1 and −3; the other's cost is each one's baseline; the impossible one has the floor,
-    # of which each of the two has half for its baseline.
+    # Costs −1 and −3, whose mean is the value; the other's cost is each one's baseline; the
+    # impossible one has the floor, of which each of the two has half for its baseline.
+    assert float(reverse_kl(rewards, log_q).detach()) == pytest.approx(-2.0)
     half = FLOOR / 2
     (gradient,) = torch.autograd.grad(reverse_kl(rewards, log_q), log_q)
     assert gradient.tolist() == pytest.approx([(2.0 - half) / 3, (-2.0 - half) / 3, FLOOR / 3])
@@ -517,6 +518,31 @@ def test_subtb_by_hand() -> None:
     for lam in (1.0, 0.5):
         want = sum(lam**n * r**2 for r, n in residuals) / sum(lam**n for _, n in residuals)
         assert float(subtb([one], lam)) == pytest.approx(want)
+
+
+def test_the_gradient_of_subtb_by_hand() -> None:
+    log_q = tensor(-1.0, -2.0).requires_grad_()
+    log_q_end = tensor(-0.5, -0.25).requires_grad_()
+    one = Trajectory(log_q, torch.tensor([1, 2]), log_q_end, tensor(-3.0, -4.0))
+    subtb([one], 0.5).backward()
+    # As above, with log Z held: residuals 0.375 and −0.375 from the root, −0.75 between the two,
+    # with weights 0.5, 0.25 and 0.5 over 1.25. The first token is in the first two.
+    first, second, between = (2 * w * r for w, r in ((0.4, 0.375), (0.2, -0.375), (0.4, -0.75)))
+    assert log_q.grad is not None and log_q_end.grad is not None
+    assert log_q.grad.tolist() == pytest.approx([first + second, second + between])
+    assert log_q_end.grad.tolist() == pytest.approx([first - between, second + between])
+
+
+def test_an_impossible_end_has_the_weight_of_a_pair_without_distance() -> None:
+    one = Trajectory(
+        log_q=tensor(-1.0, -2.0),
+        ends=torch.tensor([1, 2]),
+        log_q_end=tensor(-0.5, -0.25),
+        log_reward=tensor(-3.0, -math.inf),
+    )
+    # From the root to the first end point: −1 − 1 + 2.5.
+    expected = (0.5 * 0.5**2 + FLOOR**2) / 1.5
+    assert float(subtb([one], 0.5, tensor(-1.0)[0])) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("lam", [0.1, 10.0])

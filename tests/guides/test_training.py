@@ -25,24 +25,29 @@ from langppl.guides.averaging import Mean
 from langppl.guides.context import context_ids
 from langppl.guides.heads import HEADS_FILE
 from langppl.guides.losses import loss_of
-from langppl.guides.observations import Observation, Turn
+from langppl.guides.objectives import FLOOR
+from langppl.guides.observations import WHOLE, Observation, Turn
 from langppl.guides.replay import ReplayBuffer
 from langppl.guides.settings import Settings
 from langppl.guides.training import Trainer
 from langppl.guides.trajectories import (
     Batch,
     Draw,
+    actions_of,
+    from_records,
     log_q,
     make_draws,
     policy_scores,
     site_trajectory,
+    to_record,
 )
 from langppl.guides.validation import Validation, of_gaps
 from langppl.guides.workers import Workers
 from langppl.lm import LM
 from langppl.lm.requests import ScoreReply, perform
+from langppl.lm.scoring import PathLogProbs
 from langppl.program.execution import Execution, given
-from langppl.testing import check_guide, tiny_lm
+from langppl.testing import check_guide, enumerate_strings, tiny_lm
 
 ENDINGS = ("aab.", "...")
 
@@ -1064,6 +1069,28 @@ def test_an_impossible_factor_is_known_as_soon_as_it_can_be() -> None:
     assert [p.log_rest for p in bad.pieces] == [never, 0.0]
 
 
+def test_what_is_independent_of_all_that_the_guide_draws_is_no_reward() -> None:
+    lm = make_lm()
+
+    def model() -> None:
+        chain(lm)
+        x = lp.sample("x", dist.Normal(0.0, 1.0))
+        lp.sample("measured", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
+
+    program = lp.compile(model)
+    execution = program.run([given({"one": "ab", "two": "b", "x": torch.tensor(0.5)})])[0]
+    contexts = {n: execution.sites[n].fn.prompt_ids() for n in ("one", "two")}
+    ((draw,),) = make_draws([Batch(program, [execution], [contexts])])
+    one = float(lp.LMString(lm, "a", max_tokens=2).log_prob("ab"))
+    two = float(lp.LMString(lm, "bab", stop=".", max_tokens=2).log_prob("b"))
+    seen = float(lp.LMString(lm, "abb").log_prob("bb"))
+    measured = float(dist.Normal(0.5, 1.0).log_prob(torch.tensor(2.0)))
+    assert draw.log_reward == pytest.approx(one + two + seen + measured, abs=1e-4)
+    found = site_trajectory(draw, torch.tensor([-0.5, -0.25]), torch.tensor([-4.0]), power=0.5)
+    expected = [one - 4.0, one + two + 0.5 * seen]
+    assert found.log_reward.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def pair(lm: LM, i: int) -> None:
     prompt, ending = (("a", "b."), ("bb", "ab"))[i]
     z = lp.sample(f"z_{i}", lp.LMString(lm, prompt, stop=".", max_tokens=2))
@@ -1244,3 +1271,104 @@ def test_the_whole_and_its_first_piece_have_their_own_log_z() -> None:
         else:  # −3 at the first latent of either piece
             assert mixed == pytest.approx(np.mean((np.array(gaps) + 6.0) ** 2), rel=1e-3)
         assert loss(0, plain)[0] == pytest.approx(loss(1, plain)[0], rel=1e-4)
+
+
+# -- what a loss is made of ------------------------------------------------------------------------
+
+
+def test_divergences_are_from_the_prior_of_the_string_s_own_lm() -> None:
+    lm = make_lm()
+    view = lm.trainable("v", rank=2)
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in lm.model.named_parameters():
+            if f".{guide.adapter}." in name or f".{view.adapter}." in name:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    # Strings of one token are one action each.
+    fns = {"one": lp.LMString(view, "a", max_tokens=1), "two": lp.LMString(lm, "b", max_tokens=1)}
+
+    def model() -> None:
+        for name, fn in fns.items():
+            lp.sample(name, fn)
+
+    draws = draws_of(lp.compile(model), [{"one": "b", "two": "a"}])
+    scores = policy_scores(draws, lm, guide.adapter, with_states=True)
+    logs = [log_q(d, f, None) for d, f in zip(draws, scores, strict=True)]
+    (found,) = actions_of(draws, scores, logs, lm)
+    expected = []
+    for fn in fns.values():
+        texts = [text for text, _ in enumerate_strings(fn)]
+        requests = [fn.request(text, adapter=guide.adapter) for text in texts]
+        replies = perform([r for r in requests if r is not None])
+        own = np.array([r.log_prob for r in replies if isinstance(r, ScoreReply)])
+        assert np.exp(own).sum() == pytest.approx(1.0, abs=1e-5)
+        prior = np.array([float(fn.log_prob(text)) for text in texts])
+        expected.append(float((np.exp(own) * (own - prior)).sum()))
+    assert min(expected) > 0.01
+    assert found.divergence.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def unmet() -> None:
+    raise AssertionError("the program need not be known")
+
+
+@pytest.mark.parametrize(
+    ("draw_ahead", "fresh", "has_baseline"),
+    [(1, 3, True), (1, 2, False), (2, 3, False)],
+    ids=["own", "replayed", "of an older policy"],
+)
+def test_the_floor_has_a_baseline_among_the_policys_own_draws(
+    draw_ahead: int, fresh: int, has_baseline: bool
+) -> None:
+    guide = lp.GFlowNetGuide(make_lm(), rank=2)
+    trainer = trainer_of(guide, unmet, [()], draw_ahead=draw_ahead)
+    draws = [Draw(k, [], 0.0, r) for k, r in enumerate((0.0, 2.0, -math.inf))]
+    logs = [torch.tensor([-1.0], requires_grad=True) for _ in draws]
+    turn = Turn(trainer.observations[0], draws, fresh)
+    loss_of(turn, [], logs, trainer.settings, guide.heads, 1.0, None).backward()
+    # Log R − log q is 1 and 3, so log Z is 2; the possible ones have half of the floor less.
+    less = FLOOR / 2 if has_baseline else 0.0
+    expected = [2 * r / 3 for r in (1.0 - less, -1.0 - less, FLOOR)]
+    assert [float(q.grad) for q in logs if q.grad is not None] == pytest.approx(expected)
+
+
+def test_log_z_is_not_estimated_from_replayed_draws() -> None:
+    guide = lp.GFlowNetGuide(make_lm(), rank=2)
+    trainer = trainer_of(guide, unmet, [()], objective="subtb")
+    # Of strings of one token: log R − log q is 1 and 5.
+    draws = [Draw(k, [], 0.0, r, ends=[(1, 0.0, r)]) for k, r in enumerate((0.0, 4.0))]
+    zero, log_q_of = torch.tensor(0.0), torch.tensor([-1.0])
+    scores = [[[PathLogProbs(log_q_of, zero, torch.zeros(2))]] for _ in draws]
+    for fresh, log_z in ((1, 1.0), (2, 3.0)):
+        turn = Turn(trainer.observations[0], draws, fresh)
+        options = (trainer.settings, guide.heads, 1.0, None)
+        loss = loss_of(turn, scores, [log_q_of, log_q_of], *options)
+        assert float(loss) == pytest.approx(((log_z - 1.0) ** 2 + (log_z - 5.0) ** 2) / 2)
+
+
+def test_given_draws_are_held_to_the_first_estimate_at_each_power() -> None:
+    def estimate(own: Observation, gaps: Sequence[float], power: float, offset: float) -> float:
+        gap = torch.tensor(gaps)
+        return float(own.estimate(WHOLE, gap, gap, power, True, offset))
+
+    own = Observation(unmet, (), ReplayBuffer(1))
+    assert estimate(own, (1.0, 3.0), 0.5, 0.0) == 2.0
+    assert estimate(own, (7.0, 9.0), 0.5, 0.0) == 2.0
+    assert estimate(own, (4.0, 6.0), 1.0, 0.0) == 5.0
+    # What was taken off the rewards is no part of the estimate.
+    far_off = Observation(unmet, (), ReplayBuffer(1))
+    assert estimate(far_off, (1.0, 3.0), 1.0, 1e4) == 2.0
+    assert estimate(far_off, (7.0, 9.0), 1.0, 1e4) == 2.0
+    assert estimate(far_off, (7.0, 9.0), 1.0, 9990.0) == 12.0
+
+
+def test_a_record_says_where_a_draw_is_from() -> None:
+    lm = make_lm()
+    program = lp.compile(chain, lm)
+    draws = draws_of(program, [{"one": "a", "two": "b"}] * 3)
+    draws[1].is_given = draws[2].is_tempered = True
+    records = json.loads(json.dumps([to_record(d) for d in draws]))
+    again = from_records(program, records)
+    marks = [(d.is_given, d.is_tempered) for d in again]
+    assert marks == [(False, False), (True, False), (False, True)]

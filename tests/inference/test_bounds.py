@@ -16,6 +16,7 @@ import langppl as lp
 from langppl import GFlowNetGuide, LMChoice, LMString, compile, evidence_bounds, infer, sample
 from langppl.guides import Guide, PriorGuide
 from langppl.inference import EvidenceBounds
+from langppl.inference.bounds import figures
 from langppl.inference.simulated import simulate_pairs
 from langppl.inference.sites import log_weight
 from langppl.posterior import Posterior
@@ -275,6 +276,16 @@ def test_the_report() -> None:
     assert again == found
     single = evidence_bounds(PROGRAM, num_samples=1, num_observations=1, progress=False)
     assert single.lower_error == math.inf
+
+
+def test_the_error_of_the_gap_is_that_of_its_own_mean() -> None:
+    """Both ends rise and fall with the observation, and the gap does not."""
+    low, high = np.array([0.0, 2.0]), np.array([1.0, 3.0])
+    found = figures(low, high, elbo=low - 1.0, eubo=high + 1.0, log_joint=low)
+    assert (found["lower"], found["upper"], found["gap"]) == (1.0, 2.0, 1.0)
+    # A standard deviation of √2 over √2.
+    assert found["lower_error"] == found["upper_error"] == pytest.approx(1.0)
+    assert found["gap_error"] == pytest.approx(0.0)
 
 
 def test_open_strings_take_the_length_that_is_asked_for() -> None:

@@ -257,6 +257,16 @@ def test_the_test_is_chi_square_on_the_ranks() -> None:
     assert few.counts == tuple(np.bincount(np.array(ranks[:20]) // 2, minlength=4))
 
 
+def test_bins_of_more_ranks_expect_more() -> None:
+    # Ten ranks in three bins: 4, 3 and 3 of them.
+    ranks = (0, 3, 3, 4, 5, 6, 6, 7, 9, 9, 2, 8, 1, 0, 4)
+    (found,) = Calibration("prior", "exact", 15, 9, 1, {"a": ranks}, None).tests
+    assert found.expected == pytest.approx((6.0, 4.5, 4.5))
+    assert found.counts == (6, 5, 4)
+    # 0²/6 + 0.5²/4.5 + 0.5²/4.5.
+    assert found.statistic == pytest.approx(1.0 / 9.0)
+
+
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [

@@ -25,6 +25,7 @@ from langppl import (
 )
 from langppl.guides import Guide, PriorGuide
 from langppl.inference import Comparison
+from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.execution import Chooser
 from langppl.testing import tiny_lm
@@ -330,6 +331,17 @@ def test_without_exact_the_best_known_evidence_is_the_reference() -> None:
     )
     assert found.reference == "many"
     assert list(found.agreements()) == ["few", "chain"]
+
+
+def test_an_error_that_cannot_be_trusted_does_not_make_a_reference() -> None:
+    samples = [{"z": str(k % 3)} for k in range(100)]
+    heavy = np.array([0.0, *[-9.0] * 99])
+    doubtful, plain = (
+        Posterior(samples, weights, log_evidence=-1.0, log_evidence_error=error)
+        for weights, error in ((heavy, 0.01), (np.zeros(100), 0.1))
+    )
+    assert not doubtful.reliable and plain.reliable
+    assert Comparison({"doubtful": doubtful, "plain": plain}).reference == "plain"
 
 
 def test_pandas_and_json() -> None:

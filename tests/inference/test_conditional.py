@@ -186,6 +186,20 @@ def test_one_particle_is_the_weight_of_the_sample() -> None:
             assert found == pytest.approx(weight, abs=2e-4)
 
 
+def test_the_weight_of_the_sample_counts_the_temperature_of_its_site() -> None:
+    fn = LMString(LM, "a", max_tokens=2, temperature=0.5)
+
+    def story() -> None:
+        z = sample("z", fn)
+        sample("y", LMString(LM, f"b{z}"), obs="ab")
+
+    # The context of a prompted guide is another, so the held string is scored anew.
+    program, guide = compile(story), PromptedGuide()
+    for row in infer(program, method="exact", progress=False).samples:
+        weight = float(program.log_joint(row)) - float(guide.log_q(program, [row])[0])
+        assert smc_evidence(program, guide, 1, 0, row) == pytest.approx(weight, abs=2e-4)
+
+
 def test_the_held_particle_is_the_sample_to_the_end(
     truth: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

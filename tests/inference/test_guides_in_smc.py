@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -60,6 +62,26 @@ def test_a_share_of_the_prior_is_not_for_smc() -> None:
         lp.infer(story, guide=guide, method="smc", num_samples=8)
     guide.defensive = 0.0
     lp.infer(story, guide=guide, method="smc", num_samples=8)
+
+
+def test_draws_of_a_trained_guide_are_weighed_by_its_own_log_q() -> None:
+    """The guide reads what the prior reads: only the adapter tells the two apart."""
+    guide = lp.GFlowNetGuide(LM, rank=2, context=lambda info: info.prompt, defensive=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in LM.model.named_parameters():
+            if f".{guide.adapter}." in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    program = lp.compile(story)
+    options: dict[str, Any] = {"method": "smc", "num_samples": 20, "ess_threshold": 0.0}
+    found = lp.infer(program, guide=guide, progress=False, **options)
+    log_q = guide.log_q(program, found.samples)
+    prior = lp.PriorGuide().log_q(program, found.samples)
+    assert np.abs(log_q - prior).max() > 0.1
+    log_joint = program.log_joint(found.samples).numpy()
+    assert found.log_joint == pytest.approx(log_joint, abs=1e-4)
+    assert found.log_q == pytest.approx(log_q, abs=1e-4)
+    assert found.log_weights == pytest.approx(log_joint - log_q, abs=1e-4)
 
 
 def scaled() -> None:

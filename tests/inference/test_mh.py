@@ -29,11 +29,11 @@ from langppl.diagnostics import InferenceWarning
 from langppl.distributions import Text
 from langppl.guides import Guide, PriorGuide
 from langppl.inference.comparison import Comparison
-from langppl.inference.kernels import move
+from langppl.inference.kernels import _log_prob_before, move
 from langppl.plots import plot_log_weights
 from langppl.posterior import ABSENT, Posterior
 from langppl.program import Program
-from langppl.program.execution import Chooser, given, score
+from langppl.program.execution import Chooser, Site, given, score
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=5, merged=["ab", "b."])
@@ -284,6 +284,35 @@ def test_the_scores_that_are_kept_are_those_of_a_fresh_run() -> None:
     fresh = compile(model).log_joint(found.samples)
     np.testing.assert_allclose(found.log_joint, fresh.numpy(), atol=2e-4)
     assert len({key_of(s) for s in found.samples}) > 10
+
+
+def test_a_score_under_another_adapter_is_not_kept() -> None:
+    lm = tiny_lm("ab.", seed=3)
+    view = lm.trainable("v", rank=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in view.named_parameters.values():
+            p.copy_(0.35 * torch.randn(p.shape, generator=generator))
+
+    def model() -> None:
+        k = sample("k", LMChoice(lm, "a", ["a", "b"]))
+        sample("y", LMChoice(view if k == "b" else lm, "a", ["a", "b"]), obs="b")
+
+    found = run(compile(model), num_samples=40, chains=4, warmup=0)
+    seen = [float(LMChoice(m, "a", ["a", "b"]).log_prob("b")) for m in (lm, view)]
+    own = [float(LMChoice(lm, "a", ["a", "b"]).log_prob(k)) for k in "ab"]
+    expected = [own["ab".index(k)] + seen["ab".index(k)] for k in found["k"]]
+    assert abs(seen[0] - seen[1]) > 0.05 and set(found["k"]) == {"a", "b"}
+    assert found.log_joint == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_score_of_another_spelling_is_not_kept() -> None:
+    fn = LMString(LM, "a", max_tokens=2)
+    a, b, ab = (LM.vocabulary.exact[text] for text in (b"a", b"b", b"ab"))
+    two, one = (Text("ab", ids, LM.fingerprint) for ids in ((a, b), (ab,)))
+    old = Site("z", "latent", fn, one, log_prob=-1.25)
+    assert _log_prob_before(Site("z", "latent", fn, one), old) == -1.25
+    assert two == one and _log_prob_before(Site("z", "latent", fn, two), old) is None
 
 
 # -- what a guide says of values that it did not draw ----------------------------------------------

@@ -91,6 +91,13 @@ def test_each_part_follows_its_own_posterior() -> None:
     )
 
 
+def test_the_errors_of_independent_parts_add_in_squares() -> None:
+    posterior = infer(story, num_samples=30)
+    errors = [part.log_evidence_error for part in posterior.parts]
+    assert len(errors) == 4 and min(errors) > 0.0
+    assert posterior.log_evidence_error == pytest.approx(math.hypot(*errors))
+
+
 def test_parts_are_paired_independently() -> None:
     posterior = infer(story, num_samples=2000, seed=2)
     likeliest = {z: posterior.mode(z) for z in ("z0", "z1")}

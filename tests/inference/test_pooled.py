@@ -225,6 +225,18 @@ def test_bounds_that_cannot_be_pooled() -> None:
         pool_bounds([own[0], fewer])
 
 
+def test_log_joints_that_are_large_are_not_therefore_alike() -> None:
+    one, other = made_bounds(-3.0, -1.0, 2), made_bounds(-2.9, -1.1, 3)
+    rounded, another = (
+        replace(other, observations={**other.observations, "log_joint": (value,)})
+        for value in (-100.001, -99.5)
+    )
+    one = replace(one, observations={**one.observations, "log_joint": (-100.0,)})
+    assert len(pool_bounds([one, rounded])) == 2
+    with pytest.raises(ValueError, match="are of other observations"):
+        pool_bounds([one, another])
+
+
 # -- independent draws ----------------------------------------------------------------------------
 
 

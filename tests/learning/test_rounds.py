@@ -12,6 +12,7 @@ import torch
 
 import langppl as lp
 from langppl.diagnostics import InferenceWarning
+from langppl.distributions import Text
 from langppl.learning import draws
 from langppl.learning.draws import posteriors, weighted
 from langppl.learning.likelihood import ascend, expected, factors, views_of
@@ -597,6 +598,28 @@ def test_draws_that_print_alike_are_not_the_same():
     expected = share(posterior.samples, posterior.weights)
     assert 0.1 < expected < 0.9
     assert share(found.rows, found.weights) == pytest.approx(expected)
+
+
+def test_spellings_of_one_text_are_kept_apart():
+    texts = [Text("ab", ids, "t") for ids in ((3, 4), (5,), (3, 4))]
+    posterior = lp.Posterior([{"z": t} for t in texts], np.log([1.0, 4.0, 3.0]))
+    found = weighted(posterior, "importance", None, ())
+    # The first and the third are one draw.
+    assert [row["z"].ids for row in found.rows] == [(3, 4), (5,)]
+    assert found.weights == pytest.approx([0.5, 0.5])
+
+
+def test_figures_by_hand():
+    samples = [{"z": "a"}, {"z": "b"}]
+    one = lp.Posterior(samples, [0.0, 1.0], log_evidence=-1.0, log_evidence_error=0.3)
+    two = lp.Posterior(samples, [-math.inf, -2.0], log_evidence=-3.0, log_evidence_error=0.4)
+    found = draws.figures([one, two])
+    assert found["log_evidence"] == pytest.approx(-2.0)
+    # Of a mean of two: √(0.3² + 0.4²) / 2.
+    assert found["error"] == pytest.approx(0.25)
+    # Of the second, the possible half has −2 and the log of its share is added.
+    assert found["elbo"] == pytest.approx((0.5 - 2.0 + math.log(0.5)) / 2)
+    assert found["impossible"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("way", ["asks", "infers"])

@@ -59,6 +59,13 @@ def test_log_prob_of_a_draw_is_its_score(rules: dict[str, Any]) -> None:
     assert_draws_score_alike(TINY, PROMPTS * 8, **rules)
 
 
+def test_a_draw_that_ends_counts_all_end_tokens() -> None:
+    lm = tiny_lm("ab")
+    lm.model.generation_config.eos_token_id = [1, 2]
+    two = LM.from_parts(lm.model, lm.tokenizer, "two ends")
+    assert_draws_score_alike(two, ["a", "b"] * 20, max_tokens=3, min_tokens=0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(0, 9)), min_size=1, max_size=8),

@@ -386,6 +386,20 @@ def test_states_in_which_the_same_is_legal_share_a_step() -> None:
     assert one is two
 
 
+def test_states_in_which_the_same_is_legal_may_end_otherwise() -> None:
+    """After "b" the stop "b." is one token away; elsewhere that token only goes on."""
+    options: dict[str, Any] = {"stop": "b.", "max_tokens": 4}
+    lm = tiny_lm("ab.", seed=3)
+    # A grammar of all texts changes nothing.
+    masked = lp.LMString(lm, "a", grammar=lp.regex("[ab.]*"), **options)
+    free = lp.LMString(lm, "a", truncate="reject", **options)
+    found, expected = (
+        {str(t): float(fn.log_prob(t)) for t, _ in enumerate_strings(fn)} for fn in (masked, free)
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert "b." in found and not any("b." in text[:-1] for text in found)
+
+
 def test_grammars_without_end_are_forgotten() -> None:
     lm = tiny_lm("ab.", seed=3)
     free = lp.LMString(lm, "a", max_tokens=4).bound

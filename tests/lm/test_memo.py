@@ -1,6 +1,8 @@
 """A remembered score is the score: under mixed prompts, rules, adapters and training steps."""
 
+import gc
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -112,6 +114,22 @@ def test_what_is_known_is_not_scored_again(lm, monkeypatch):
     lm.memo.clear()
     perform([two])
     assert sum(passes) == 3
+
+
+def test_steps_that_have_no_name_live_as_long_as_what_is_known_by_them():
+    """Where one went, its address, which is the key, could be another's."""
+    lm = tiny_lm("ab.", seed=4)
+    one = request(lm, "a", "ab.", RULES[0], None)
+    assert all(step.name is None for step in one.path.steps)
+    steps = [weakref.ref(step) for step in one.path.steps]
+    serve([one])
+    lm._rules.clear()
+    del one
+    gc.collect()
+    assert all(step() is not None for step in steps)
+    lm.memo.clear()
+    gc.collect()
+    assert all(step() is None for step in steps)
 
 
 def test_the_least_recently_used_goes_first(lm):

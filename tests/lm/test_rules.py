@@ -277,6 +277,19 @@ def test_a_stop_groups_the_tokens_that_run_on() -> None:
     assert bound.representative(b".", [ids[".."], ids["."]]) == ids["."]
 
 
+def test_a_token_with_two_stops_ends_at_the_first_in_its_text() -> None:
+    lm = tiny_lm("ab.!", merged=[".!"])
+    ids = {lm.vocabulary.text(i): i for i in range(3, lm.vocabulary.size)}
+    # The stops are given in the other order.
+    dist = LMString(lm, "a", stop=["!", "."], max_tokens=3, min_tokens=0)
+    with torch.no_grad():
+        row = lm.model(input_ids=torch.tensor([lm.encode_text("a")])).logits[0, -1]
+    legal = torch.cat([row[END : END + 1], row[3:]])
+    expected = float(row[[ids["."], ids[".!"]]].logsumexp(0) - legal.logsumexp(0))
+    assert float(dist.log_prob(".")) == pytest.approx(expected, abs=1e-5)
+    assert all(sum(str(t).count(s) for s in "!.") <= 1 for t, _ in enumerate_strings(dist))
+
+
 def test_end_ids_add_up() -> None:
     lm = tiny_lm("ab")
     lm.model.generation_config.eos_token_id = [1, 2]

@@ -98,6 +98,25 @@ def test_a_guide_learns_what_a_scale_says(objective: str) -> None:
     assert q[0] + q[1] == pytest.approx(truth, abs=0.1)
 
 
+@pytest.mark.parametrize("defensive", [0.0, 0.3])
+def test_a_scale_counts_in_the_joint_and_not_in_the_proposal(defensive: float) -> None:
+    def scaled() -> None:
+        with poutine.scale(scale=0.5):
+            z = lp.sample("z", BASE)
+        lp.sample("y", lp.LMString(LM, f"a{z}"), obs="b")
+
+    # Untrained and with the model's own prompt, a guide proposes as the prior does.
+    guide = lp.GFlowNetGuide(LM, rank=2, context=lambda info: info.prompt, defensive=defensive)
+    found = lp.infer(scaled, guide=guide if defensive else "prior", num_samples=30, progress=False)
+    log_p = [float(BASE.log_prob(z)) for z in found["z"]]
+    seen = [float(lp.LMString(LM, f"a{z}").log_prob("b")) for z in found["z"]]
+    joint = [0.5 * p + s for p, s in zip(log_p, seen, strict=True)]
+    assert found.log_joint == pytest.approx(joint, abs=1e-4)
+    assert found.log_q == pytest.approx(log_p, abs=1e-4)
+    weights = [j - p for j, p in zip(joint, log_p, strict=True)]
+    assert found.log_weights == pytest.approx(weights, abs=1e-4)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_what_is_computed_may_be_zero_or_a_vector(own: bool) -> None:
     stated = lp.deterministic if own else pyro.deterministic
