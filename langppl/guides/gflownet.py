@@ -633,7 +633,7 @@ class GFlowNetGuide(Guide):
             check_objective(objective)
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
-        if fingerprint != lm.weights_fingerprint:
+        if not lm.has_weights(fingerprint):
             raise ValueError(
                 f"the guide in {folder} was trained on {base!r} (fingerprint {fingerprint}), and "
                 f"{lm!r} has other weights (fingerprint {lm.weights_fingerprint})"

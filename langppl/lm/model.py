@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import os
 from collections import OrderedDict, deque
@@ -13,7 +12,7 @@ from weakref import WeakSet
 
 import torch
 
-from langppl.lm import adapters, products
+from langppl.lm import adapters, fingerprints, products
 from langppl.lm.comparing import check_padded
 from langppl.lm.filters import Watched
 from langppl.lm.kinds import check_kind, check_ordinary, check_parts
@@ -242,15 +241,16 @@ class LM:
     def weights_fingerprint(self) -> str:
         """Names the weights: a guide is trained for one set of them.
 
-        Taken over each base tensor's name, shape and the sums of a sample of it, rounded so that
-        float types agree.
+        Taken over each base tensor's name, shape and a sample of it in bfloat16, so that an LM in
+        float32 and the same one in bfloat16 agree.
         """
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for name, tensor in adapters.base_tensors(self.model):
-            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float()
-            line = f"{name} {tuple(tensor.shape)} {float(sample.abs().mean()):.2e}\n"
-            digest.update(line.encode())
-        return digest.hexdigest()[:16]
+        return fingerprints.by_sample(self.fingerprint, adapters.base_tensors(self.model))
+
+    def has_weights(self, fingerprint: object) -> bool:
+        """Whether a `weights_fingerprint`, of this version of langppl or an older, is its own."""
+        is_new = str(fingerprint).startswith(fingerprints.MARK)
+        make = fingerprints.by_sample if is_new else fingerprints.by_means
+        return fingerprint == make(self.fingerprint, adapters.base_tensors(self.model))
 
     # -- text and tokens ----------------------------------------------------------------------
 

@@ -165,7 +165,7 @@ class TrainableLM:
             base, fingerprint = record["base_model"], record["base_fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt: {error}") from error
-        if fingerprint != self.lm.weights_fingerprint:
+        if not self.lm.has_weights(fingerprint):
             raise ValueError(
                 f"the adapter in {path.parent} was fitted on {base!r} (fingerprint {fingerprint}), "
                 f"and {self.lm!r} has other weights (fingerprint {self.lm.weights_fingerprint})"
