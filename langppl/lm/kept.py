@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -226,12 +226,14 @@ class Branches:
         depth: position of each, shape [n].
         seen: what each sees of the tree and of the nodes, bool [n, tree + n].
         place: of each node of the row that they come from, its number among them.
+        carried: how many of them, the first ones, are run already.
     """
 
     ids: np.ndarray
     depth: np.ndarray
     seen: np.ndarray
     place: np.ndarray
+    carried: int
 
 
 def branches(tree: Tree, row: Row) -> Branches:
@@ -250,10 +252,11 @@ def branches(tree: Tree, row: Row) -> Branches:
         while node >= 0:
             of_tree[below, node] = True
             node = tree.parents[node]
-    own = row.mask(0)[is_new][:, is_new]
+    own = replace(row, carried=0).mask(0)[is_new][:, is_new]
     return Branches(
         row.ids[is_new],
         depth[is_new],
         np.concatenate([of_tree[is_new], own], axis=1),
         place,
+        int(is_new[: row.carried].sum()),
     )
