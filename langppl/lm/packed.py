@@ -412,6 +412,26 @@ def run_row(
     return run(lm, packing, ids, depth, seen, keep, cache)
 
 
+def run_in_pieces(
+    lm: LM, packing: Packing, row: Row, nodes: np.ndarray, cache: Any, most: int
+) -> torch.Tensor:
+    """States [nodes, width] of a row that is run in passes of so many nodes, and put in a cache.
+
+    Args:
+        lm: the LM, its adapter switched on.
+        packing: how it takes the mask.
+        row: the row.
+        nodes: those whose states are wanted, sorted.
+        cache: the KV cache, empty; it grows by all nodes.
+        most: nodes of a pass.
+    """
+    found = []
+    for piece in row.pieces(most):
+        own = nodes[(nodes >= piece.carried) & (nodes < len(piece.ids))]
+        found.append(run_row(lm, packing, piece, 0, own, cache))
+    return torch.cat(found)
+
+
 def probe(lm: LM) -> Packing | None:
     """How an LM takes packed rows; None, with a warning, if it does not.
 
