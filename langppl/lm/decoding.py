@@ -1,10 +1,10 @@
 """Decoding: strings drawn token by token, many at once, with the past kept in a KV cache.
 
 Short strings grow as one tree in a single row, whose KV cache holds every token once; else each
-distinct prompt is encoded once and its cache row repeated. Rows that are finished leave the batch. On cuda, steps of short strings are captured (`langppl.lm.captured`). Each
-row walks its own rules. A token is drawn by inverse CDF from one uniform number that depends on the
-row's key and the token's place alone, so the draws do not depend on the batch (up to rounding in
-the model).
+distinct prompt is encoded once and its cache row repeated. Rows that are finished leave the batch.
+On cuda, steps of short strings are captured (`langppl.lm.captured`). Each row walks its own rules.
+A token is drawn by inverse CDF from one uniform number that depends on the row's key and the
+token's place alone, so the draws do not depend on the batch (up to rounding in the model).
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ def _padded_batches(
         members = list(group)
         width = max(lengths[k] for k in members)
         is_long = len(read) >= LONG_PROMPT
-        if batch and is_long:
-            if (len(batch) + len(members)) * max(longest, width) > lm.token_budget:
-                yield batch
-                batch, longest = [], 0
+        together = (len(batch) + len(members)) * max(longest, width)
+        if batch and is_long and together > lm.token_budget:
+            yield batch
+            batch, longest = [], 0
         for k in members:
             if batch and (len(batch) + 1) * max(longest, lengths[k]) > lm.token_budget:
                 yield batch
@@ -246,7 +246,7 @@ def _draw_packed(
     cache = caches.cache_of([])
     states = packed.run_in_pieces(lm, packing, row, leaves, cache, tree_room(lm))
     logits = lm.logits_of(states)
-    seen = row.mask(0)[leaves]
+    seen = row.seen_by(leaves)
     keys = caches.keys_and_values(cache)
     replies: list[DrawReply | None] = []
     for part in _parts(lm, requests):

@@ -238,7 +238,7 @@ class _TreeLines(_Lines):
         at = np.array([place[r] for r in reads])
         self.tree = Tree.of_row(row)
         self.tree.note(lm, leaves.tolist(), states)
-        self.seen, self.last = row.mask(0)[leaves][at], leaves[at].tolist()
+        self.seen, self.last = row.seen_by(leaves)[at], leaves[at].tolist()
         self.states = states[torch.from_numpy(at).to(lm.device)]
 
     def keep(self, lines: Sequence[int]) -> None:

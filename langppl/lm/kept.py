@@ -66,7 +66,8 @@ class Tree:
         tree = cls()
         path: list[int] = []
         for token, depth in zip(row.ids.tolist(), row.depth.tolist(), strict=True):
-            path = [*path[:depth], tree.add(path[depth - 1] if depth else -1, token)]
+            del path[depth:]
+            path.append(tree.add(path[-1] if path else -1, token))
         return tree
 
     def add(self, parent: int, token: int) -> int:
@@ -249,9 +250,11 @@ def branches(tree: Tree, row: Row) -> Branches:
         below = slice(first, int(row.below[first]))
         node = -1 - int(row.ids[first])
         depth[below] += tree.depth[node]
+        above = []
         while node >= 0:
-            of_tree[below, node] = True
+            above.append(node)
             node = tree.parents[node]
+        of_tree[below, above] = True
     own = replace(row, carried=0).mask(0)[is_new][:, is_new]
     return Branches(
         row.ids[is_new],

@@ -58,10 +58,13 @@ class Row:
         Returns:
             Bool [n - carried, stem + n].
         """
-        at = np.arange(len(self.ids))
-        of = at[self.carried :]
-        own = (at[None, :] <= of[:, None]) & (of[:, None] < self.below[None, :])
-        return np.concatenate([np.ones((len(of), stem), dtype=bool), own], axis=1)
+        own = self.seen_by(np.arange(self.carried, len(self.ids)))
+        return np.concatenate([np.ones((len(own), stem), dtype=bool), own], axis=1)
+
+    def seen_by(self, nodes: np.ndarray) -> np.ndarray:
+        """Which nodes some of them see: bool [nodes, n]."""
+        of = nodes[:, None]
+        return (np.arange(len(self.ids)) <= of) & (of < self.below)
 
     def pieces(self, most: int) -> list[Row]:
         """The same nodes in several rows, each of which finds all nodes before its own in a cache.
