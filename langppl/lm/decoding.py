@@ -29,7 +29,7 @@ from langppl.lm.growing import (
 from langppl.lm.kept import Tree
 from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
-from langppl.lm.trie import Row, lay_out, shared
+from langppl.lm.trie import Row, row_of, shared
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -219,7 +219,7 @@ def _draw(
             return found
     if lm.packs is not None and len(requests) > 1 and all(_is_short(lm, r) for r in requests):
         prompts = sorted({r.read for r in requests})
-        (row,) = lay_out(prompts, sum(map(len, prompts))).rows
+        row = row_of(prompts)
         if len(row.ids) <= most_nodes(lm, max(map(len, prompts))):
             return _draw_packed(lm, lm.packs, requests, prompts, row)
     return _draw_padded(lm, requests, known)

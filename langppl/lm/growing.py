@@ -51,7 +51,8 @@ class Draft:
         for at, token in enumerate(begun):
             step = self.step()
             goes_on = token not in step.kept and token not in self.request.rules.vocabulary.end_ids
-            if not (0 <= token < len(step.legal) and step.legal[token] and goes_on):
+            is_legal = 0 <= token < len(step.legal) and step.legal_array[token]
+            if not (is_legal and goes_on):
                 why = "is not legal there" if goes_on else "ends the string"
                 raise ValueError(f"the string has begun with {begun}, whose token {at} {why}")
             self.state = self.request.rules.advance(self.state, token)

@@ -16,7 +16,7 @@ common), each row goes on from the path at which the one before was cut off.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -111,6 +111,19 @@ def shared(first: Ids, second: Ids) -> int:
         else:
             high = middle
     return low
+
+
+def distinct(sequences: Iterable[Ids]) -> int:
+    """How many nodes the trie of some sequences has, of which there is one at least."""
+    ordered = sorted(set(sequences))
+    new = (len(b) - shared(a, b) for a, b in itertools.pairwise(ordered))
+    return len(ordered[0]) + sum(new)
+
+
+def row_of(sequences: Sequence[Ids]) -> Row:
+    """The trie of all sequences in one row, however many nodes it has."""
+    (row,) = lay_out(sequences, sum(map(len, sequences))).rows
+    return row
 
 
 def lay_out(sequences: Sequence[Ids], node_budget: int, most_stem: int | None = None) -> Layout:

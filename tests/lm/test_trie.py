@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langppl.lm.trie import LEAST_STEM, MOST_AGAIN, lay_out, shared
+from langppl.lm.trie import LEAST_STEM, MOST_AGAIN, distinct, lay_out, row_of, shared
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14).map(tuple), min_size=1)
 
@@ -63,7 +63,8 @@ def test_one_row_runs_each_distinct_prefix_once(given_sequences):
     prefixes = {s[: k + 1] for s in given_sequences for k in range(len(s))}
     layout = lay_out(given_sequences, 10**6)
     assert layout.stem == () and len(layout.rows) == 1
-    assert layout.nodes == len(prefixes)
+    assert layout.nodes == len(prefixes) == distinct(given_sequences)
+    assert row_of(given_sequences).ids.tolist() == layout.rows[0].ids.tolist()
 
 
 def test_the_nodes_of_a_small_trie():
