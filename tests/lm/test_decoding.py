@@ -328,9 +328,12 @@ def long_text(length: int, seed: int = 0) -> str:
     return "".join(np.random.default_rng(seed).choice(list("ab. "), length))
 
 
+@pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("length", [255, 256, 257, 300, 513, 1000])
-def test_a_prompt_is_read_once_by_a_tree_whatever_its_length(length: int) -> None:
+def test_a_prompt_is_read_once_by_a_tree_whatever_its_length(length: int, in_blocks: bool) -> None:
     lm = narrow(node_budget=256, token_budget=300)
+    assert lm.packs is not None
+    lm.packs = replace(lm.packs, in_blocks=in_blocks)
     text = long_text(length)
     # The tokens of all strings take several trees, which have the prompt's cache in common.
     dists = [LMString(lm, text, min_tokens=9, max_tokens=9) for lm in (lm, WIDE)]
