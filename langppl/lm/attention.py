@@ -105,26 +105,27 @@ def of_row(row: Row, stem: int, device: torch.device) -> Blocks:
     """The blocks of a trie's row.
 
     Args:
-        row: the row; its nodes are the queries.
+        row: the row; its nodes, without those that are carried, are the queries.
         stem: tokens before it, which every node sees; they come first among the keys.
         device: where the tensors live.
     """
-    n = len(row.ids)
+    every, carried = len(row.ids), row.carried
+    n = every - carried
     size = min(BLOCK, n)
     parts = []
-    for first in range(0, n, size):
+    for first in range(carried, every, size):
         above = np.flatnonzero(row.below[:first] > first)
-        parts.append(np.concatenate([above, np.arange(first, min(first + size, n))]))
+        parts.append(np.concatenate([above, np.arange(first, min(first + size, every))]))
     most = stem + max(map(len, parts))
     keys = np.zeros((len(parts), most), dtype=np.int64)
     seen = np.zeros((len(parts), size, most), dtype=bool)
     key_depth = np.zeros((len(parts), most), dtype=np.int64)
     query_depth = np.zeros(len(parts) * size, dtype=np.int64)
-    query_depth[:n] = row.depth
+    query_depth[:n] = row.depth[carried:]
     keys[:, :stem] = key_depth[:, :stem] = np.arange(stem)
     seen[:, :, :stem] = True
     for b, own in enumerate(parts):
-        at = np.arange(b * size, min((b + 1) * size, n))
+        at = carried + np.arange(b * size, min((b + 1) * size, n))
         last = stem + len(own)
         keys[b, stem:last] = stem + own
         key_depth[b, stem:last] = row.depth[own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -28,6 +29,16 @@ def cache_of(found: KeysAndValues) -> Any:
     for layer, (keys, values) in enumerate(found):
         cache.update(keys, values, layer)
     return cache
+
+
+def twin(cache: Any) -> Any:
+    """A cache of the same keys and values, which goes its own way.
+
+    Layers put new tensors in the place of those they hold, so these need no copies.
+    """
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
 
 
 @functools.cache

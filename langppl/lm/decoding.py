@@ -1,15 +1,15 @@
 """Decoding: strings drawn token by token, many at once, with the past kept in a KV cache.
 
-Strings with few and short prompts grow as one tree in a single row, whose KV cache holds every
-token once; else each distinct prompt is encoded once and its cache row repeated. Rows that are
-finished leave the batch. On cuda, steps of short strings are captured (`langppl.lm.captured`). Each
-row walks its own rules. A token is drawn by inverse CDF from one uniform number that depends on the
-row's key and the token's place alone, so the draws do not depend on the batch (up to rounding in
-the model).
+Short strings grow as one tree in a single row, whose KV cache holds every token once; else each
+distinct prompt is encoded once and its cache row repeated. Rows that are finished leave the batch.
+On cuda, steps of short strings are captured (`langppl.lm.captured`). Each row walks its own rules.
+A token is drawn by inverse CDF from one uniform number that depends on the row's key and the
+token's place alone, so the draws do not depend on the batch (up to rounding in the model).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,19 @@ import numpy as np
 import torch
 
 from langppl.lm import caches, captured, guided, kept, packed, products
-from langppl.lm.growing import Draft, choose, encode, run_tree, step_padded
+from langppl.lm.growing import (
+    Draft,
+    Encoded,
+    choose,
+    most_nodes,
+    run_tree,
+    step_padded,
+    tree_room,
+)
 from langppl.lm.kept import Tree
 from langppl.lm.reading import logit_bytes
 from langppl.lm.requests import DrawReply, DrawRequest
-from langppl.lm.trie import Row, lay_out, shared
+from langppl.lm.trie import Row, row_of, shared
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -32,6 +40,10 @@ PACKED_ROWS = 256
 
 PLANNED_LENGTH = 64
 """Tokens that a string is first expected to need; a longer one may be put off and drawn anew."""
+
+LONG_PROMPT = 256
+"""Tokens of a prompt from which on strings that take several batches share these with no others:
+reading it again would cost more than a batch that is not full."""
 
 
 def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
@@ -57,7 +69,7 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
         (k for k in range(len(requests)) if k not in replies),
         key=lambda k: (len(requests[k].read), requests[k].read),
     )
-    planned = PLANNED_LENGTH
+    planned, known = PLANNED_LENGTH, Encoded(lm)
     with torch.no_grad(), lm.adapter(adapter), lm.tally.drawing(), products.unchanged():
         if requests[0].beside is not None and order:
             drawn = guided.draw(lm, [requests[k] for k in order])
@@ -66,7 +78,7 @@ def draw(requests: Sequence[DrawRequest]) -> list[DrawReply]:
         while order:
             unfinished: list[int] = []
             for batch, tree in _batches(lm, requests, order, planned):
-                found = _draw(lm, [requests[k] for k in batch], tree)
+                found = _draw(lm, [requests[k] for k in batch], tree, known)
                 for k, reply in zip(batch, found, strict=True):
                     if reply is None:
                         unfinished.append(k)
@@ -92,20 +104,43 @@ def _batches(
     if lm.packs is not None and lm.device.type == "cpu":
         short = [k for k in rest if _is_short(lm, requests[k])]
         for batch in _tree_batches(lm, requests, sorted(short, key=lambda k: requests[k].read)):
-            yield batch, None
-        rest.difference_update(short)
-    batch = []
-    longest = 0
-    for k in (k for k in order if k in rest):
-        limit = requests[k].most_tokens
-        length = len(requests[k].read) + (planned if limit is None else min(limit, planned))
-        if batch and (len(batch) + 1) * max(longest, length) > lm.token_budget:
-            yield batch, None
-            batch, longest = [], 0
-        batch.append(k)
-        longest = max(longest, length)
-    if batch:
+            # A long prompt of one string is cheaper in a plain pass.
+            if len(batch) > 1 or len(requests[batch[0]].read) <= tree_room(lm):
+                yield batch, None
+                rest.difference_update(batch)
+    padded = [k for k in order if k in rest]
+    for batch in _padded_batches(lm, requests, padded, planned):
         yield batch, None
+
+
+def _padded_batches(
+    lm: LM, requests: Sequence[DrawRequest], order: Sequence[int], planned: int
+) -> Iterator[list[int]]:
+    """Requests whose rows, padded, fit the token budget; those of a long prompt stay together."""
+    lengths = {
+        k: len(requests[k].read) + min(planned, requests[k].most_tokens or planned) for k in order
+    }
+    batch: list[int] = []
+    longest = 0
+    for read, group in itertools.groupby(order, key=lambda k: requests[k].read):
+        members = list(group)
+        width = max(lengths[k] for k in members)
+        is_long = len(read) >= LONG_PROMPT
+        together = (len(batch) + len(members)) * max(longest, width)
+        if batch and is_long and together > lm.token_budget:
+            yield batch
+            batch, longest = [], 0
+        for k in members:
+            if batch and (len(batch) + 1) * max(longest, lengths[k]) > lm.token_budget:
+                yield batch
+                batch, longest = [], 0
+            batch.append(k)
+            longest = max(longest, lengths[k])
+        if is_long and len(members) * width > lm.token_budget:
+            yield batch
+            batch, longest = [], 0
+    if batch:
+        yield batch
 
 
 def _kept_trees(
@@ -128,7 +163,7 @@ def _kept_trees(
 def _tree_batches(
     lm: LM, requests: Sequence[DrawRequest], order: Sequence[int]
 ) -> Iterator[list[int]]:
-    """Requests that grow as one tree: what their prompts share counts once.
+    """Requests whose prompts grow as one tree: what these share counts once.
 
     Args:
         lm: the LM.
@@ -136,63 +171,58 @@ def _tree_batches(
         order: those that are short, sorted by what is read before them.
     """
     batch: list[int] = []
-    nodes = drawn = 0
+    nodes = longest = 0
     for k in order:
-        read, most = requests[k].read, requests[k].most_tokens or 0
+        read = requests[k].read
+        new = len(read)
         if batch:
-            new = len(read) - shared(requests[batch[-1]].read, read)
-            if nodes + new > _tree_room(lm) or drawn + most > lm.token_budget:
+            new -= shared(requests[batch[-1]].read, read)
+            if nodes + new > most_nodes(lm, max(longest, len(read))):
                 yield batch
-                batch = []
-        if not batch:
-            nodes, drawn, new = 0, 0, len(read)
+                batch, nodes, longest, new = [], 0, 0, len(read)
         batch.append(k)
-        nodes, drawn = nodes + new, drawn + most
+        nodes, longest = nodes + new, max(longest, len(read))
     if batch:
         yield batch
-
-
-def _tree_room(lm: LM) -> int:
-    """Most nodes of the prompts in a tree, which are one row."""
-    return min(lm.node_budget, lm.token_budget)
 
 
 def _is_short(lm: LM, request: DrawRequest) -> bool:
     """Whether a string can grow in a tree.
 
-    A tree cannot put off what outgrows the budget, nor hide what a narrow window would; and a long
-    prompt is cheaper in a plain pass.
+    A tree cannot put off what outgrows the budget, nor hide what a narrow window would.
     """
     most = request.most_tokens
     return (
         lm.packs is not None
         and most is not None
         and most <= PLANNED_LENGTH
-        and len(request.read) <= _tree_room(lm)
         and len(request.read) + most <= lm.packs.window
     )
 
 
-def _draw(lm: LM, requests: Sequence[DrawRequest], tree: Tree | None) -> list[DrawReply | None]:
+def _draw(
+    lm: LM, requests: Sequence[DrawRequest], tree: Tree | None, known: Encoded
+) -> list[DrawReply | None]:
     """Draws strings together; None for those put off because the batch outgrew the budget.
 
     Args:
         lm: the LM.
         requests: the strings.
         tree: where they go on from.
+        known: the last prompt that was encoded by itself.
     """
     if lm.packs is not None and tree is not None:
         return _draw_on(lm, lm.packs, requests, tree)
     if captured.takes(lm, requests):
-        found = _draw_captured(lm, requests)
+        found = _draw_captured(lm, requests, known)
         if found is not None:
             return found
     if lm.packs is not None and len(requests) > 1 and all(_is_short(lm, r) for r in requests):
         prompts = sorted({r.read for r in requests})
-        layout = lay_out(prompts, _tree_room(lm))
-        if len(layout.rows) == 1:
-            return _draw_packed(lm, lm.packs, requests, prompts, layout.rows[0])
-    return _draw_padded(lm, requests)
+        row = row_of(prompts)
+        if len(row.ids) <= most_nodes(lm, max(map(len, prompts))):
+            return _draw_packed(lm, lm.packs, requests, prompts, row)
+    return _draw_padded(lm, requests, known)
 
 
 def _draw_packed(
@@ -214,13 +244,13 @@ def _draw_packed(
     leaves = np.unique([path[-1] for path in row.paths.values()])
     place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
     cache = caches.cache_of([])
-    states = packed.run_row(lm, packing, row, 0, leaves, cache)
+    states = packed.run_in_pieces(lm, packing, row, leaves, cache, tree_room(lm))
     logits = lm.logits_of(states)
-    seen = row.mask(0)[leaves]
+    seen = row.seen_by(leaves)
     keys = caches.keys_and_values(cache)
     replies: list[DrawReply | None] = []
-    for first in range(0, len(requests), PACKED_ROWS):
-        strings = [Draft(r) for r in requests[first : first + PACKED_ROWS]]
+    for part in _parts(lm, requests):
+        strings = [Draft(r) for r in part]
         at = np.array([place[s.request.read] for s in strings])
         of_first = logits[torch.from_numpy(at).to(lm.device)]
         tree = Tree.of_row(row)
@@ -232,6 +262,20 @@ def _draw_packed(
             kept.keep(lm, tree, caches.keys_and_values(own))
         replies += [s.reply() for s in strings]
     return replies
+
+
+def _parts(lm: LM, requests: Sequence[DrawRequest]) -> Iterator[list[DrawRequest]]:
+    """Strings whose tokens are in a tree together: they fit the token budget."""
+    part: list[DrawRequest] = []
+    drawn = 0
+    for request in requests:
+        most = request.most_tokens or 0
+        if part and (len(part) == PACKED_ROWS or drawn + most > lm.token_budget):
+            yield part
+            part, drawn = [], 0
+        part.append(request)
+        drawn += most
+    yield part
 
 
 def _draw_on(
@@ -325,12 +369,14 @@ def _grow(
         of_next = map(lm.logits_of, states.split(most))
 
 
-def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None] | None:
+def _draw_captured(
+    lm: LM, requests: Sequence[DrawRequest], known: Encoded
+) -> list[DrawReply | None] | None:
     """Draws strings in captured steps; None if the LM does not take these."""
     replies: list[DrawReply | None] = []
     for first in range(0, len(requests), captured.MOST_ROWS):
         rows = [Draft(r) for r in requests[first : first + captured.MOST_ROWS]]
-        states, cache, mask, owner = encode(lm, [r.request.read for r in rows])
+        states, cache, mask, owner = known.encode([r.request.read for r in rows])
         most = max(r.request.most_tokens or 0 for r in rows)
         found = caches.keys_and_values(cache)
         steps = captured.steps_of(lm, most, found, mask, owner)
@@ -354,10 +400,10 @@ def _draw_captured(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | 
     return replies
 
 
-def _draw_padded(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply | None]:
+def _draw_padded(lm: LM, requests: Sequence[DrawRequest], known: Encoded) -> list[DrawReply | None]:
     """Draws strings as rows of a batch, each with a cache of its own."""
     rows = [Draft(r) for r in requests]
-    states, cache, mask, owner = encode(lm, [r.read for r in requests])
+    states, cache, mask, owner = known.encode([r.read for r in requests])
     cache.batch_select_indices(owner)
     logits, mask = lm.logits_of(states)[owner], mask[owner]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from langppl.lm import packed
+from langppl.lm import caches, packed
 from langppl.lm.inverse_cdf import by_inverse_cdf
 from langppl.lm.kept import Tree
 from langppl.lm.requests import DrawReply, DrawRequest
@@ -51,7 +51,8 @@ class Draft:
         for at, token in enumerate(begun):
             step = self.step()
             goes_on = token not in step.kept and token not in self.request.rules.vocabulary.end_ids
-            if not (0 <= token < len(step.legal) and step.legal[token] and goes_on):
+            is_legal = 0 <= token < len(step.legal) and step.legal_array[token]
+            if not (is_legal and goes_on):
                 why = "is not legal there" if goes_on else "ends the string"
                 raise ValueError(f"the string has begun with {begun}, whose token {at} {why}")
             self.state = self.request.rules.advance(self.state, token)
@@ -140,6 +141,23 @@ def choose(rows: Sequence[Draft], logits: torch.Tensor) -> list[int | None]:
     return chosen
 
 
+def tree_room(lm: LM) -> int:
+    """Most nodes of the prompts of a tree that are run in one pass."""
+    return min(lm.node_budget, lm.token_budget)
+
+
+def most_nodes(lm: LM, longest: int) -> int:
+    """Most nodes of all prompts of a tree, whose keys and values are in one cache.
+
+    Args:
+        lm: the LM.
+        longest: tokens of the longest prompt; of what others have besides, where it alone is more
+            than a pass, a tree takes a little.
+    """
+    room = tree_room(lm)
+    return room if longest <= room else longest + room // 4
+
+
 def run_tree(
     lm: LM,
     packing: packed.Packing,
@@ -219,3 +237,32 @@ def encode(
         use_cache=True,
     )
     return found[:, -1], cache, mask, owner
+
+
+class Encoded:
+    """Encodes what is read before strings, and keeps the last prompt that was alone in its batch.
+
+    The strings of a long prompt take several batches, each of which would read it again.
+
+    Args:
+        lm: the LM, whose adapter does not change meanwhile.
+    """
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self._prompt: tuple[int, ...] | None = None
+        self._found: tuple[torch.Tensor, Any, torch.Tensor] | None = None
+
+    def encode(
+        self, reads: Sequence[tuple[int, ...]]
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        """See `encode`; the cache may be changed."""
+        if any(read != reads[0] for read in reads):
+            return encode(self.lm, reads)
+        if self._found is None or self._prompt != reads[0]:
+            self._found = None  # its memory goes before the next takes its own
+            self._found = encode(self.lm, reads[:1])[:3]
+            self._prompt = reads[0]
+        states, cache, mask = self._found
+        owner = torch.zeros(len(reads), dtype=torch.long, device=self.lm.device)
+        return states, caches.twin(cache), mask, owner

@@ -15,6 +15,7 @@ mixed, and the output layer is read once.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,10 +25,18 @@ import torch
 from torch import Tensor
 
 from langppl.lm import caches, kept, packed
-from langppl.lm.growing import Draft, choose, encode, run_tree, step_padded
+from langppl.lm.growing import (
+    Draft,
+    choose,
+    encode,
+    most_nodes,
+    run_tree,
+    step_padded,
+    tree_room,
+)
 from langppl.lm.kept import Tree
 from langppl.lm.requests import Beside, DrawReply, DrawRequest
-from langppl.lm.trie import Ids, Row, lay_out
+from langppl.lm.trie import Ids, distinct, row_of
 
 if TYPE_CHECKING:
     from langppl.lm.model import LM
@@ -132,20 +141,49 @@ def draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
 
 
 def _batches(lm: LM, requests: Sequence[DrawRequest], order: Sequence[int]) -> Iterator[list[int]]:
-    """Strings that are drawn together: three rows each, which fit the token budget."""
+    """Strings that are drawn together: three rows each, which fit the token budget.
+
+    Of trees, which hold what is read before the strings once, it is what is drawn that has to fit.
+    """
     batch: list[int] = []
     longest = 0
     for k in order:
-        most = requests[k].most_tokens
-        length = max(map(len, _reads(requests[k]))) + (LONG if most is None else most)
+        length = max(map(len, _reads(requests[k]))) + _ahead(requests[k])
         width = max(longest, length)
-        if batch and (len(batch) == MOST_ROWS or 3 * (len(batch) + 1) * width > lm.token_budget):
+        fits = 3 * (len(batch) + 1) * width <= lm.token_budget
+        if batch and not (
+            len(batch) < MOST_ROWS and (fits or _in_trees(lm, [requests[j] for j in (*batch, k)]))
+        ):
             yield batch
             batch, width = [], length
         batch.append(k)
         longest = width
     if batch:
         yield batch
+
+
+def _ahead(request: DrawRequest) -> int:
+    """Tokens that a string is expected to need."""
+    return LONG if request.most_tokens is None else request.most_tokens
+
+
+def _in_trees(lm: LM, requests: Sequence[DrawRequest]) -> bool:
+    """Whether strings are drawn in trees, whose drawn tokens fit the token budget."""
+    longest = max(map(_ahead, requests))
+    own, base, without = zip(*map(_reads, requests), strict=True)
+    return (
+        3 * len(requests) * longest <= lm.token_budget
+        and _takes_tree(lm, (own,), longest)
+        and _takes_tree(lm, (base, without), longest)
+    )
+
+
+def _takes_tree(lm: LM, kinds: Sequence[Sequence[Ids]], longest: int) -> bool:
+    """Whether texts of some kinds, each of which may have a long prompt of its own, are a tree."""
+    lengths = [max(map(len, reads)) for reads in kinds]
+    if lm.packs is None or max(lengths) + longest > lm.packs.window:
+        return False
+    return distinct(itertools.chain(*kinds)) <= most_nodes(lm, sum(lengths))
 
 
 def _reads(request: DrawRequest) -> tuple[Ids, Ids, Ids]:
@@ -161,10 +199,9 @@ def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
     besides = [r.beside for r in requests]
     adapter = next(b.adapter for b in besides if b is not None)
     scales = torch.tensor([b.scale for b in besides if b is not None], device=lm.device)
-    most = [r.most_tokens for r in requests]
-    longest = max(LONG if m is None else m for m in most)
-    after_prompt = _lines(lm, own, longest, lm.active_adapter)
-    after_others = _lines(lm, (*base, *without), longest, adapter)
+    longest = max(map(_ahead, requests))
+    after_prompt = _lines(lm, (own,), longest, lm.active_adapter)
+    after_others = _lines(lm, (base, without), longest, adapter)
     alive = list(range(len(drafts)))
     while True:
         count = len(alive)
@@ -186,13 +223,11 @@ def _draw(lm: LM, requests: Sequence[DrawRequest]) -> list[DrawReply]:
     return [draft.reply() for draft in drafts]
 
 
-def _lines(lm: LM, reads: Sequence[Ids], longest: int, adapter: str | None) -> _Lines:
+def _lines(lm: LM, kinds: Sequence[Sequence[Ids]], longest: int, adapter: str | None) -> _Lines:
     """Texts that are read on, in a tree if the LM takes one and they fit."""
-    packing, prompts = lm.packs, sorted(set(reads))
-    if packing is not None and max(map(len, prompts)) + longest <= packing.window:
-        layout = lay_out(prompts, min(lm.node_budget, lm.token_budget))
-        if len(layout.rows) == 1 and not layout.stem:
-            return _TreeLines(lm, reads, adapter, packing, layout.rows[0])
+    reads = [read for own in kinds for read in own]
+    if lm.packs is not None and _takes_tree(lm, kinds, longest):
+        return _TreeLines(lm, reads, adapter, lm.packs)
     return _PaddedLines(lm, reads, adapter)
 
 
@@ -226,19 +261,19 @@ class _TreeLines(_Lines):
         reads: Sequence[Ids],
         adapter: str | None,
         packing: packed.Packing,
-        row: Row,
     ) -> None:
         self.lm, self.adapter, self.packing = lm, adapter, packing
         prompts = sorted(set(reads))
+        row = row_of(prompts)
         leaves = np.unique([path[-1] for path in row.paths.values()])
         place = {prompts[k]: int(np.searchsorted(leaves, p[-1])) for k, p in row.paths.items()}
         self.cache = caches.cache_of([])
         with lm.adapter(adapter):
-            states = packed.run_row(lm, packing, row, 0, leaves, self.cache)
+            states = packed.run_in_pieces(lm, packing, row, leaves, self.cache, tree_room(lm))
         at = np.array([place[r] for r in reads])
         self.tree = Tree.of_row(row)
         self.tree.note(lm, leaves.tolist(), states)
-        self.seen, self.last = row.mask(0)[leaves][at], leaves[at].tolist()
+        self.seen, self.last = row.seen_by(leaves)[at], leaves[at].tolist()
         self.states = states[torch.from_numpy(at).to(lm.device)]
 
     def keep(self, lines: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +66,8 @@ class Tree:
         tree = cls()
         path: list[int] = []
         for token, depth in zip(row.ids.tolist(), row.depth.tolist(), strict=True):
-            path = [*path[:depth], tree.add(path[depth - 1] if depth else -1, token)]
+            del path[depth:]
+            path.append(tree.add(path[-1] if path else -1, token))
         return tree
 
     def add(self, parent: int, token: int) -> int:
@@ -226,12 +227,14 @@ class Branches:
         depth: position of each, shape [n].
         seen: what each sees of the tree and of the nodes, bool [n, tree + n].
         place: of each node of the row that they come from, its number among them.
+        carried: how many of them, the first ones, are run already.
     """
 
     ids: np.ndarray
     depth: np.ndarray
     seen: np.ndarray
     place: np.ndarray
+    carried: int
 
 
 def branches(tree: Tree, row: Row) -> Branches:
@@ -247,13 +250,16 @@ def branches(tree: Tree, row: Row) -> Branches:
         below = slice(first, int(row.below[first]))
         node = -1 - int(row.ids[first])
         depth[below] += tree.depth[node]
+        above = []
         while node >= 0:
-            of_tree[below, node] = True
+            above.append(node)
             node = tree.parents[node]
-    own = row.mask(0)[is_new][:, is_new]
+        of_tree[below, above] = True
+    own = replace(row, carried=0).mask(0)[is_new][:, is_new]
     return Branches(
         row.ids[is_new],
         depth[is_new],
         np.concatenate([of_tree[is_new], own], axis=1),
         place,
+        int(is_new[: row.carried].sum()),
     )

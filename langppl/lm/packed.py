@@ -3,9 +3,10 @@
 Every node of the trie (`langppl.lm.trie`) is one token of the row; it sees its ancestors and
 itself, and its position is its depth, so its state is that of its own sequence. The trie is cut
 into rows of `lm.node_budget` nodes; what all rows share is run once and read through the KV cache,
-with gradients too. A pass with gradients takes smaller rows (`lm.gradient_node_budget`), and keeps
-the inner states of the last one alone, which the backward pass comes to first: each other row is
-run again when its turn comes, so that memory stays that of a row.
+with gradients too, and so is what a row carries from the one before. A pass with gradients takes
+smaller rows (`lm.gradient_node_budget`), and keeps the inner states of the last one alone, which
+the backward pass comes to first: each other row is run again when its turn comes, so that memory
+stays that of a row, and of the keys and values that are carried.
 
 Attention goes in blocks (`langppl.lm.attention`) or, where an architecture does not take these,
 under a dense mask: bool, or numbers that are added to the scores (GPT-J). `probe` finds out once
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -143,24 +144,113 @@ def _new_states(
         # The LM's own cache would drop what lies before a sliding window.
         ids = torch.tensor([layout.stem])
         stem = keys_and_values(lm.states(ids, past_key_values=cache_of([]), use_cache=True)[1])
-    for row in layout.rows:
-        wanted = {
-            k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()
-        }
-        nodes = np.unique(np.concatenate(list(wanted.values())))
-        if not len(nodes):  # nothing but strings of no actions
-            yield torch.zeros(0, 1, dtype=torch.float32, device=lm.device), wanted
-            continue
-        passed = functools.partial(
-            _row_states, lm, lm.packs, row, layout.stem, nodes, stem, lm.active_adapter
+    wanted = [
+        {k: path[first[k] - len(layout.stem) :][: count[k]] for k, path in row.paths.items()}
+        for row in layout.rows
+    ]
+    adapter, packing = lm.active_adapter, lm.packs
+
+    def passed(row: Row, nodes: np.ndarray, carried: Sequence[KeysAndValues]) -> _Passed:
+        way = functools.partial(
+            _row_states, lm, packing, row, layout.stem, nodes, stem, carried, adapter
         )
         if not torch.is_grad_enabled():
-            found = passed()
-        elif row is not layout.rows[-1]:
-            found = checkpoint(passed, use_reentrant=False)
-        else:
-            found = passed(spares=lm.device.type == "cpu" or len(row.ids) > SPARED)
-        yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
+            return way()
+        if row is not layout.rows[-1]:
+            found: _Passed = checkpoint(way, use_reentrant=False)
+            return found
+        return way(spares=lm.device.type == "cpu" or len(row.ids) - row.carried > SPARED)
+
+    yield from _in_turn(lm, layout.rows, wanted, passed)
+
+
+_Passed = tuple[torch.Tensor, KeysAndValues]
+"""The states of a row's nodes, and keys and values of what it hands on and did not get itself."""
+
+
+def _in_turn(
+    lm: LM,
+    rows: Sequence[Row],
+    wanted: Sequence[dict[int, np.ndarray]],
+    passed: Callable[[Row, np.ndarray, Sequence[KeysAndValues]], _Passed],
+) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    """The states of rows that may go on from each other.
+
+    Args:
+        lm: the LM.
+        rows: the rows.
+        wanted: for each, of its sequences, the nodes whose states are wanted.
+        passed: runs a row, given those of its nodes whose states are wanted and keys and values of
+            the nodes that it carries, in stretches.
+
+    Yields:
+        As `states`.
+    """
+    needed: list[np.ndarray] = []
+    later = np.zeros(0, dtype=np.int64)
+    for row, own in zip(reversed(rows), reversed(wanted), strict=True):
+        later = np.unique(np.concatenate([row.handed[later], *own.values()])).astype(np.int64)
+        needed.append(later)
+        later = later[later < row.carried]
+    needed.reverse()
+
+    # Stretches are views of what one row made: rows whose graphs are kept share them.
+    carried: list[KeysAndValues] = []
+    known: torch.Tensor | None = None
+    for number, (row, nodes, own) in enumerate(zip(rows, needed, wanted, strict=True)):
+        if not len(nodes) and not len(row.handed):  # nothing but strings of no actions
+            yield torch.zeros(0, 1, dtype=torch.float32, device=lm.device), own
+            carried, known = [], None
+            continue
+        fresh = nodes[nodes >= row.carried]
+        found, made = passed(row, fresh, carried)
+        if known is not None and len(fresh) < len(nodes):
+            found = torch.cat([known, found]) if len(fresh) else known
+        if own:
+            yield found, {k: np.searchsorted(nodes, w) for k, w in own.items()}
+        # Nodes that stand for those of a tree have no keys and values of their own.
+        on = row.handed[row.handed < row.carried]
+        carried = _handed(carried, made, int((row.ids[on] >= 0).sum()))
+        if number + 1 < len(rows):
+            on = needed[number + 1]
+            on = row.handed[on[on < rows[number + 1].carried]]
+            known = found[torch.from_numpy(np.searchsorted(nodes, on)).to(found.device)]
+
+
+def _handed(
+    carried: Sequence[KeysAndValues], made: KeysAndValues, count: int
+) -> list[KeysAndValues]:
+    """The first keys and values, so many, of what a row carries, and those that it adds."""
+    found: list[KeysAndValues] = []
+    for part in carried:
+        most = min(count, part[0][0].shape[-2])
+        if most:
+            found.append([(k.narrow(-2, 0, most), v.narrow(-2, 0, most)) for k, v in part])
+        count -= most
+    return [*found, made] if made else found
+
+
+def _cache_of_all(parts: Sequence[KeysAndValues]) -> Any:
+    """A KV cache that holds these, one after the other."""
+    if len(parts) < 2:
+        return cache_of(parts[0] if parts else [])
+    return cache_of(
+        [
+            (torch.cat([k for k, _ in layer], dim=-2), torch.cat([v for _, v in layer], dim=-2))
+            for layer in zip(*parts, strict=True)
+        ]
+    )
+
+
+def _made(cache: Any, places: np.ndarray) -> KeysAndValues:
+    """Keys and values at some places of a cache; empty for none."""
+    if not len(places):
+        return []
+    at = torch.from_numpy(places)
+    return [
+        (k.index_select(-2, at.to(k.device)), v.index_select(-2, at.to(v.device)))
+        for k, v in keys_and_values(cache)
+    ]
 
 
 def _after_trees(
@@ -183,22 +273,38 @@ def _after_trees(
             for k, path in zip(members, paths, strict=True)
         ]
         skipped = [len(path) - 1 if path else 0 for path in paths]
-        for row in lay_out(rest, lm.node_budget, 0).rows:
-            wanted = {}
-            new = kept.branches(tree, row)
-            for m, path in row.paths.items():
-                k = members[m]
-                own = path[first[k] - skipped[m] :][: count[k]]
-                wanted[k] = new.place[own]
-            nodes = np.unique(np.concatenate(list(wanted.values())))
-            if not len(nodes):
-                yield torch.zeros(0, 1, dtype=torch.float32, device=lm.device), wanted
-                continue
-            depth = np.concatenate([tree.depth, new.depth])
-            seen = seen_by(lm, packing, new.seen, new.depth, depth, attention.BLOCK)
-            ids, at, keep = (torch.from_numpy(a) for a in (new.ids, new.depth, nodes))
-            found = run(lm, packing, ids, at, seen, keep, cache_of(tree.keys))
-            yield found, {k: np.searchsorted(nodes, w) for k, w in wanted.items()}
+        rows = lay_out(rest, lm.node_budget, 0).rows
+        wanted = [
+            {
+                members[m]: path[first[members[m]] - skipped[m] :][: count[members[m]]]
+                for m, path in row.paths.items()
+            }
+            for row in rows
+        ]
+        yield from _in_turn(lm, rows, wanted, functools.partial(_row_after, lm, packing, tree))
+
+
+def _row_after(
+    lm: LM,
+    packing: Packing,
+    tree: Tree,
+    row: Row,
+    nodes: np.ndarray,
+    carried: Sequence[KeysAndValues],
+) -> _Passed:
+    """Runs a row whose sequences begin with nodes of a tree, see `_in_turn`."""
+    new = kept.branches(tree, row)
+    held, before = len(tree.parents), new.carried
+    if len(new.ids) == before:  # nodes of the tree alone
+        return torch.zeros(0, 1, dtype=torch.float32, device=lm.device), []
+    depth = np.concatenate([tree.depth, new.depth])
+    seen = seen_by(lm, packing, new.seen[before:], new.depth[before:], depth, attention.BLOCK)
+    keep = new.place[nodes] - before
+    ids, at, keep = (torch.from_numpy(a) for a in (new.ids[before:], new.depth[before:], keep))
+    cache = _cache_of_all([tree.keys, *carried])
+    found = run(lm, packing, ids, at, seen, keep, cache)
+    handed = row.handed[(row.handed >= row.carried) & (row.ids[row.handed] >= 0)]
+    return found, _made(cache, held + new.place[handed])
 
 
 def seen_by(
@@ -222,16 +328,20 @@ def _row_states(
     stem: Ids,
     nodes: np.ndarray,
     known: KeysAndValues | None,
+    carried: Sequence[KeysAndValues],
     adapter: str | None,
     spares: bool = False,
-) -> torch.Tensor:
+) -> _Passed:
     # Run again in a backward pass, it finds the LM without its adapter.
     with lm.adapter(adapter), products.unchanged(), contextlib.ExitStack() as stack:
         # Compiled layers keep little already.
         if spares and not (packing.in_blocks and _is_lean(lm)):
             stack.enter_context(elementwise_again(lm.model))
-        cache = None if known is None else cache_of(known)
-        return run_row(lm, packing, row, len(stem), nodes, cache)
+        parts = [part for part in (known, *carried) if part is not None]
+        cache = _cache_of_all(parts) if parts or len(row.handed) else None
+        found = run_row(lm, packing, row, len(stem), nodes, cache)
+        handed = row.handed[row.handed >= row.carried]
+        return found, _made(cache, len(stem) + handed)
 
 
 def _is_lean(lm: LM) -> bool:
@@ -291,13 +401,35 @@ def run(
 def run_row(
     lm: LM, packing: Packing, row: Row, stem: int, nodes: np.ndarray, cache: Any = None
 ) -> torch.Tensor:
-    """States [nodes, width] of a row whose stem, so many tokens, is in the cache."""
+    """States [nodes, width] of a row whose stem, so many tokens, and what it carries are cached."""
     if packing.in_blocks:
         seen: Blocks | torch.Tensor = attention.of_row(row, stem, lm.device)
     else:
         seen = torch.from_numpy(row.mask(stem))
-    ids, depth, keep = (torch.from_numpy(a) for a in (row.ids, row.depth, nodes))
+    at = row.carried
+    arrays = (row.ids[at:], row.depth[at:], nodes - at)
+    ids, depth, keep = (torch.from_numpy(a) for a in arrays)
     return run(lm, packing, ids, depth, seen, keep, cache)
+
+
+def run_in_pieces(
+    lm: LM, packing: Packing, row: Row, nodes: np.ndarray, cache: Any, most: int
+) -> torch.Tensor:
+    """States [nodes, width] of a row that is run in passes of so many nodes, and put in a cache.
+
+    Args:
+        lm: the LM, its adapter switched on.
+        packing: how it takes the mask.
+        row: the row.
+        nodes: those whose states are wanted, sorted.
+        cache: the KV cache, empty; it grows by all nodes.
+        most: nodes of a pass.
+    """
+    found = []
+    for piece in row.pieces(most):
+        own = nodes[(nodes >= piece.carried) & (nodes < len(piece.ids))]
+        found.append(run_row(lm, packing, piece, 0, own, cache))
+    return torch.cat(found)
 
 
 def probe(lm: LM) -> Packing | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, perform
+from langppl.lm.growing import Encoded, encode, step_padded
 from langppl.lm.kept import keeping
 from langppl.lm.lean import Lean
 from langppl.lm.requests import DrawReply, ScoreReply
@@ -318,6 +319,107 @@ def test_a_long_prompt_is_read_once_for_all_its_strings() -> None:
     assert (lm.tally - before).drawn == nodes + len(begun)
     for one, reply in zip(requests[:4], replies[:4], strict=True):
         assert draw([one])[0].ids == reply.ids
+
+
+WIDE = tiny_lm(["a", "b", ".", " "], seed=3, window=2048)
+
+
+def narrow(node_budget: int, token_budget: int) -> LM:
+    """`WIDE` in smaller passes."""
+    lm = LM.from_parts(WIDE.model, WIDE.tokenizer, "tiny", token_budget=token_budget)
+    lm.node_budget = node_budget
+    return lm
+
+
+def long_text(length: int, seed: int = 0) -> str:
+    return "".join(np.random.default_rng(seed).choice(list("ab. "), length))
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("length", [255, 256, 257, 300, 513, 1000])
+def test_a_prompt_is_read_once_by_a_tree_whatever_its_length(length: int, in_blocks: bool) -> None:
+    lm = narrow(node_budget=256, token_budget=300)
+    assert lm.packs is not None
+    lm.packs = replace(lm.packs, in_blocks=in_blocks)
+    text = long_text(length)
+    # The tokens of all strings take several trees, which have the prompt's cache in common.
+    dists = [LMString(lm, text, min_tokens=9, max_tokens=9) for lm in (lm, WIDE)]
+    requests, whole = ([request(d, ("once", k)) for k in range(50)] for d in dists)
+    assert len(requests[0].read) == length and lm.token_budget < 50 * 9
+    replies = draw(requests)
+    at_once = draw(whole)
+    assert [r.ids for r in replies] == [r.ids for r in at_once]
+    np.testing.assert_allclose(
+        [r.log_prob for r in replies], [r.log_prob for r in at_once], atol=2e-5
+    )
+    first, second = replies[:33], replies[33:]
+    steps = [len({r.ids[:n] for r in part for n in range(1, 9)}) for part in (first, second)]
+    assert lm.tally.drawn == length + sum(steps)
+
+
+def test_long_prompts_that_begin_alike_are_one_tree() -> None:
+    lm = narrow(node_budget=128, token_budget=1024)
+    start = long_text(500)
+    dists = [LMString(lm, start + end, min_tokens=3, max_tokens=3) for end in ("a", "b.", "ba")]
+    other = LMString(lm, long_text(300, 1), min_tokens=3, max_tokens=3)
+    requests = [request(d, ("alike", k)) for k in range(4) for d in (*dists, other)]
+    replies = draw(requests)
+    begun = {(r.read, d.ids[:n]) for r, d in zip(requests, replies, strict=True) for n in (1, 2)}
+    assert lm.tally.drawn == 500 + 4 + 300 + len(begun)  # "a", "b", and "." and "a" after it
+    alone = [draw([r])[0] for r in requests]
+    assert [r.ids for r in replies] == [r.ids for r in alone]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("options", [{"max_tokens": 80, "min_tokens": 70}, {"stop": "a"}])
+@pytest.mark.parametrize("length", [300, 600, 1100])
+def test_a_long_prompt_is_encoded_once_for_all_batches(
+    length: int, options: dict[str, Any], packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = narrow(node_budget=256, token_budget=1024)
+    if not packs:
+        lm.packs = None
+    texts = [long_text(length), long_text(length + 1, 1)]
+    requests, whole = (
+        [request(LMString(lm, t, **options), ("padded", k)) for k in range(7) for t in texts]
+        for lm in (lm, WIDE)
+    )
+    watched = Watched(lm, monkeypatch)
+    replies = draw(requests)
+    read = [shape for shape in watched.shapes if shape[1] > 1]
+    if options.get("max_tokens"):  # some are put off, to batches of their own
+        rounds = [read[at : at + 2] for at in range(0, len(read), 2)]
+        assert 1 <= len(rounds) <= 2
+        assert all(shapes == [(1, length), (1, length + 1)] for shapes in rounds)
+    else:
+        assert read == [(1, length), (1, length + 1)]
+        steps = [len(r.ids) - r.text.endswith("a") for r in replies]  # nothing after a stop
+        assert lm.tally.drawn == length + length + 1 + sum(steps)
+    # Lines of a batch, unless one alone is longer.
+    assert all(rows == 1 or rows * length <= 1024 for rows, _ in watched.shapes)
+    assert [r.ids for r in replies] == [r.ids for r in draw(whole)]
+
+
+def test_the_cache_of_a_prompt_stays_as_it_is() -> None:
+    known = Encoded(WIDE)
+    ids, other = WIDE.encode_prompt(long_text(20)), WIDE.encode_prompt(long_text(9, 1))
+    with torch.no_grad():
+        expected = encode(WIDE, [ids])
+        for rows in (1, 3):
+            states, cache, mask, owner = known.encode([ids] * rows)
+            torch.testing.assert_close(states, expected[0])
+            assert cache.get_seq_length() == 20 and owner.tolist() == [0] * rows
+            assert mask.tolist() == [[1] * 20]
+            cache.batch_select_indices(owner)
+            step_padded(WIDE, torch.tensor([[3]] * rows), mask[owner], cache)
+            assert cache.get_seq_length() == 21
+        before = WIDE.tally.copy()
+        known.encode([ids])
+        assert WIDE.tally == before
+        assert known.encode([other])[2].tolist() == [[1] * 9]
+        states, _, mask, owner = known.encode([ids, other, ids])
+        assert owner.tolist() in ([0, 1, 0], [1, 0, 1]) and mask.shape == (2, 20)
+        torch.testing.assert_close(states[owner[0]], expected[0][0])
 
 
 def test_temperature_multiplies_the_distributions_own() -> None:

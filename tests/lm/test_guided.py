@@ -16,6 +16,7 @@ from langppl.distributions import LMChoice, LMString, Text
 from langppl.lm import LM, DrawRequest, ScoreRequest, guided, perform
 from langppl.lm.requests import Beside, DrawReply, Guided, ScoreReply, StateRequest
 from langppl.lm.scoring import score_with_gradients
+from langppl.lm.trie import shared
 from langppl.testing import tiny_lm
 
 TINY = tiny_lm("ab.", merged=["b.", "ab"], split=["é"])
@@ -202,6 +203,37 @@ def test_a_draw_does_not_depend_on_its_batch_or_route(budget: int, packs: bool) 
     for one, other in zip(found, expected, strict=True):
         assert (one.ids, one.text) == (other.ids, other.text)
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+
+
+FAR = with_adapter(tiny_lm("ab.", seed=3, window=1024))
+
+
+@pytest.mark.parametrize("length", [60, 127, 129, 400])
+def test_long_texts_are_read_once_for_all_their_strings(length: int) -> None:
+    lm = LM.from_parts(FAR.model, FAR.tokenizer, "other", token_budget=600)
+    lm.node_budget = 128
+    random = np.random.default_rng(length)
+    shown, base, without = ("".join(random.choice(list("ab."), length)) for _ in range(3))
+    replies = []
+    for each in (lm, FAR):
+        fn = LMString(each, base, min_tokens=3, max_tokens=3)
+        own, read = fn.prompt_ids(), reading(each, shown, without, 1.5)
+        beside = read.beside(own, None)
+        replies.append(
+            perform(
+                [
+                    DrawRequest(
+                        each, read.prompt, fn.bound, 3, ("far", k), adapter="own", beside=beside
+                    )
+                    for k in range(20)
+                ]
+            )
+        )
+    found, expected = replies
+    assert [r.ids for r in found] == [r.ids for r in expected]
+    begun = {r.ids[:n] for r in found for n in (1, 2)}
+    alike = shared(lm.encode_prompt(base), lm.encode_prompt(without))
+    assert lm.tally.drawn == 3 * length - alike + 3 * len(begun)
 
 
 def test_a_string_drawn_in_pieces_is_the_string_drawn_at_once() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 import langppl as lp
-from langppl.lm import attention
-from langppl.lm.requests import ScoreRequest
+from langppl.lm import attention, kept, packed
+from langppl.lm.decoding import draw
+from langppl.lm.requests import DrawRequest, ScoreRequest
 from langppl.lm.rules import StringRules
 from langppl.lm.scoring import score, score_with_gradients
 from langppl.testing import tiny_lm
@@ -465,3 +466,98 @@ def test_gradients_do_not_depend_on_the_rows(budget):
     size = max(float(g.abs().max()) for g in whole)
     for p, q in zip(gradients(), whole, strict=True):
         torch.testing.assert_close(p, q, atol=2e-5 * size, rtol=1e-4)
+
+
+def distinct(wanted):
+    """Prefixes of all strings, as far as they are read."""
+    read = [(*r.prompt, *r.path.tokens)[: len(r.prompt) - 1 + len(r.path.steps)] for r in wanted]
+    return {ids[:n] for ids in read for n in range(1, len(ids) + 1)}
+
+
+FAR = small(2)
+FAR.add_adapter("a", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("budget", [64, 30])
+def test_long_prompts_are_run_once_whatever_the_budget(budget, in_blocks, monkeypatch):
+    starts = ["ab. b a" * 10, "ab. b a" * 10 + "b", "bb a." * 13]
+    ends = ["ab", "aa", "b.", "ba b", ""]
+    wanted = requests(FAR, [(s, e) for s in starts for e in ends], adapter="a")
+    monkeypatch.setattr(FAR, "packs", replace(FAR.packs, in_blocks=in_blocks))
+    parameters = [p for n, p in FAR.model.named_parameters() if ".a." in n]
+
+    def found():
+        scores = score(wanted)
+        read = FAR.tally.copy()
+        results = score_with_gradients(wanted)
+        forward = FAR.tally - read
+        grads = torch.autograd.grad(sum(f.total**2 for f in results), parameters)
+        return scores, grads, forward.scored, (FAR.tally - read).scored
+
+    scores, grads, _, _ = found()
+    monkeypatch.setattr(FAR, "node_budget", budget)
+    before = FAR.tally.copy()
+    own, own_grads, forward, whole = found()
+    assert forward == len(distinct(wanted)) > 100
+    # Rows but the last are run again.
+    assert len(distinct(wanted)) < whole - forward + budget + 1 <= len(distinct(wanted)) + budget
+    assert (FAR.tally - before).scored == forward + whole
+    assert_equal(own, scores, 2e-5)
+    size = max(float(g.abs().max()) for g in grads)
+    for p, q in zip(own_grads, grads, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5 * size, rtol=1e-4)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.text("ab", max_size=3), st.integers(0, 9)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 40),
+    st.sampled_from([3, 64]),
+)
+@settings(max_examples=120, deadline=None)
+def test_states_of_rows_that_go_on_are_those_of_one_row(asked, budget, block):
+    base = LM.encode_text("ab.b a ba. bb" * 3)
+    sequences = [(*base[:cut], *LM.encode_text(end)) or base[:1] for cut, end, _ in asked]
+    first = [min(at, len(s) - 1) for (_, _, at), s in zip(asked, sequences, strict=True)]
+    count = [len(s) - at for s, at in zip(sequences, first, strict=True)]
+
+    def found(grad):
+        states = {}
+        with torch.set_grad_enabled(grad):
+            for rows, wanted in packed.states(LM, sequences, first, count):
+                assert not states.keys() & wanted.keys()
+                states |= {k: rows[torch.from_numpy(own)] for k, own in wanted.items()}
+        return [states[k].detach() for k in range(len(sequences))]
+
+    whole = found(False)
+    was, LM.node_budget, attention.BLOCK = LM.node_budget, budget, block
+    try:
+        for own in (found(False), found(True)):
+            for f, w in zip(own, whole, strict=True):
+                torch.testing.assert_close(f, w, atol=2e-5, rtol=1e-4)
+    finally:
+        LM.node_budget, attention.BLOCK = was, 64
+
+
+def test_an_ending_after_a_long_text_that_no_draw_has_read(monkeypatch):
+    lm = small(2)
+    rules = lm.bind(StringRules(max_tokens=3))
+    begun = lm.encode_prompt("ab")
+    wanted = requests(lm, [("ab. b a" * 10, e) for e in ("ab", "aa", "b.", "ba", "bb")])
+    expected = score(wanted)
+    monkeypatch.setattr(lm, "node_budget", 30)
+    with kept.keeping():
+        draw([DrawRequest(lm, begun, rules, 3, ("far", k)) for k in range(3)])
+        trees = kept.trees_of(lm, None)
+        assert trees and len(trees[0].path(wanted[0].prompt)) >= len(begun)
+        known = {trees[0].path(r.prompt)[-1] for r in wanted}
+        assert len(known) == 1
+        before = lm.tally.copy()
+        found = score(wanted)
+        read = len(trees[0].path(wanted[0].prompt))
+        assert (lm.tally - before).scored == len(distinct(wanted)) - read
+    assert_equal(found, expected, 2e-5)
