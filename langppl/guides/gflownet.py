@@ -36,6 +36,7 @@ from langppl.guides.replay import ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
+from langppl.guides.trajectories import Draw
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm.counts import as_count, as_number, as_pair
@@ -515,10 +516,9 @@ class GFlowNetGuide(Guide):
             firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
             check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
         capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
-        prepared = [
-            Observation(m, row, ReplayBuffer(capacity, settings.replay_distance), own)
-            for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
-        ]
+        prepared = _observations(
+            pairs, lambda: ReplayBuffer(capacity, settings.replay_distance), latents
+        )
         if patience is not None and validation is None:
             raise ValueError(f"patience={patience} counts validations, and validation is None")
         held_out = _held_out(pairs, validation)
@@ -803,7 +803,22 @@ def _held_out(
     if len(models) == 1 and not isinstance(models[0], Program):
         validation = [(models[0], validation)]
     found = pairs_of(list(validation), None)
-    return [Observation(m, row, ReplayBuffer(0)) for m, rows in found for row in rows]
+    return _observations(found, lambda: ReplayBuffer(0), itertools.repeat(()))
+
+
+def _observations(
+    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]],
+    buffer: Callable[[], ReplayBuffer[Draw]],
+    latents: Iterable[GivenLatents],
+) -> list[Observation]:
+    """A row of the training for each row of the data, with a buffer of its own."""
+    given, made = iter(latents), []
+    for model, rows in pairs:
+        first: Observation | None = None
+        for row in rows:
+            made.append(Observation(model, row, buffer(), next(given), first))
+            first = first or made[-1]
+    return made
 
 
 def _shares(

@@ -28,6 +28,9 @@ class Observation:
         args: its arguments.
         buffer: what may be replayed.
         latents: given latents to learn from.
+        first: the first row of the same model, whose structure this one's is looked for by; None
+            for that row itself. It is always the first, as what a program is must not depend on
+            which rows were taken before.
 
     Attributes:
         ready: the guide's own draws that wait for their step.
@@ -48,8 +51,10 @@ class Observation:
         args: tuple[Any, ...],
         buffer: ReplayBuffer[Draw],
         latents: GivenLatents = (),
+        first: Observation | None = None,
     ) -> None:
         self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
+        self._first = first
         self._program: Program | None = None
         self.share = 1.0
         self.taken: int | None = None
@@ -68,8 +73,12 @@ class Observation:
     def program(self) -> Program:
         """The program, compiled when it is first asked for."""
         if self._program is None:
-            own = self.model
-            self._program = own if isinstance(own, Program) else compile(own, *self.args)
+            own, first = self.model, self._first
+            if isinstance(own, Program):
+                self._program = own
+            else:
+                like = None if first is None else first.program
+                self._program = compile(own, *self.args, like=like)
         return self._program
 
     def estimate(
