@@ -64,6 +64,9 @@ class Trainer:
         held_out: observations to validate on.
     """
 
+    _weighted: tuple[int, np.ndarray, np.ndarray, float] | None = None
+    """Of the last step with weights: its number, the rows' order, its edges, and where it began."""
+
     def __init__(
         self,
         guide: GFlowNetGuide,
@@ -98,6 +101,8 @@ class Trainer:
             betas=settings.betas,
             weight_decay=0.0,
         )
+        # A permutation of all rows for each row that is taken would be most of a step's time.
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._known: set[int] = set()
         self._prepared: set[int] = set()
         self._flow_is_new = False
@@ -298,17 +303,22 @@ class Trainer:
         pool, seed = self.pools[slot], self.guide.seed
         if self.weights is not None:
             # Systematic: each as often as its weight says, and once in a step if that is enough.
-            rng = generator((seed, "observation", step))
-            order = rng.permutation(len(self.weights))
-            edges = self.weights[order].cumsum() / self.weights.sum()
-            point = (rng.random() + slot) / len(self.pools)
+            if self._weighted is None or self._weighted[0] != step:
+                rng = generator((seed, "observation", step))
+                order = rng.permutation(len(self.weights))
+                edges = self.weights[order].cumsum() / self.weights.sum()
+                self._weighted = step, order, edges, rng.random()
+            _, order, edges, start = self._weighted
+            point = (start + slot) / len(self.pools)
             chosen = int(np.searchsorted(edges, point, side="right"))
             return int(order[min(chosen, len(order) - 1)])
         if len(pool) == 1:
             return pool[0]
         # A slot keeps to its own rows, so that its process has all their draws.
         turn, at = divmod(step, len(pool))
-        return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
+        if slot not in self._orders or self._orders[slot][0] != turn:
+            self._orders[slot] = turn, generator((seed, "order", turn, slot)).permutation(pool)
+        return int(self._orders[slot][1][at])
 
     # -- the loss -----------------------------------------------------------------------------
 
