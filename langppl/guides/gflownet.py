@@ -32,7 +32,7 @@ from langppl.guides.identity import of_adapter, of_function, of_guidance, of_ten
 from langppl.guides.keeping import Keeper
 from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
-from langppl.guides.replay import ReplayBuffer
+from langppl.guides.replay import REPLAYED, ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
@@ -55,8 +55,6 @@ from langppl.records import floats, numbers
 from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
-REPLAYED = 16_384
-"""Most draws that are kept for replay over all observations."""
 _VERSION = 3
 _FORM_OF_GIVEN = (
     'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
@@ -398,7 +396,8 @@ class GFlowNetGuide(Guide):
             replay_share: share of the batch taken from the draws so far, in proportion to their
                 importance weights; at least two of the others are new.
             replay_size: how many of those are kept for each observation; where there are many
-                rows no more than 16,384 // rows, or `batch` if that is more.
+                rows no more than 16,384 // rows, or `batch` if that is more; then the rows that
+                were not taken for longest lose theirs, so that all have 16,384 together.
             replay_distance: two of them differ in more than this share of their tokens (edit
                 distance over the longer one's length); 0 to refuse equal ones alone.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and

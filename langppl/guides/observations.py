@@ -37,8 +37,9 @@ class Observation:
         given: draws from elsewhere that do; None while they were not looked at.
         again: draws that are given once more when these are used up.
         share: how much its loss counts in a step, 1 where all are taken equally often.
-        taken: the step, counted over all calls of `fit`, in which this process took it last; −1 for
-            what a checkpoint had, None if there is nothing to keep.
+        taken: the step, counted over all calls of `fit`, in which this process took it last, or
+            emptied its buffer; −1 for what a checkpoint had, None if there is nothing to keep.
+        asleep: what a checkpoint has of it, until it is taken again.
         is_met: whether draws of it were made, of which the first may show that there is nothing to
             learn.
         anchors: for each independent piece of the program, and for all of it under `WHOLE`, power
@@ -59,6 +60,7 @@ class Observation:
         self.share = 1.0
         self.taken: int | None = None
         self.is_met = False
+        self.asleep: dict[str, Any] | None = None
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []
@@ -68,6 +70,16 @@ class Observation:
     def is_visited(self) -> bool:
         """Whether a step has taken it, so that there may be something to keep."""
         return self._program is not None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether a checkpoint had it, and it was not taken since."""
+        return self.asleep is not None or (self.is_met and not self.is_visited)
+
+    @property
+    def leads(self) -> bool:
+        """Whether other rows may be compiled like it."""
+        return self._first is None and not isinstance(self.model, Program)
 
     @property
     def program(self) -> Program:
