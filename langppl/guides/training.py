@@ -221,6 +221,14 @@ class Trainer:
     @torch.enable_grad()
     def run(self, keeper: Keeper, progress: bool, callback: Callback | None = None) -> None:
         """Trains until the steps are done, or validation or the callback ends it."""
+        try:
+            self._train(keeper, progress, callback)
+        finally:
+            keeper.close()
+            # As large as the adapter; whoever goes on with it begins with none.
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def _train(self, keeper: Keeper, progress: bool, callback: Callback | None) -> None:
         guide, settings = self.guide, self.settings
         guide.was_interrupted = False
         first = keeper.resume(self)
@@ -264,8 +272,6 @@ class Trainer:
                 f"training was interrupted after {guide.history.rows - self.done} of "
                 f"{settings.steps} steps; the guide {kept}",
             )
-        finally:
-            keeper.close()
         if self.mean.counts:
             self.mean.put(self.all_named())
         else:

@@ -19,6 +19,7 @@ import torch
 
 import langppl as lp
 from langppl.guides import checkpoints, gflownet, observations, training
+from langppl.guides.keeping import Keeper
 from langppl.guides.training import Trainer
 from langppl.testing import tiny_lm
 
@@ -300,6 +301,41 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     record.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is damaged: it lacks waited"):
         fit()
+
+
+@pytest.mark.parametrize("fails", ["resume", "check_room", "write", "step", None])
+def test_a_training_ends_without_open_files_and_gradients(
+    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Keeper] = []
+    close = Keeper.close
+
+    def noted(self: Keeper) -> None:
+        closed.append(self)
+        close(self)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Keeper, "close", noted)
+    program, guide = program_and_guide()
+    named = dict(guide.lm.model.named_parameters())
+    own = [p for n, p in named.items() if f".{guide.adapter}." in n]
+    seen: list[bool] = []
+
+    def look(figures: Any) -> None:
+        if fails == "step":
+            for p in own:
+                p.grad = torch.zeros_like(p)
+            raise RuntimeError("no")
+        seen.append(True)
+
+    if fails in ("resume", "check_room", "write"):
+        monkeypatch.setattr(Keeper, fails, failing)
+    with contextlib.nullcontext() if fails is None else pytest.raises(RuntimeError, match="no"):
+        guide.fit(program, steps=2, checkpoint=tmp_path, callback=look, **QUICK)
+    assert len(closed) == 1 and len(seen) == (2 if fails is None else 0)
+    assert own and all(p.grad is None for p in own)
 
 
 # -- many rows -----------------------------------------------------------------------------------
