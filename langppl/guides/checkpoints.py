@@ -27,7 +27,7 @@ from langppl.program import Program
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
-_VERSION = 5
+_VERSION = 6
 _NAME = re.compile(r"step-\d{8,}")
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 

@@ -32,10 +32,11 @@ from langppl.guides.identity import of_adapter, of_function, of_guidance, of_ten
 from langppl.guides.keeping import Keeper
 from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
-from langppl.guides.replay import ReplayBuffer
+from langppl.guides.replay import REPLAYED, ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
 from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
+from langppl.guides.trajectories import Draw
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm.counts import as_count, as_number, as_pair
@@ -54,8 +55,6 @@ from langppl.records import floats, numbers
 from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
-REPLAYED = 16_384
-"""Most draws that are kept for replay over all observations."""
 _VERSION = 3
 _FORM_OF_GIVEN = (
     'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
@@ -397,7 +396,8 @@ class GFlowNetGuide(Guide):
             replay_share: share of the batch taken from the draws so far, in proportion to their
                 importance weights; at least two of the others are new.
             replay_size: how many of those are kept for each observation; where there are many
-                rows no more than 16,384 // rows, or `batch` if that is more.
+                rows no more than 16,384 // rows, or `batch` if that is more; then the rows that
+                were not taken for longest lose theirs, so that all have 16,384 together.
             replay_distance: two of them differ in more than this share of their tokens (edit
                 distance over the longer one's length); 0 to refuse equal ones alone.
             draw_ahead: for how many steps to draw at once: large batches are drawn faster, and
@@ -515,10 +515,9 @@ class GFlowNetGuide(Guide):
             firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
             check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
         capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
-        prepared = [
-            Observation(m, row, ReplayBuffer(capacity, settings.replay_distance), own)
-            for (m, row), own in zip(((m, r) for m, rs in pairs for r in rs), latents, strict=True)
-        ]
+        prepared = _observations(
+            pairs, lambda: ReplayBuffer(capacity, settings.replay_distance), latents
+        )
         if patience is not None and validation is None:
             raise ValueError(f"patience={patience} counts validations, and validation is None")
         held_out = _held_out(pairs, validation)
@@ -803,7 +802,22 @@ def _held_out(
     if len(models) == 1 and not isinstance(models[0], Program):
         validation = [(models[0], validation)]
     found = pairs_of(list(validation), None)
-    return [Observation(m, row, ReplayBuffer(0)) for m, rows in found for row in rows]
+    return _observations(found, lambda: ReplayBuffer(0), itertools.repeat(()))
+
+
+def _observations(
+    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]],
+    buffer: Callable[[], ReplayBuffer[Draw]],
+    latents: Iterable[GivenLatents],
+) -> list[Observation]:
+    """A row of the training for each row of the data, with a buffer of its own."""
+    given, made = iter(latents), []
+    for model, rows in pairs:
+        first: Observation | None = None
+        for row in rows:
+            made.append(Observation(model, row, buffer(), next(given), first))
+            first = first or made[-1]
+    return made
 
 
 def _shares(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from langppl.distributions import StringDistribution
 from langppl.guides import checkpoints
 from langppl.guides.history import History
-from langppl.guides.trajectories import from_records, to_record
+from langppl.guides.trajectories import Draw, from_records, to_record
 from langppl.lm import adapters
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -31,6 +31,10 @@ _RECORDED = (
     "history",
     "heads",
     "observations",
+    "met",
+    "leads",
+    "learned",
+    "flows",
     "best",
     "averaged",
     "waited",
@@ -95,8 +99,10 @@ class Keeper:
         if self.folder is None:
             return
         _forget_scores(trainer)
-        own = [(k, _state_of(trainer.observations[k])) for k in _owned(trainer)]
+        own = [(k, _state_of(trainer, k)) for k in _owned(trainer)]
         visited = sorted(trainer.workers.gather(own), key=lambda pair: pair[0])
+        leads = [k for k, o in enumerate(trainer.observations) if o.leads and o.is_visited]
+        leads = sorted(set(trainer.workers.gather(leads)))
         if trainer.workers.is_first:
             tensors = checkpoints.state_of(trainer.all_named(), trainer.optimiser)
             for n, b in trainer.guide.heads.named_buffers():
@@ -110,7 +116,12 @@ class Keeper:
                 "settings": self._described(trainer),
                 "history": dict(trainer.guide.history),
                 "heads": trainer.guide.heads.specification,
-                "observations": {str(k): state for k, state in visited},
+                # Most rows of a long training have nothing that is still kept.
+                "observations": {str(k): state for k, state in visited if state is not None},
+                "met": [k for k, _ in visited],
+                "leads": leads,
+                "learned": sorted(trainer.learned),
+                "flows": sorted(trainer.flows),
                 "best": best,
                 "averaged": trainer.mean.counts,
                 "waited": trainer.waited,
@@ -178,11 +189,20 @@ class Keeper:
         trainer.mean.restore(record["averaged"], tensors, trainer.lm.device)
         trainer.waited, trainer.is_over = record["waited"], record["is_over"]
         guide.history = History(record["history"])
-        for k, state in record["observations"].items():
-            observation = trainer.observations[int(k)]
-            trainer.note(observation.program)
-            _restore(observation, state)
-            observation.taken, observation.is_met = -1, True
+        trainer.learned |= set(record["learned"])
+        trainer.flows |= set(record["flows"])
+        for k in record["met"]:
+            trainer.observations[k].taken, trainer.observations[k].is_met = -1, True
+        for k in record["leads"]:
+            # Before scores are forgotten: others are compiled like it, now or later.
+            _ = trainer.observations[k].program
+        states = {int(k): state for k, state in record["observations"].items()}
+        for k, state in states.items():
+            trainer.observations[k].asleep = state
+        kept = [(s["since"], k) for k, s in states.items() if s["since"] is not None]
+        for since, k in sorted(kept):
+            if (shelf := trainer.shelf_of(k)) is not None:
+                shelf.put(k, since, len(states[k]["buffer"]))
         if step:
             trainer.hand_over()
         _forget_scores(trainer)
@@ -244,8 +264,8 @@ def _owned(trainer: Trainer) -> list[int]:
 
 def _forget_scores(trainer: Trainer) -> None:
     """A resumed run remembers no scores, and a batch's others move a score's last bits."""
-    every = [*trainer.observations, *trainer.held_out]
-    for lm in (trainer.lm, *lms_of([o.program for o in every if o.is_visited])):
+    own = [o.program for o in trainer.observations if o.leads and o.is_visited]
+    for lm in (*trainer.lms.values(), *lms_of(own)):
         lm.memo.clear()
 
 
@@ -268,24 +288,62 @@ def _latents(given: Any) -> list[Any]:
     return [sorted((k, repr(checkpoints.plain(v))) for k, v in row.items()) for row in rows]
 
 
-def _state_of(observation: Observation) -> dict[str, Any]:
-    return {
-        "buffer": [[w, to_record(d)] for w, d in observation.buffer.items()],
-        "ready": [to_record(d) for d in observation.ready],
-        "given": None if observation.given is None else [to_record(d) for d in observation.given],
-        "again": [to_record(d) for d in observation.again],
-        "anchors": [[k, p, z] for k, (p, z) in observation.anchors.items()],
-    }
+def _state_of(trainer: Trainer, row: int) -> dict[str, Any] | None:
+    """What is kept for a row; None if that is nothing."""
+    observation = trainer.observations[row]
+    shelf = trainer.shelf_of(row)
+    state = observation.asleep
+    if state is None:
+        state = {"contexts": (contexts := _Contexts()).records}
+        state["buffer"] = [[w, contexts.record(d)] for w, d in observation.buffer.items()]
+        state["ready"] = [contexts.record(d) for d in observation.ready]
+        given = observation.given if len(observation.latents) else None
+        state["given"] = None if given is None else [contexts.record(d) for d in given]
+        state["again"] = [contexts.record(d) for d in observation.again]
+        state["anchors"] = [[k, p, z] for k, (p, z) in observation.anchors.items()]
+    state["since"] = None if shelf is None else shelf.taken(row)
+    has_any = any(state[what] for what in ("buffer", "ready", "again", "anchors"))
+    return state if has_any or state["given"] is not None else None
 
 
-def _restore(observation: Observation, state: Mapping[str, Any]) -> None:
-    program = observation.program
-    draws = from_records(program, [d for _, d in state["buffer"]])
+class _Contexts:
+    """The contexts of a row's draws, most of which are one and the same."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+        self._places: dict[Any, int] = {}
+
+    def record(self, draw: Draw) -> dict[str, Any]:
+        """A draw with the places of its contexts."""
+        record = to_record(draw)
+        for part in draw.parts:
+            name = part.site.name
+            if part.context not in self._places:
+                self._places[part.context] = len(self.records)
+                self.records.append(record["contexts"][name])
+            record["contexts"][name] = self._places[part.context]
+        return record
+
+
+def wake(observation: Observation) -> None:
+    """Takes over what a checkpoint has of a row, which waits until the row is taken again."""
+    state, observation.asleep = observation.asleep, None
+    if state is None:
+        return
+
+    def draws_of(records: Sequence[Mapping[str, Any]]) -> list[Draw]:
+        found = [
+            {**r, "contexts": {n: state["contexts"][k] for n, k in r["contexts"].items()}}
+            for r in records
+        ]
+        return from_records(observation.program, found)
+
+    draws = draws_of([d for _, d in state["buffer"]])
     for (weight, _), draw in zip(state["buffer"], draws, strict=True):
         observation.buffer.add(draw.key, weight, draw, draw.tokens)
-    observation.ready = from_records(program, state["ready"])
+    observation.ready = draws_of(state["ready"])
     if state["given"] is not None:
-        observation.given = from_records(program, state["given"])
-    observation.again = from_records(program, state["again"])
+        observation.given = draws_of(state["given"])
+    observation.again = draws_of(state["again"])
     for k, power, log_z in state["anchors"]:
         observation.anchors[int(k)] = (float(power), float(log_z))

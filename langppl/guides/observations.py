@@ -28,14 +28,18 @@ class Observation:
         args: its arguments.
         buffer: what may be replayed.
         latents: given latents to learn from.
+        first: the first row of the same model, whose structure this one's is looked for by; None
+            for that row itself. It is always the first, as what a program is must not depend on
+            which rows were taken before.
 
     Attributes:
         ready: the guide's own draws that wait for their step.
         given: draws from elsewhere that do; None while they were not looked at.
         again: draws that are given once more when these are used up.
         share: how much its loss counts in a step, 1 where all are taken equally often.
-        taken: the step, counted over all calls of `fit`, in which this process took it last; −1 for
-            what a checkpoint had, None if there is nothing to keep.
+        taken: the step, counted over all calls of `fit`, in which this process took it last, or
+            emptied its buffer; −1 for what a checkpoint had, None if there is nothing to keep.
+        asleep: what a checkpoint has of it, until it is taken again.
         is_met: whether draws of it were made, of which the first may show that there is nothing to
             learn.
         anchors: for each independent piece of the program, and for all of it under `WHOLE`, power
@@ -48,12 +52,15 @@ class Observation:
         args: tuple[Any, ...],
         buffer: ReplayBuffer[Draw],
         latents: GivenLatents = (),
+        first: Observation | None = None,
     ) -> None:
         self.model, self.args, self.buffer, self.latents = model, args, buffer, latents
+        self._first = first
         self._program: Program | None = None
         self.share = 1.0
         self.taken: int | None = None
         self.is_met = False
+        self.asleep: dict[str, Any] | None = None
         self.ready: list[Draw] = []
         self.given: list[Draw] | None = None
         self.again: list[Draw] = []
@@ -65,11 +72,25 @@ class Observation:
         return self._program is not None
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether a checkpoint had it, and it was not taken since."""
+        return self.asleep is not None or (self.is_met and not self.is_visited)
+
+    @property
+    def leads(self) -> bool:
+        """Whether other rows may be compiled like it."""
+        return self._first is None and not isinstance(self.model, Program)
+
+    @property
     def program(self) -> Program:
         """The program, compiled when it is first asked for."""
         if self._program is None:
-            own = self.model
-            self._program = own if isinstance(own, Program) else compile(own, *self.args)
+            own, first = self.model, self._first
+            if isinstance(own, Program):
+                self._program = own
+            else:
+                like = None if first is None else first.program
+                self._program = compile(own, *self.args, like=like)
         return self._program
 
     def estimate(

@@ -9,6 +9,9 @@ import numpy as np
 
 T = TypeVar("T")
 
+REPLAYED = 16_384
+"""Most draws that are kept for replay over all observations."""
+
 
 class ReplayBuffer(Generic[T]):
     """The trajectories with the highest importance weights seen so far, no two equal.
@@ -92,6 +95,11 @@ class ReplayBuffer(Generic[T]):
                 rivals.append(key)
         return rivals
 
+    def clear(self) -> None:
+        """Forgets all."""
+        self._items.clear()
+        self._tokens.clear()
+
     def _drop(self, key: object) -> None:
         del self._items[key]
         self._tokens.pop(key, None)
@@ -115,3 +123,43 @@ class ReplayBuffer(Generic[T]):
         # Gumbel top-k: draws without replacement, each next one in proportion to its weight.
         ranks = np.array([w for w, _ in items]) + rng.gumbel(size=len(items))
         return [items[k][1] for k in np.argsort(-ranks)[:n]]
+
+
+class Shelf:
+    """Which of many rows have something in their buffers, for which there is so much room.
+
+    Args:
+        most: trajectories that may be kept for all rows together.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._rows: dict[int, tuple[int, int]] = {}
+        self._total = 0
+
+    def put(self, row: int, step: int, size: int) -> None:
+        """Notes how much a row has that a step has taken; steps come in their order."""
+        if row in self._rows:
+            self._total -= self._rows.pop(row)[1]
+        if size:
+            self._rows[row] = step, size
+            self._total += size
+
+    def crowded_out(self, step: int) -> list[int]:
+        """Rows whose buffers are to be emptied, those that were not taken for longest.
+
+        What the step itself has taken stays, even if it is too much.
+        """
+        gone = []
+        while self._total > self.most:
+            row, (taken, size) = next(iter(self._rows.items()))
+            if taken >= step:
+                break
+            del self._rows[row]
+            self._total -= size
+            gone.append(row)
+        return gone
+
+    def taken(self, row: int) -> int | None:
+        """The step that took a row last; None if it has nothing."""
+        return self._rows[row][0] if row in self._rows else None

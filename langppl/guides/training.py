@@ -24,15 +24,17 @@ from langppl.guides import objectives
 from langppl.guides.averaging import Mean
 from langppl.guides.drawing import Drawing
 from langppl.guides.heads import FLOW, head_of
-from langppl.guides.keeping import Keeper
+from langppl.guides.keeping import Keeper, wake
 from langppl.guides.losses import loss_of
 from langppl.guides.memory import Memory
 from langppl.guides.objectives import Actions
 from langppl.guides.observations import Observation, Turn
+from langppl.guides.replay import REPLAYED, Shelf
 from langppl.guides.settings import Settings, learning_rate
 from langppl.guides.trajectories import Found, actions_of, log_q, plus, policy_scores
 from langppl.guides.validation import Validation, validate
 from langppl.guides.workers import Workers
+from langppl.lm.memo import Memo
 from langppl.lm.requests import alone, weights_changed
 from langppl.lm.seeds import generator
 from langppl.program import Program
@@ -62,7 +64,13 @@ class Trainer:
         settings: what was asked for.
         workers: the processes.
         held_out: observations to validate on.
+
+    Attributes:
+        lms: those that rows taken so far stand on, by identity.
     """
+
+    _weighted: tuple[int, np.ndarray, np.ndarray, float] | None = None
+    """Of the last step with weights: its number, the rows' order, its edges, and where it began."""
 
     def __init__(
         self,
@@ -81,6 +89,13 @@ class Trainer:
         slots = min(settings.observations, len(observations))
         self.pools = [range(j, len(observations), slots) for j in range(slots)]
         self.weights = weights
+        self._shelves: list[Shelf] = []
+        if sum(o.buffer.capacity for o in observations) > REPLAYED:
+            # One for each slot, so that what is kept does not depend on how many processes
+            # there are; with weights any slot may take any row.
+            count = slots if weights is None else workers.count
+            rooms = slots if weights is None else 1
+            self._shelves = [Shelf(REPLAYED // count) for _ in range(rooms)]
         if weights is None:
             # One out of a larger pool is taken less often, and counts for more in turn.
             for pool in self.pools:
@@ -98,6 +113,9 @@ class Trainer:
             betas=settings.betas,
             weight_decay=0.0,
         )
+        # A permutation of all rows for each row that is taken would be most of a step's time.
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self.lms: dict[int, LM] = {id(guide.lm): guide.lm}
         self._known: set[int] = set()
         self._prepared: set[int] = set()
         self._flow_is_new = False
@@ -137,7 +155,11 @@ class Trainer:
             if id(observation) in self._prepared:
                 continue
             self._prepared.add(id(observation))
-            program = observation.program
+            with self._aside() if observation.is_resumed else contextlib.nullcontext():
+                program = observation.program
+                wake(observation)
+            for lm in lms_of([program]):
+                self.lms.setdefault(id(lm), lm)
             self.guide.check_lm(program)
             if id(observation) in self._trained_on:
                 self.note(program)
@@ -158,6 +180,22 @@ class Trainer:
                 self._flow_is_new |= is_new and name == FLOW
         self.guide.heads.to(self.lm.device)
         self.take_heads()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Within the block, LMs remember no scores that they did not know: it is done once more.
+
+        What a resumed training compiles again it had compiled before its checkpoint, after which
+        nothing is remembered; and scores that are remembered move those of a batch's others.
+        """
+        known = {key: (lm, lm.memo) for key, lm in self.lms.items()}
+        for lm, _ in known.values():
+            lm.memo = Memo(0)
+        try:
+            yield
+        finally:
+            for lm, memo in known.values():
+                lm.memo = memo
 
     def note(self, program: Program) -> None:
         """Keeps what is learned of a program."""
@@ -183,6 +221,14 @@ class Trainer:
     @torch.enable_grad()
     def run(self, keeper: Keeper, progress: bool, callback: Callback | None = None) -> None:
         """Trains until the steps are done, or validation or the callback ends it."""
+        try:
+            self._train(keeper, progress, callback)
+        finally:
+            keeper.close()
+            # As large as the adapter; whoever goes on with it begins with none.
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def _train(self, keeper: Keeper, progress: bool, callback: Callback | None) -> None:
         guide, settings = self.guide, self.settings
         guide.was_interrupted = False
         first = keeper.resume(self)
@@ -226,8 +272,6 @@ class Trainer:
                 f"training was interrupted after {guide.history.rows - self.done} of "
                 f"{settings.steps} steps; the guide {kept}",
             )
-        finally:
-            keeper.close()
         if self.mean.counts:
             self.mean.put(self.all_named())
         else:
@@ -255,7 +299,8 @@ class Trainer:
         settings, number = self.settings, self.done + step
         power = settings.schedule.power(step, settings.steps)
         mine = [j for j in range(len(self.pools)) if j % self.workers.count == self.workers.rank]
-        chosen = [(j, self.observations[self.pick(j, number)]) for j in mine]
+        rows = [self.pick(j, number) for j in mine]
+        chosen = [(j, self.observations[k]) for j, k in zip(mine, rows, strict=True)]
         for _, observation in chosen:
             observation.taken = number
         self.optimiser.zero_grad(set_to_none=True)
@@ -272,6 +317,7 @@ class Trainer:
         reported: list[dict[str, float]] = []
         for at in range(0, len(turns), size):
             reported += self._descend_within_memory(turns[at : at + size], number, power)
+        self._make_room(rows, number)
         rate = learning_rate(step, settings.steps, settings.warmup)
         for group in self.optimiser.param_groups:
             factor = settings.head_rate if group.get("head") else 1.0
@@ -293,22 +339,46 @@ class Trainer:
             self.mean.add(self.all_named())
         return {"step": float(number), **_means(self.workers.gather(reported)), "grad": norm}
 
+    def shelf_of(self, row: int) -> Shelf | None:
+        """Where a row's buffer has its room; None if there is enough for all rows."""
+        return self._shelves[row % len(self._shelves)] if self._shelves else None
+
+    def _make_room(self, rows: Sequence[int], number: int) -> None:
+        """Empties the buffers of rows that were not taken for long, where all keep too much."""
+        for row in sorted(set(rows)):
+            if (shelf := self.shelf_of(row)) is not None:
+                shelf.put(row, number, len(self.observations[row].buffer))
+        for shelf in self._shelves:
+            for row in shelf.crowded_out(number):
+                other = self.observations[row]
+                other.buffer.clear()
+                if other.asleep is not None:
+                    other.asleep["buffer"] = []
+                # Of rows that any process may take, whoever took one last has what counts.
+                if self.weights is None or other.taken != -1:
+                    other.taken = number
+
     def pick(self, slot: int, step: int) -> int:
         """Which observation a slot takes in a step, counted over all calls of `fit`."""
         pool, seed = self.pools[slot], self.guide.seed
         if self.weights is not None:
             # Systematic: each as often as its weight says, and once in a step if that is enough.
-            rng = generator((seed, "observation", step))
-            order = rng.permutation(len(self.weights))
-            edges = self.weights[order].cumsum() / self.weights.sum()
-            point = (rng.random() + slot) / len(self.pools)
+            if self._weighted is None or self._weighted[0] != step:
+                rng = generator((seed, "observation", step))
+                order = rng.permutation(len(self.weights))
+                edges = self.weights[order].cumsum() / self.weights.sum()
+                self._weighted = step, order, edges, rng.random()
+            _, order, edges, start = self._weighted
+            point = (start + slot) / len(self.pools)
             chosen = int(np.searchsorted(edges, point, side="right"))
             return int(order[min(chosen, len(order) - 1)])
         if len(pool) == 1:
             return pool[0]
         # A slot keeps to its own rows, so that its process has all their draws.
         turn, at = divmod(step, len(pool))
-        return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
+        if slot not in self._orders or self._orders[slot][0] != turn:
+            self._orders[slot] = turn, generator((seed, "order", turn, slot)).permutation(pool)
+        return int(self._orders[slot][1][at])
 
     # -- the loss -----------------------------------------------------------------------------
 

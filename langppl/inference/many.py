@@ -15,8 +15,8 @@ from langppl.keywords import with_rows
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, row_seed
 from langppl.posterior import Posterior
-from langppl.program import Program
-from langppl.program.arguments import pairs_of
+from langppl.program import Program, compile
+from langppl.program.arguments import ModelOrProgram, pairs_of
 from langppl.program.program import as_program
 from langppl.program.scheduler import run_whole
 from langppl.progress import bar
@@ -76,15 +76,17 @@ def infer_many(
         settings["guide"] = given_guide(guide)
     elif guide != "prior":
         raise ValueError(f"method 'exact' takes no guide, got {guide!r}")
-    rows = [(own, row) for own, found in pairs_of(model, data) for row in found]
+    pairs = pairs_of(model, data)
+    count = sum(len(found) for _, found in pairs)
     together = rows_at_once(method, num_samples, options)
     done: list[Posterior] = []
     try:
-        with bar("inferring", len(rows), progress) as advance:
-            for first in range(0, len(rows), together):
+        with bar("inferring", count, progress) as advance:
+            rows = _rows(pairs, seed)
+            for first in range(0, count, together):
                 part = [
                     functools.partial(_infer, *rows[k], row_seed(seed, k), settings)
-                    for k in range(first, min(first + together, len(rows)))
+                    for k in range(first, min(first + together, count))
                 ]
                 found = run_rows(part, method, num_samples)
                 done += found
@@ -93,19 +95,34 @@ def infer_many(
         if not done:
             raise
         warn(
-            f"interrupted: the posteriors are of the first {len(done)} rows of {len(rows)}",
+            f"interrupted: the posteriors are of the first {len(done)} rows of {count}",
             InferenceWarning,
         )
     return done
 
 
+def _rows(
+    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]], seed: int
+) -> list[tuple[ModelOrProgram, tuple[Any, ...], Program | None]]:
+    """Model, arguments and the program of the model's first row, which is compiled here."""
+    rows: list[tuple[ModelOrProgram, tuple[Any, ...], Program | None]] = []
+    for model, found in pairs:
+        first = as_program(model, found[0], row_seed(seed, len(rows)))
+        rows.append((first, (), None))
+        rows += [(model, row, first) for row in found[1:]]
+    return rows
+
+
 def _infer(
-    model: Callable[..., Any] | Program,
+    model: ModelOrProgram,
     row: tuple[Any, ...],
+    first: Program | None,
     seed: int,
     settings: Mapping[str, Any],
 ) -> Posterior:
-    return infer(as_program(model, row, seed), seed=seed, progress=False, **settings)
+    if not isinstance(model, Program):
+        model = compile(model, *row, seed=seed, like=first)
+    return infer(model, seed=seed, progress=False, **settings)
 
 
 def run_rows(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from langppl.learning.likelihood import Factor, Views, ascend, expected
@@ -52,6 +53,7 @@ class Maximiser:
             weight_decay=settings.weight_decay,
         )
         self.done = 0
+        self._order: tuple[tuple[int, int], np.ndarray] | None = None
 
     # Whoever fits wants gradients, wherever it is called.
     @alone
@@ -107,8 +109,11 @@ class Maximiser:
         chosen = []
         for at in range(self.done * size, (self.done + 1) * size):
             turn, place = divmod(at, count)
-            order = generator((self.seed, "em", "order", turn)).permutation(count)
-            chosen.append(int(order[place]))
+            # As many rows have possible draws in one round as in another, or more, or less.
+            if self._order is None or self._order[0] != (turn, count):
+                order = generator((self.seed, "em", "order", turn)).permutation(count)
+                self._order = (turn, count), order
+            chosen.append(int(self._order[1][place]))
         return sorted(chosen)
 
     def _settle(

@@ -355,7 +355,14 @@ class _Run:
 
 
 def _compiled(pairs: Sequence[tuple[Any, Sequence[tuple[Any, ...]]]]) -> list[Program]:
-    return [m if isinstance(m, Program) else compile(m, *r) for m, rows in pairs for r in rows]
+    programs = []
+    for model, rows in pairs:
+        first: Program | None = None
+        for row in rows:
+            own = isinstance(model, Program)
+            programs.append(model if own else compile(model, *row, like=first))
+            first = first or programs[-1]
+    return programs
 
 
 def _held_out(pairs: Sequence[tuple[Any, Any]], validation: Any) -> list[Program]:

@@ -14,6 +14,7 @@ general list.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +30,12 @@ from langppl.program.execution import (
     run_many,
     run_once,
 )
+from langppl.program.forms import Forms
 from langppl.program.graph import ProgramGraph
 from langppl.program.hidden import forget_hidden, told_of_hidden
 from langppl.program.keys import hashable
 from langppl.program.literals import literals
-from langppl.program.placeholders import Placeholder, marker, sites_in
+from langppl.program.placeholders import Placeholder, marker, sites_in, strings_in
 from langppl.program.randomness import Watched, check_randomness
 from langppl.program.statements import Known, Memo, Model, _Boxed
 from langppl.program.templates import fill_all, signature, signatures
@@ -48,6 +50,7 @@ _MOST_VALUES = 48
 _DRAWS = 8
 _MOST_DRAWN = 2 * _DRAWS
 _MOST_REPEATED = 8
+_MOST_ARGUMENTS = 4
 
 
 @dataclass
@@ -71,7 +74,9 @@ class _ToolNeeded(BaseException):
     """A run with made-up values met a tool call; no error, as it says nothing of the program."""
 
 
-def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Structure:
+def discover(
+    model: Model, args: Sequence[Any], memo: Memo, seed: int, forms: Forms | None = None
+) -> Structure:
     """Finds a program's sites and dependencies.
 
     Args:
@@ -79,6 +84,8 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
         args: its arguments.
         memo: results of tool calls.
         seed: of the numeric latents' values and of draws, where those are needed.
+        forms: of rows whose templates hold. Those of another row like them are compared with a few
+            runs only; a row of another form is added if they hold.
 
     Raises:
         ValueError: if the model has no sites, or its sites change between equal runs.
@@ -91,9 +98,13 @@ def discover(model: Model, args: Sequence[Any], memo: Memo, seed: int) -> Struct
         known = [s for s in traced.sites.values() if s.kind == "deterministic"]
         if not search.looked_inside and not numeric and not known:
             _check_has_sites(traced)
-            if search.templates_hold(traced):
+            sites = tuple(traced.sites.values())
+            is_known = forms is not None and forms.has(args, sites)
+            if search.templates_hold(traced, is_known):
                 search.check_randomness([traced])
-                return Structure(_graph(traced), traced.sites, tuple(traced.sites.values()), True)
+                if forms is not None and not is_known:
+                    forms.add(args, sites)
+                return Structure(_graph(traced), traced.sites, sites, True)
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
         for name, parents in _edges(traced):
@@ -146,7 +157,8 @@ def take_over(
 
     Returns:
         None if that run does not go through, meets a site that is not in the graph or is of another
-        kind there, or misses one that is observed: then the structure must be searched for.
+        kind there, or misses one that is observed, or if a latent stands in a prompt that it does
+        not flow into there: then the structure must be searched for.
     """
     search = _Search(model, args, memo, seed)
     traced = search.trace()
@@ -161,6 +173,11 @@ def take_over(
     # What is missing in one row of data and observed in another has other edges.
     if any(graph.nodes[n]["kind"] != site.kind for n, site in run.sites.items()):
         return None
+    if traced is not None:
+        for name, parents in _edges(traced):
+            known = [p for p in parents if p in graph and name in graph]
+            if not all(graph.has_edge(p, name) for p in known):
+                return None
     templates = None if traced is None else tuple(traced.sites.values())
     return Structure(graph, {**sites, **run.sites}, templates, False)
 
@@ -246,11 +263,26 @@ class _Search:
             self.looked_inside = True
             return None
 
-    def templates_hold(self, traced: Execution) -> bool:
-        """Whether runs with made-up values meet what the filled templates say."""
+    def templates_hold(self, traced: Execution, is_known: bool = False) -> bool:
+        """Whether runs with made-up values meet what the filled templates say.
+
+        Args:
+            traced: the placeholder run.
+            is_known: whether this was seen of another row like this one, so that a few will do.
+        """
         latents = [s for s in traced.sites.values() if s.kind == "latent"]
-        pool = [*self._pool(), _LONG]
-        for at in range(max(len(pool), 2)):
+        known = self._pool()
+        # What a row of data compares a latent with is often in its arguments; and what looks for
+        # anything inside of one finds it where everything stands together.
+        texts = list(dict.fromkeys(t for t in strings_in(self.args) if t))[:_MOST_ARGUMENTS]
+        own = [_LONG, " ".join(known), *texts]
+        if is_known:
+            # Another one for each row, so that many rows try them all.
+            pool = [*own, known[zlib.crc32("\n".join(texts).encode()) % len(known)]]
+        else:
+            pool = [*known, *own]
+        counts = [len(s.fn.options) for s in latents if isinstance(s.fn, LMChoice)]
+        for at in range(max(len(pool), min(max(counts, default=0), _MOST_VALUES))):
             values = {}
             for k, site in enumerate(latents):
                 options = site.fn.options if isinstance(site.fn, LMChoice) else pool

@@ -30,6 +30,7 @@ from langppl.program.execution import (
     run_once,
     score_all,
 )
+from langppl.program.forms import Forms
 from langppl.program.graph import ProgramGraph
 from langppl.program.keys import hashable
 from langppl.program.lengths import (
@@ -93,11 +94,13 @@ class Program:
         self.args = tuple(args)
         self.memo: Memo = {}
         structure = None
-        # A program of templates is compiled without the LM, so there is nothing to save.
-        if like is not None and not like.is_static:
+        self._forms: Forms | None = None
+        if like is not None and like.is_static:
+            self._forms = like._known_forms()
+        elif like is not None:
             structure = take_over(model, self.args, self.memo, seed, like.graph, like.sites)
         if structure is None:
-            structure = discover(model, self.args, self.memo, seed)
+            structure = discover(model, self.args, self.memo, seed, self._forms)
         self.graph: ProgramGraph = structure.graph
         self.sites: dict[str, Site] = structure.sites
         self.templates: tuple[Site, ...] | None = structure.templates
@@ -107,6 +110,14 @@ class Program:
         self._seed = seed
         self.shown_args = self.args
         self._check_names()
+
+    def _known_forms(self) -> Forms:
+        if self._forms is None:
+            self._forms = Forms(self.model)
+            # Under other observations the templates were not compared with many runs.
+            if self.templates is not None and not self._observations:
+                self._forms.add(self.args, self.templates)
+        return self._forms
 
     def _check_names(self) -> None:
         for named in named_in(self.model):
@@ -605,11 +616,14 @@ def compile(
         model: a function that calls `langppl.sample`.
         *args: its arguments.
         seed: of the values with which the structure is found, where made-up ones will not do.
-        like: a program of the same model with other arguments. If it had to be found by
-            experiment (it looks inside a latent, or calls tools, so the LM was asked), its
-            dependences are taken over. They are right where the arguments change what the sites
-            say and not which sites there are; where a run shows otherwise, they are searched for
-            anew. What a missed dependence costs is context for a guide, never a weight.
+        like: a program of the same model with other arguments, as of the first row of the data. If
+            it had to be found by experiment (it looks inside a latent, or calls tools, so the LM
+            was asked), its dependences are taken over. They are right where the arguments change
+            what the sites say and not which sites there are; where a run shows otherwise, they are
+            searched for anew. What a missed dependence costs is context for a guide, never a
+            weight. If it is static, the templates are those of these arguments, and are compared
+            with a few runs only where the arguments lead the model the way they did there (see
+            `langppl.program.forms`).
         **named: the model's arguments by their names.
 
     Returns:

@@ -32,14 +32,14 @@ def _numpy() -> Any:
     return sys.modules.get("numpy")
 
 
-def _states() -> dict[str, bytes]:
-    states = {
+def _states() -> dict[str, Any]:
+    states: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "random": repr(random.getstate()).encode(),
+        "random": random.getstate(),
     }
     if (numpy := _numpy()) is not None:
         _, keys, position, *_ = numpy.random.get_state()
-        states["numpy.random"] = keys.tobytes() + str(position).encode()
+        states["numpy.random"] = keys.tobytes(), position
     return states
 
 
@@ -68,7 +68,7 @@ class Watched:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.drew: dict[str, None] = {}
-        self.left: dict[str, list[bytes]] = {}
+        self.left: dict[str, list[Any]] = {}
         self.seed: int | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -88,7 +88,7 @@ class Watched:
                 self.left.setdefault(name, []).append(after[name])
 
 
-def _is_fixed(left: list[bytes]) -> bool:
+def _is_fixed(left: list[Any]) -> bool:
     """Whether runs under all seeds, the same ones under each, have left equal states."""
     runs = len(left) // REPEATS
     return len(left) == runs * REPEATS and left == left[:runs] * REPEATS

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import langppl as lp
-from langppl.guides import checkpoints
+from langppl.guides import checkpoints, gflownet, observations, training
+from langppl.guides.keeping import Keeper
 from langppl.guides.training import Trainer
 from langppl.testing import tiny_lm
 
@@ -300,6 +301,184 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     record.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is damaged: it lacks waited"):
         fit()
+
+
+@pytest.mark.parametrize("fails", ["resume", "check_room", "write", "step", None])
+def test_a_training_ends_without_open_files_and_gradients(
+    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Keeper] = []
+    close = Keeper.close
+
+    def noted(self: Keeper) -> None:
+        closed.append(self)
+        close(self)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Keeper, "close", noted)
+    program, guide = program_and_guide()
+    named = dict(guide.lm.model.named_parameters())
+    own = [p for n, p in named.items() if f".{guide.adapter}." in n]
+    seen: list[bool] = []
+
+    def look(figures: Any) -> None:
+        if fails == "step":
+            for p in own:
+                p.grad = torch.zeros_like(p)
+            raise RuntimeError("no")
+        seen.append(True)
+
+    if fails in ("resume", "check_room", "write"):
+        monkeypatch.setattr(Keeper, fails, failing)
+    with contextlib.nullcontext() if fails is None else pytest.raises(RuntimeError, match="no"):
+        guide.fit(program, steps=2, checkpoint=tmp_path, callback=look, **QUICK)
+    assert len(closed) == 1 and len(seen) == (2 if fails is None else 0)
+    assert own and all(p.grad is None for p in own)
+
+
+# -- many rows -----------------------------------------------------------------------------------
+
+
+class Crowded:
+    """A training of twelve rows, with room for some of their draws."""
+
+    rows = tuple((k, end) for k, end in enumerate(("aab.", "ab.", "b.", "a.") * 3))
+    room = 24
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.kept: list[list[int]] = []
+        self.compiled: list[Any] = []
+
+    def fit(self, fails_at: int | None = None, steps: int = 12, **options: Any) -> Any:
+        lm = tiny_lm(["a", "b", "."], seed=2, merged=["ab", "b."])
+
+        def story(number: int, end: str) -> None:
+            z = lp.sample("z", lp.LMString(lm, "ab" * (number + 1), stop=".", max_tokens=4))
+            lp.sample("y", lp.LMString(lm, f"ab{z}"), obs=end)
+
+        def compiling(model: Any, *args: Any, **named: Any) -> lp.Program:
+            self.compiled.append(args[0])
+            return lp.compile(model, *args, **named)
+
+        trainers: list[Trainer] = []
+        run = Trainer.run
+
+        def noted(trainer: Trainer, *args: Any) -> None:
+            trainers.append(trainer)
+            run(trainer, *args)
+
+        def count(figures: Any) -> None:
+            self.kept.append([len(o.buffer) for o in trainers[0].observations])
+
+        guide = lp.GFlowNetGuide(lm, rank=2, seed=3)
+        with self.monkeypatch.context() as patch, cut_off(self.monkeypatch, fails_at):
+            patch.setattr(training, "REPLAYED", self.room)
+            patch.setattr(gflownet, "REPLAYED", self.room)
+            patch.setattr(observations, "compile", compiling)
+            patch.setattr(Trainer, "run", noted)
+            guide.fit(
+                story,
+                self.rows,
+                steps=steps,
+                observations=3,
+                replay_distance=0.0,
+                checkpoint=self.folder,
+                callback=count,
+                **{**QUICK, "batch": 6, **options},
+            )
+        weights = [p for n, p in lm.model.named_parameters() if f".{guide.adapter}." in n]
+        return dict(guide.history), weights
+
+    def taken(self, steps: int) -> Sequence[list[int]]:
+        """The rows of each step."""
+        trainer = object.__new__(Trainer)
+        trainer.weights, trainer._orders = None, {}
+        trainer.pools = [range(j, len(self.rows), 3) for j in range(3)]
+        trainer.guide = type("Seeded", (), {"seed": 3})()  # type: ignore[assignment]
+        return [[trainer.pick(slot, step) for slot in range(3)] for step in range(steps)]
+
+
+def test_rows_that_were_not_taken_for_long_lose_what_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded = Crowded(tmp_path, monkeypatch)
+    crowded.fit()
+    taken = crowded.taken(12)
+    # The capacity of a row is its batch here, and eight draws of each of the three slots are kept.
+    assert max(map(sum, crowded.kept)) <= 24
+    lost = 0
+    for step, kept in enumerate(crowded.kept):
+        assert all(kept[k] for k in taken[step])
+        for slot in range(3):
+            last = {k: t for t, own in enumerate(taken[: step + 1]) for k in own if k % 3 == slot}
+            newest = sorted(last, key=lambda k: -last[k])
+            held = [k for k in newest if kept[k]]
+            assert held == newest[: len(held)]
+            assert sum(kept[k] for k in held) <= 8
+            lost += len(newest) - len(held)
+    assert lost > 12
+
+
+def test_where_there_is_room_for_all_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded = Crowded(tmp_path, monkeypatch)
+    crowded.room = 72
+    crowded.fit()
+    assert all(
+        after >= min(before, 1)
+        for one, two in zip(crowded.kept, crowded.kept[1:], strict=False)
+        for before, after in zip(one, two, strict=True)
+    )
+    assert sum(map(bool, crowded.kept[-1])) == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"draw_ahead": 2}, {"objective": "vargrad"}], ids=str)
+def test_many_rows_resume_bit_for_bit(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Crowded(tmp_path / "whole", monkeypatch)
+    history, weights = whole.fit(**options)
+    cut = Crowded(tmp_path / "cut", monkeypatch)
+    for fails_at in (5, 9):  # the second dies with rows that nothing was made of since the first
+        with pytest.raises(RuntimeError, match="power cut"):
+            cut.fit(fails_at, **options)
+    found, other = cut.fit(**options)
+    assert found == history
+    assert all(torch.equal(p, q) for p, q in zip(weights, other, strict=True))
+    assert [sum(k) for k in whole.kept[8:10]] != [0, 0]
+
+
+def test_a_resumed_training_compiles_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded = Crowded(tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match="power cut"):
+        crowded.fit(11)
+    crowded.compiled.clear()
+    crowded.fit()
+    # Two steps are left, and the others are compiled like the first.
+    assert set(crowded.compiled) == {0, *crowded.taken(12)[10], *crowded.taken(12)[11]}
+
+
+def test_a_context_is_written_once_for_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded = Crowded(tmp_path, monkeypatch)
+    crowded.fit(steps=4)
+    (path,) = tmp_path.glob("step-*/record.json")
+    record = json.loads(path.read_text())
+    taken = {k for own in crowded.taken(4) for k in own}
+    assert record["met"] == sorted(taken)
+    assert set(record["observations"]) <= {str(k) for k in taken}
+    states = record["observations"].values()
+    assert states and all(len(state["contexts"]) == 1 for state in states)
+    draws = [d for state in states for _, d in state["buffer"]]
+    assert len(draws) > len(states)
+    assert all(d["contexts"] == {"z": 0} for d in draws)
 
 
 def two_lms(folder: Path, fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -46,6 +46,7 @@ from langppl.guides.workers import Workers
 from langppl.lm import LM
 from langppl.lm.requests import ScoreReply, perform
 from langppl.lm.scoring import PathLogProbs
+from langppl.lm.seeds import generator
 from langppl.program.execution import Execution, given
 from langppl.testing import check_guide, enumerate_strings, tiny_lm
 
@@ -127,6 +128,56 @@ def trainer_of(
     settings = Settings(**{**DEFAULTS, "observations": 1, **plain, **changes})
     data = [Observation(model, row, ReplayBuffer(settings.replay_size)) for row in rows]
     return Trainer(guide, data, weights, settings, Workers(), [])
+
+
+# -- which rows a step takes ---------------------------------------------------------------------
+
+
+def row_of(trainer: Trainer, slot: int, step: int) -> int:
+    """The row that a slot takes, from nothing but the seed and the step."""
+    pool, seed = trainer.pools[slot], trainer.guide.seed
+    if trainer.weights is not None:
+        rng = generator((seed, "observation", step))
+        order = rng.permutation(len(trainer.weights))
+        edges = trainer.weights[order].cumsum() / trainer.weights.sum()
+        point = (rng.random() + slot) / len(trainer.pools)
+        chosen = int(np.searchsorted(edges, point, side="right"))
+        return int(order[min(chosen, len(order) - 1)])
+    if len(pool) == 1:
+        return pool[0]
+    turn, at = divmod(step, len(pool))
+    return int(generator((seed, "order", turn, slot)).permutation(pool)[at])
+
+
+@pytest.mark.parametrize("rows", [11, 4, 12])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_rows_are_taken_by_the_seed_and_the_step_alone(
+    rows: int, is_weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2, seed=5)
+    weights = np.arange(1.0, rows + 1.0) if is_weighted else None
+    trainer = trainer_of(guide, story, [(lm,)] * rows, weights, observations=4)
+    made = Counter[Any]()
+
+    def noting(key: tuple[int | str, ...]) -> np.random.Generator:
+        made[key] += 1
+        return generator(key)
+
+    monkeypatch.setattr(training, "generator", noting)
+    steps = range(3, 20)  # a training that is gone on with does not begin at a turn's beginning
+    taken = [[trainer.pick(slot, step) for slot in range(4)] for step in steps]
+    assert taken == [[row_of(trainer, slot, step) for slot in range(4)] for step in steps]
+    assert set(made.values()) <= {1}
+    # An order for each step, or for each slot and turn.
+    turns = {(j, t // len(p)) for j, p in enumerate(trainer.pools) for t in steps if len(p) > 1}
+    assert len(made) == (len(steps) if is_weighted else len(turns))
+    # Whatever was asked for before.
+    assert [trainer.pick(2, 5), trainer.pick(1, 19), trainer.pick(2, 5)] == [
+        row_of(trainer, 2, 5),
+        row_of(trainer, 1, 19),
+        row_of(trainer, 2, 5),
+    ]
 
 
 # -- several observations ------------------------------------------------------------------------

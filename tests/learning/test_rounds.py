@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import warnings
+from collections import Counter
 
 import numpy as np
 import pyro.distributions as dist
@@ -312,7 +313,7 @@ def test_without_latents_it_is_plain_cross_entropy_training():
     assert apart < 0.01 * moved
 
 
-def test_steps_take_every_observation_as_often():
+def test_steps_take_every_observation_as_often(monkeypatch):
     from langppl.learning.maximiser import Maximiser
     from langppl.learning.settings import Settings
 
@@ -332,10 +333,25 @@ def test_steps_take_every_observation_as_often():
         clip=1.0,
     )
     maximiser = Maximiser({(id(lm), view.adapter): view}, settings, seed=0)
+    made = Counter()
+
+    def noting(key):
+        made[key] += 1
+        return generator(key)
+
+    monkeypatch.setattr("langppl.learning.maximiser.generator", noting)
     taken = []
     for maximiser.done in range(10):
         taken += maximiser._chosen(5)
     assert all(taken.count(k) == 4 for k in range(5))
+    # Each turn has an order, which is made once; a round with other rows has one of its own.
+    assert list(made.values()) == [1] * 4
+    for count in (5, 3):
+        places = [divmod(at, count) for at in (2, 3)]
+        orders = [generator((0, "em", "order", turn)).permutation(count) for turn, _ in places]
+        maximiser.done = 1
+        found = sorted(int(o[place]) for o, (_, place) in zip(orders, places, strict=True))
+        assert maximiser._chosen(count) == found
 
 
 def test_guide_and_view_learn_each_its_own_adapter():
