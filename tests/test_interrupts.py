@@ -74,7 +74,8 @@ def assert_as_it_was(expected: torch.Tensor, k: int) -> None:
     assert all(layer._disable_adapters for layer in adapters._layers(LM.model)), k
     torch.testing.assert_close(logits(), expected, rtol=0, atol=0, msg=str(k))
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"), k
-    assert requests._states.get() is None and requests._server.get() is None, k
+    assert requests._states.get() is None and requests._digests.get() is None, k
+    assert requests._server.get() is None, k
     assert kept._trees.get() is None and sites.current() is None, k
     assert not requests._alone._is_owned() and not requests._last.locked(), k
 

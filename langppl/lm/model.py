@@ -24,7 +24,7 @@ from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import KnownPrompts, Prompt, PromptWarning, encode_chat, is_chat, special_in
-from langppl.lm.requests import alone, undone_after, when_orphaned
+from langppl.lm.requests import alone, undone_after, weights_changed, when_orphaned
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
@@ -530,6 +530,7 @@ class LM:
         self._remove_abandoned()
         self._is_switched = False
         parameters = adapters.add(self.model, name, config)
+        weights_changed()
         self._switch()
         return parameters
 
@@ -539,6 +540,8 @@ class LM:
         self._check_adapter(name)
         self._is_switched = False
         adapters.remove(self.model, name)
+        # Others of its name may lie where its weights lay.
+        weights_changed()
         self._switch()
 
     def abandon_adapter(self, name: str) -> None:
@@ -573,6 +576,7 @@ class LM:
         try:
             adapters.load(self.model, name, folder)
         finally:
+            weights_changed()
             self._switch()
 
 

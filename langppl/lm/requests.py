@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from langppl.lm import adapters
 from langppl.lm.nested import opened, reset
 from langppl.lm.rules import BoundRules, Path
 
@@ -429,20 +430,39 @@ def tell(asked: Iterable[Asked]) -> None:
 _states: ContextVar[dict[tuple[int, str | None], tuple[Any, object]] | None] = ContextVar(
     "langppl_states", default=None
 )
+_digests: ContextVar[dict[tuple[int, str], tuple[Any, object, bytes]] | None] = ContextVar(
+    "langppl_digests", default=None
+)
 
 
 @contextlib.contextmanager
 def same_weights() -> Iterator[None]:
     """Within the block the state of an LM's weights is looked at once, until they are trained."""
-    with opened(_states):
+    with opened(_states), opened(_digests):
         yield
 
 
 def weights_changed() -> None:
     """Forgets what the states of weights were."""
-    known = _states.get()
-    if known is not None:
-        known.clear()
+    for known in (_states.get(), _digests.get()):
+        if known is not None:
+            known.clear()
+
+
+def digest_of(lm: LM, adapter: str) -> bytes:
+    """Tells an adapter as it is from any other (see `langppl.lm.adapters.digest`).
+
+    It is kept within `same_weights`, for as long as nothing is seen to write to the weights.
+    """
+    known = _digests.get()
+    if known is None:
+        return adapters.digest(lm.model, adapter)
+    versions = adapters.versions(lm.model, adapter)
+    found = known.get((id(lm), adapter))
+    if found is None or found[0]() is not lm or found[1] != versions:
+        found = (weakref.ref(lm), versions, adapters.digest(lm.model, adapter))
+        known[id(lm), adapter] = found
+    return found[2]
 
 
 def weights_of(lm: LM, adapter: str | None) -> object:
