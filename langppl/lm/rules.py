@@ -505,12 +505,25 @@ class _Masks:
     """What of a layout's actions a grammar allows, by state: the latest only.
 
     States in which the same is legal share one step.
+
+    Attributes:
+        matcher: walks the grammar.
+        recent: the steps by state, whose text is the last of it.
+        texts: bytes of those texts.
+        by_name: the steps that are in use anywhere.
     """
 
     def __init__(self, layout: Layout, grammar: Grammar) -> None:
         self.matcher = grammar.matcher(tokenizer_of(layout.vocabulary))
         self.recent: OrderedDict[tuple[bool, int, bytes, bytes, bytes], Step] = OrderedDict()
+        self.texts = 0
         self.by_name: weakref.WeakValueDictionary[bytes, Step] = weakref.WeakValueDictionary()
+        self._size = layout.vocabulary.size
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the steps take, about, with their states."""
+        return len(self.by_name) * self._size + len(self.recent) * _STATE_BYTES + self.texts
 
 
 _masks: weakref.WeakKeyDictionary[Layout, weakref.WeakValueDictionary[Grammar, _Masks]] = (
@@ -605,13 +618,17 @@ class BoundRules:
         if self.rules.grammar is None:
             return self.layout.step(self._kind(state))
         key = (*self._kind(state), state.text)
-        step = self._recent.pop(key, None)
-        if step is None:
-            step = self._masked_step(self._free.step(state), state)
-        self._recent[key] = step
-        masks = len(self._by_name) * self.vocabulary.size
-        if masks + len(self._recent) * _STATE_BYTES > STEP_BYTES:
-            self._recent.popitem(last=False)
+        step = self._recent.get(key)
+        if step is not None:
+            self._recent.move_to_end(key)
+            return step
+        step = self._recent[key] = self._masked_step(self._free.step(state), state)
+        self._masks.texts += len(state.text)
+        # Not as many as it takes: steps that paths hold count too, and go when those do.
+        for _ in range(2):
+            if self._masks.bytes > STEP_BYTES and len(self._recent) > 1:
+                (*_, text), _ = self._recent.popitem(last=False)
+                self._masks.texts -= len(text)
         return step
 
     def _kind(self, state: State) -> _Kind:
