@@ -7,12 +7,16 @@ import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 
 from greenlet import getcurrent, greenlet
 
 _INSIDE = ("langppl", "pyro", "torch", "greenlet", "contextlib", "functools")
 _MOST_SAID = 1024
+_MOST_FILES = 256
 _said: OrderedDict[tuple[Hashable, str, int], None] = OrderedDict()
+_registries: OrderedDict[str, dict[Any, Any]] = OrderedDict()
+"""By file, what Python notes of warnings that were shown, to show equal ones once for each line."""
 
 
 def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = None) -> None:
@@ -25,7 +29,7 @@ def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = N
         message: what to say.
         category: the warning's class.
         once: what it is about; the same is said once for each line, whatever the message, among
-            the last thousand or so.
+            the last thousand or so. Otherwise equal messages are, by Python's default filter.
     """
     frame = _line_of_user()
     file, line = frame.f_code.co_filename, frame.f_lineno
@@ -38,14 +42,19 @@ def warn(message: str, category: type[Warning] = UserWarning, once: Hashable = N
         # Sites may have a name of their own in every request of a service.
         if len(_said) > _MOST_SAID:
             _said.popitem(last=False)
-    warnings.warn_explicit(
-        message,
-        category,
-        file,
-        line,
-        module=frame.f_globals.get("__name__", "?"),
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )
+    # Not the module's own, which would keep every message: they may name what is in the data.
+    registry = _registries.setdefault(file, {})
+    _registries.move_to_end(file)
+    if len(_registries) > _MOST_FILES:
+        _registries.popitem(last=False)
+    module = frame.f_globals.get("__name__", "?")
+    try:
+        warnings.warn_explicit(message, category, file, line, module=module, registry=registry)
+    finally:
+        # Beside the messages there is a number, which says of which filters they are.
+        if len(registry) > _MOST_SAID + 1:
+            first = next(key for key in list(registry)[:2] if isinstance(key, tuple))
+            registry.pop(first, None)
 
 
 def _line_of_user() -> types.FrameType:

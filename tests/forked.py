@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 
 import pyro
 import pyro.distributions as dist
 import torch
 
 import langppl as lp
+from langppl.lm import requests
 from langppl.program import scheduler
 from langppl.testing import tiny_lm
 
@@ -37,6 +39,12 @@ LM.memo.clear()
 thread = threading.Thread(target=scheduler.run, args=([inside],))
 thread.start()
 is_at_work.wait()
+# One that waits stands in line, and is not there in the fork either.
+before = requests._last
+waiting = threading.Thread(target=lp.infer, args=(story,), kwargs={"progress": False})
+waiting.start()
+while requests._last is before:
+    time.sleep(0.001)
 child = os.fork()
 if child == 0:
     assert LM.active_adapter is None
@@ -48,5 +56,6 @@ if child == 0:
 os.waitpid(child, 0)
 may_go_on.set()
 thread.join()
+waiting.join()
 again = lp.infer(story, num_samples=20).log_evidence
 sys.exit(0 if abs(again - alone) < 1e-5 else 1)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import langppl as lp
+from langppl.lm import requests
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -94,6 +98,108 @@ def test_threads_of_an_event_loop() -> None:
     found = asyncio.run(ask_all())
     alone = [lp.infer(story, num_samples=40, seed=s, progress=False) for s in range(4)]
     assert [p.samples for p in found] == [p.samples for p in alone]
+
+
+def started(act: Callable[[], object]) -> threading.Thread:
+    """A thread that has come to stand in line."""
+    before = requests._last
+    thread = threading.Thread(target=act)
+    thread.start()
+    while requests._last is before:
+        time.sleep(0.001)
+    return thread
+
+
+def test_threads_are_let_in_in_their_order() -> None:
+    order: list[str] = []
+    note = requests.alone(order.append)
+
+    @requests.alone
+    def first() -> list[threading.Thread]:
+        threads = [started(partial(note, str(k))) for k in range(6)]
+        note("first")
+        return threads
+
+    threads = first()
+    # It comes again, behind those that wait.
+    note("again")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "0", "1", "2", "3", "4", "5", "again"]
+
+
+def test_one_that_is_interrupted_while_it_waits_lets_the_others_in() -> None:
+    order: list[str] = []
+    note = requests.alone(order.append)
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    @requests.alone
+    def hold() -> None:
+        is_held.set()
+        may_go_on.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait()
+    others: list[threading.Thread] = []
+    before = requests._last
+
+    def interrupt() -> None:
+        while requests._last is before:
+            time.sleep(0.001)
+        others.append(started(partial(note, "other")))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        note("interrupted")
+    assert order == []
+    may_go_on.set()
+    for thread in (interrupting, holder, *others):
+        thread.join()
+    note("after")
+    assert order == ["other", "after"] and not requests._alone._is_owned()
+
+
+def test_a_model_that_infers_and_raises_gives_its_turn_back() -> None:
+    def outer() -> None:
+        inner = lp.infer(story, num_samples=4, progress=False)
+        lp.sample("z", lp.LMString(LM, "a", stop=".", max_tokens=2))
+        lp.factor("bad", inner.log_evidence)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        lp.infer(outer, num_samples=2, progress=False)
+    done = threading.Thread(target=requests.alone(lambda: None))
+    done.start()
+    done.join(timeout=60)
+    assert not done.is_alive()
+
+
+def test_an_inference_beside_a_training_waits_for_a_few_steps() -> None:
+    steps = 0
+    is_over, is_training = threading.Event(), threading.Event()
+
+    def count(*_: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        is_training.set()
+        return is_over.is_set()
+
+    guide = lp.GFlowNetGuide(LM, rank=2)
+    options: dict[str, Any] = {"steps": 100_000, "batch": 8, "progress": False, "callback": count}
+    training = threading.Thread(target=partial(guide.fit, story, **options))
+    training.start()
+    is_training.wait()
+    taken = []
+    for seed in range(8):
+        before = steps
+        lp.infer(story, num_samples=4, seed=seed, progress=False)
+        taken.append(steps - before)
+    is_over.set()
+    training.join()
+    assert max(taken) <= 3
 
 
 @pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="forks")

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from langppl.lm.nested import reset
+
 _site: ContextVar[str | None] = ContextVar("langppl_site", default=None)
 
 
@@ -16,7 +18,7 @@ def naming(site: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _site.reset(token)
+        reset(_site, token)
 
 
 def where() -> str:

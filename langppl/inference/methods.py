@@ -17,6 +17,7 @@ from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
 from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count
+from langppl.lm.requests import alone
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -131,11 +132,26 @@ def infer(
     _check_belong(method, {"guide": guide, **options})
     options = check_values(**options)
     check_fit(fit, [guide])
-    program = as_program(model, args, seed, named, names_of(infer))
+    # Whole, since beside a training each turn in between would wait for a step.
+    program = alone(as_program)(model, args, seed, named, names_of(infer))
     if method == "exact":
-        return exact(program, limit, progress)
+        return alone(exact)(program, limit, progress)
+    # Not alone, as a training lets others in between its steps.
     made = make_guide(guide, program, seed, progress, fit)
     own: dict[str, Any] = {name: options[name] for name in OPTIONS[method]}
+    return _weighted(method, program, made, num_samples, seed, progress, own)
+
+
+@alone
+def _weighted(
+    method: str,
+    program: Program,
+    made: Guide,
+    num_samples: int,
+    seed: int,
+    progress: bool,
+    own: Mapping[str, Any],
+) -> Posterior:
     if method == "smc":
         return smc(program, made, num_samples, seed, progress, **own)
     if method == "mh":

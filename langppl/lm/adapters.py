@@ -210,6 +210,19 @@ def digest(model: Any, name: str) -> bytes:
     return found.digest()
 
 
+def versions(model: Any, name: str) -> tuple[object, ...]:
+    """What shows that an adapter's weights were exchanged or written to, without reading them."""
+    found: list[object] = []
+    for layer in _layers(model):
+        for part in layer.adapter_layer_names:
+            held = getattr(layer, part)
+            if name in held:
+                own = held[name]
+                tensors = own.parameters() if isinstance(own, torch.nn.Module) else (own,)
+                found += [(t.data_ptr(), t._version) for t in tensors]
+    return (*found, *scales(model, name))
+
+
 def merged(model: Any) -> list[tuple[str, ...]]:
     """The adapters that peft has added to each layer's own weight."""
     return [tuple(layer.merged_adapters) for layer in _layers(model)]

@@ -10,6 +10,7 @@ each byte, by which a matcher can go to any text, also one that ends inside a to
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -74,60 +75,107 @@ def bytes_only() -> Tokenizer:
     return Tokenizer()
 
 
+KEPT_BYTES = 16 * 2**20
+"""Most bytes, about, of the places in texts that a grammar's matcher keeps."""
+_PLACE_BYTES, _PER_BYTE = 8 * 1024, 24
+_NEAR = 32
+
+
 class Matcher:
-    """A grammar at any text: one matcher that goes back and forth between texts.
+    """A grammar at any text.
+
+    Strings are drawn side by side, so each text is asked about between those of others. To go back
+    from one to another would take each text from its first difference, byte by byte: where some
+    of the latest texts led to is kept, and the next goes on from a copy.
 
     Args:
         lark: the grammar as llguidance takes it.
         name: what it is called in errors.
         tokenizer: the tokens.
+
+    Raises:
+        ValueError: if llguidance gives up on the grammar, then or with any text.
     """
 
     def __init__(self, lark: str, name: str, tokenizer: Tokenizer) -> None:
-        self._lark, self._name, self._tokenizer = lark, name, tokenizer
-        self._restart()
-
-    def _restart(self) -> None:
+        self._name, self._tokenizer = name, tokenizer
         # It would write what went wrong to stderr; `_check` raises it.
-        self._at = LLMatcher(self._tokenizer.made, self._lark, log_level=0)
-        self._text = b""
-        self._check()
+        self._first = LLMatcher(tokenizer.made, lark, log_level=0)
+        self._check(self._first)
+        self._places: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._bytes = 0
 
-    def _check(self) -> None:
+    def _check(self, place: LLMatcher) -> None:
         """A matcher that fails allows nothing from then on, which must not pass for an answer."""
-        if self._at.is_error():
-            message = self._at.get_error()
-            self._at, self._text = LLMatcher(self._tokenizer.made, self._lark, log_level=0), b""
-            raise ValueError(f"llguidance gave up on {self._name}: {message}")
+        if place.is_error():
+            raise ValueError(f"llguidance gave up on {self._name}: {place.get_error()}")
+
+    def _go(self, text: bytes) -> LLMatcher | None:
+        """A matcher at a text, for one use; None if no text of the grammar begins with it."""
+        place = self._places.pop(text, None)
+        if place is not None:
+            self._bytes -= _bytes(text)
+            return place
+        near = (text[:-k] for k in range(1, min(_NEAR, len(text)) + 1))
+        base = next((own for own in near if own in self._places), None)
+        if base is None:
+            base = next(reversed(self._places), b"")
+        place = self._places.get(base, self._first).deep_copy()
+        shared = _shared(base, text)
+        if back := len(base) - shared:
+            place.rollback(back)
+        taken = place.try_consume_tokens(self._tokenizer.encode(text[shared:]))
+        self._check(place)
+        return place if shared + taken == len(text) else None
+
+    def _keep(self, text: bytes, place: LLMatcher) -> None:
+        """Keeps a matcher that has not failed."""
+        self._check(place)
+        self._places[text] = place
+        self._bytes += _bytes(text)
+        while self._bytes > KEPT_BYTES and len(self._places) > 1:
+            oldest, _ = self._places.popitem(last=False)
+            self._bytes -= _bytes(oldest)
 
     def begins(self, text: bytes) -> bool:
         """Whether some text of the grammar begins with `text`."""
-        shared = _shared(self._text, text)
-        if back := len(self._text) - shared:
-            self._at.rollback(back)
-        taken = self._at.try_consume_tokens(self._tokenizer.encode(text[shared:]))
-        self._text = text[: shared + taken]
-        self._check()
-        return len(self._text) == len(text)
+        place = self._go(text)
+        if place is not None:
+            self._keep(text, place)
+        return place is not None
 
     def accepts(self, text: bytes) -> bool:
         """Whether `text` is a text of the grammar."""
-        found = self.begins(text) and self._at.is_accepting()
-        self._check()
+        place = self._go(text)
+        if place is None:
+            return False
+        found = place.is_accepting()
+        self._keep(text, place)
         return found
 
     def legal(self, text: bytes) -> np.ndarray:
         """The tokens that keep to the grammar after `text`: bool [tokens]."""
-        if not self.begins(text):
+        place = self._go(text)
+        if place is None:
             return np.zeros(self._tokenizer.size, dtype=bool)
-        mask = np.frombuffer(self._at.compute_bitmask(), dtype=np.uint8)
-        self._check()
+        mask = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
+        self._keep(text, place)
         return np.unpackbits(mask, count=self._tokenizer.size, bitorder="little").view(bool)
+
+
+def _bytes(text: bytes) -> int:
+    """Bytes of a matcher at a text, about."""
+    return _PLACE_BYTES + _PER_BYTE * len(text)
 
 
 def _shared(first: bytes, second: bytes) -> int:
     """How many first bytes two texts have in common."""
-    if second.startswith(first):
-        return len(first)
-    differ = (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(differ, len(second))
+    low, high = 0, min(len(first), len(second))
+    # By halves, as slices are compared many times faster than single bytes.
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

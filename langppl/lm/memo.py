@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from langppl.lm import adapters
-from langppl.lm.requests import ScoreReply, ScoreRequest
+from langppl.lm.requests import ScoreReply, ScoreRequest, digest_of
 from langppl.lm.rules import Step
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Memo:
         lm, beside = requests[0].lm, requests[0].beside
         state = state_of(lm, requests[0].adapter)
         if beside is not None and beside.adapter is not None:
-            state = (*state, adapters.digest(lm.model, beside.adapter))
+            state = (*state, digest_of(lm, beside.adapter))
         # Equal ones are one object, which all keys hold.
         self._state = state = self._state if state == self._state else state
         keys = [(state, *_key(r)) for r in requests]
@@ -138,4 +138,4 @@ def state_of(lm: LM, adapter: str | None) -> tuple[object, ...]:
     kind = lm.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     own = (hash(places), numbers.numpy().tobytes(), autocast)
-    return own if adapter is None else (*own, adapters.digest(lm.model, adapter))
+    return own if adapter is None else (*own, digest_of(lm, adapter))

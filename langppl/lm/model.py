@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -20,7 +23,7 @@ from langppl.lm.loading import read_parts
 from langppl.lm.memo import Memo
 from langppl.lm.packed import Packing, lean_of, probe
 from langppl.lm.prompts import KnownPrompts, Prompt, PromptWarning, encode_chat, is_chat, special_in
-from langppl.lm.requests import alone, when_orphaned
+from langppl.lm.requests import alone, undone_after, weights_changed, when_orphaned
 from langppl.lm.rules import BoundRules, StringRules
 from langppl.lm.spelling import appended, check_spelling
 from langppl.lm.tally import Tally
@@ -207,13 +210,14 @@ class LM:
         self.tally = Tally()
         self.captures = True
         self.captured: OrderedDict[tuple[object, ...], Steps] = OrderedDict()
-        self._active: str | None = None
+        self._blocks: list[_Block] = []
+        self._is_switched = True
         self._rules: OrderedDict[StringRules, Watched] = OrderedDict()
         self._masked: OrderedDict[StringRules, Watched] = OrderedDict()
         self._prompts = KnownPrompts()
         self._trainables: dict[str, TrainableLM] = {}
         self._abandoned: deque[str] = deque()
-        _every.add(self)
+        _every[id(self)] = self
         self.lean: Lean | None = None
         self.packs: Packing | None = probe(self)
         # What is not asked for its attention may do more than a mask tells (Doge).
@@ -440,7 +444,7 @@ class LM:
     @property
     def active_adapter(self) -> str | None:
         """Name of the adapter that is switched on."""
-        return self._active
+        return self._blocks[-1].name if self._blocks else None
 
     @contextlib.contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -452,14 +456,31 @@ class LM:
         self._remove_abandoned()
         if name is not None:
             self._check_adapter(name)
-        before = self._active
-        adapters.activate(self.model, name)
-        self._active = name
+        block = _Block(name, threading.get_ident(), next(_numbers))
         try:
-            yield
+            try:
+                self._blocks.append(block)
+                self._switch()
+                yield
+            finally:
+                self._leave(block)
         finally:
-            adapters.activate(self.model, before)
-            self._active = before
+            # The first time may have been interrupted.
+            self._leave(block)
+
+    def _leave(self, block: _Block) -> None:
+        """Ends a block, if it is not ended; one that an interrupt has left may end late."""
+        if block in self._blocks:
+            self._is_switched = False
+            self._blocks.remove(block)
+        if not self._is_switched:
+            self._switch()
+
+    def _switch(self) -> None:
+        """Has the model's layers take the adapter that the innermost block says."""
+        self._is_switched = False
+        adapters.activate(self.model, self.active_adapter)
+        self._is_switched = True
 
     def trainable(
         self,
@@ -507,16 +528,21 @@ class LM:
     def add_adapter(self, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         """Adds a LoRA adapter, switched off, and returns its weights, which take gradients."""
         self._remove_abandoned()
+        self._is_switched = False
         parameters = adapters.add(self.model, name, config)
-        adapters.activate(self.model, self._active)
+        weights_changed()
+        self._switch()
         return parameters
 
     @alone
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter and its weights; KeyError if there is none of that name."""
         self._check_adapter(name)
+        self._is_switched = False
         adapters.remove(self.model, name)
-        adapters.activate(self.model, self._active)
+        # Others of its name may lie where its weights lay.
+        weights_changed()
+        self._switch()
 
     def abandon_adapter(self, name: str) -> None:
         """Says that nobody will use an adapter again; it is removed before the next pass.
@@ -546,20 +572,58 @@ class LM:
             ValueError: if files are missing or corrupt, or tensors are missing, unknown or of
                 another shape.
         """
+        self._is_switched = False
         try:
             adapters.load(self.model, name, folder)
         finally:
-            adapters.activate(self.model, self._active)
+            weights_changed()
+            self._switch()
 
 
-_every: WeakSet[LM] = WeakSet()
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block within which an LM answers with an adapter.
+
+    Attributes:
+        name: of the adapter, None for none.
+        thread: that is in the block.
+        number: higher than those of earlier blocks.
+    """
+
+    name: str | None
+    thread: int
+    number: int
+
+
+_numbers = itertools.count()
+_every: WeakValueDictionary[int, LM] = WeakValueDictionary()
+
+
+def _lms() -> list[LM]:
+    # At once, as other threads may be making LMs.
+    return [lm for ref in _every.valuerefs() if (lm := ref()) is not None]
+
+
+@undone_after
+def _leave_blocks() -> Callable[[], None]:
+    thread, number = threading.get_ident(), next(_numbers)
+
+    def leave() -> None:
+        for lm in _lms():
+            for block in list(lm._blocks):
+                if block.thread == thread and block.number > number:
+                    lm._leave(block)
+            if not lm._is_switched:
+                lm._switch()
+
+    return leave
 
 
 @when_orphaned
 def _switch_off_adapters() -> None:
-    for lm in _every:
-        adapters.activate(lm.model, None)
-        lm._active = None
+    for lm in _lms():
+        lm._blocks.clear()
+        lm._switch()
 
 
 def _times_wider(device: torch.device) -> int:

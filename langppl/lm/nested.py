@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -22,4 +24,12 @@ def opened(kept: ContextVar[dict[Any, Any] | None]) -> Iterator[None]:
     try:
         yield
     finally:
-        kept.reset(token)
+        reset(kept, token)
+
+
+def reset(variable: ContextVar[T], token: Token[T]) -> None:
+    """Gives a context variable the value that it had before a block."""
+    # A block whose end an interrupt has skipped is closed when its exception is forgotten, in
+    # whatever context that happens; its own has gone by then.
+    with contextlib.suppress(ValueError):
+        variable.reset(token)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from langppl.lm import native
+from langppl.lm.nested import reset
 
 SMALLEST = 2**16
 """Weights of fewer numbers gain nothing: the call itself costs more."""
@@ -41,7 +42,7 @@ def unchanged() -> Iterator[None]:
     try:
         yield
     finally:
-        _unchanged.reset(token)
+        reset(_unchanged, token)
 
 
 Laid = Tensor | native.Weight

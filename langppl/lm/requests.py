@@ -13,13 +13,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from langppl.lm.nested import opened
+from langppl.lm import adapters
+from langppl.lm.nested import opened, reset
 from langppl.lm.rules import BoundRules, Path
 
 if TYPE_CHECKING:
@@ -30,21 +31,68 @@ R = TypeVar("R")
 
 Server = Callable[[Sequence["Request"]], list["Reply"]]
 
-_alone = threading.RLock()
+_alone: Any = threading.RLock()
+_door = threading.RLock()
+_last = threading.Lock()
 
 
 def alone(fn: Callable[P, R]) -> Callable[P, R]:
     """A function that other threads wait for, if they call it or another such one.
 
     Pyro's handlers, an LM's active adapter and its caches are one for all threads of a process.
+    Threads are let in in the order in which they came. What an interrupt leaves half undone is
+    undone at the end (see `undone_after`).
     """
 
     @functools.wraps(fn)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _alone:
+        if _alone._is_owned():
             return fn(*args, **kwargs)
+        # Each waits for the one before it and is waited for by the next. Blocks of Python's own
+        # locks alone: no interrupt leaves one of them held. The order may suffer from an interrupt
+        # of one that waits, so `_alone` is what keeps others out.
+        mine = threading.Lock()
+        with mine, _before(mine), _alone:
+            return _undoing(fn, *args, **kwargs)
 
     return waiting
+
+
+def _before(mine: threading.Lock) -> threading.Lock:
+    """Stands in line; returns what the one before holds until it is done."""
+    global _last
+    with _door:
+        before, _last = _last, mine
+        return before
+
+
+Undo = Callable[[], None]
+_looks: list[Callable[[], Undo]] = []
+
+
+def undone_after(look: Callable[[], Undo]) -> Callable[[], Undo]:
+    """Has a function called at the beginning of the outermost function that is alone.
+
+    What it returns is called at the end, once or twice, and takes back what is left over then.
+    A block's own end is no sure place: an interrupt may come before its first line or within it.
+    """
+    _looks.append(look)
+    return look
+
+
+def _undoing(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    undo = [look() for look in _looks]
+    try:
+        try:
+            # Context variables that are not reset go with the context.
+            return copy_context().run(fn, *args, **kwargs)
+        finally:
+            for each in undo:
+                each()
+    finally:
+        # The first time may have been interrupted.
+        for each in undo:
+            each()
 
 
 _orphaned: list[Callable[[], None]] = []
@@ -59,7 +107,9 @@ def when_orphaned(mend: Callable[[], None]) -> None:
 
 
 def _mend_fork() -> None:
-    global _alone
+    global _alone, _door, _last
+    # Threads that stood in line are not there.
+    _door, _last = threading.RLock(), threading.Lock()
     if _alone.acquire(blocking=False):
         _alone.release()
         return
@@ -322,7 +372,7 @@ def served_by(server: Server | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _server.reset(token)
+        reset(_server, token)
 
 
 def wait() -> None:
@@ -366,7 +416,7 @@ def noted_by(note: Note) -> Iterator[None]:
         with watched_by(lambda requests: note((r.lm, a) for r in requests for a in _passes_of(r))):
             yield
     finally:
-        _notes.reset(token)
+        reset(_notes, token)
 
 
 def tell(asked: Iterable[Asked]) -> None:
@@ -380,20 +430,39 @@ def tell(asked: Iterable[Asked]) -> None:
 _states: ContextVar[dict[tuple[int, str | None], tuple[Any, object]] | None] = ContextVar(
     "langppl_states", default=None
 )
+_digests: ContextVar[dict[tuple[int, str], tuple[Any, object, bytes]] | None] = ContextVar(
+    "langppl_digests", default=None
+)
 
 
 @contextlib.contextmanager
 def same_weights() -> Iterator[None]:
     """Within the block the state of an LM's weights is looked at once, until they are trained."""
-    with opened(_states):
+    with opened(_states), opened(_digests):
         yield
 
 
 def weights_changed() -> None:
     """Forgets what the states of weights were."""
-    known = _states.get()
-    if known is not None:
-        known.clear()
+    for known in (_states.get(), _digests.get()):
+        if known is not None:
+            known.clear()
+
+
+def digest_of(lm: LM, adapter: str) -> bytes:
+    """Tells an adapter as it is from any other (see `langppl.lm.adapters.digest`).
+
+    It is kept within `same_weights`, for as long as nothing is seen to write to the weights.
+    """
+    known = _digests.get()
+    if known is None:
+        return adapters.digest(lm.model, adapter)
+    versions = adapters.versions(lm.model, adapter)
+    found = known.get((id(lm), adapter))
+    if found is None or found[0]() is not lm or found[1] != versions:
+        found = (weakref.ref(lm), versions, adapters.digest(lm.model, adapter))
+        known[id(lm), adapter] = found
+    return found[2]
 
 
 def weights_of(lm: LM, adapter: str | None) -> object:

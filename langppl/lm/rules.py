@@ -265,6 +265,280 @@ class Violation:
     reason: str
 
 
+_Groups = dict[bytes, tuple[np.ndarray, dict[bytes, np.ndarray]]]
+_grouped: weakref.WeakKeyDictionary[Vocabulary, _Groups] = weakref.WeakKeyDictionary()
+
+
+def _by_head(vocabulary: Vocabulary) -> _Groups:
+    """Tokens by the continuation bytes they begin with, made once.
+
+    For each head: the tokens that are nothing else, and the others by the fragment they leave.
+    """
+    if vocabulary not in _grouped:
+        found: dict[bytes, tuple[list[int], dict[bytes, list[int]]]] = {}
+        for i, data in enumerate(vocabulary.bytes):
+            head, leaves = vocabulary.heads[i], vocabulary.leaves[i]
+            if leaves is None:
+                continue
+            bare, others = found.setdefault(head, ([], {}))
+            if len(head) == len(data):
+                bare.append(i)
+            else:
+                others.setdefault(leaves, []).append(i)
+        _grouped[vocabulary] = {
+            head: (_ids(bare), {leaves: _ids(own) for leaves, own in others.items()})
+            for head, (bare, others) in found.items()
+        }
+    return _grouped[vocabulary]
+
+
+def _ids(tokens: list[int]) -> np.ndarray:
+    return np.array(tokens, dtype=np.int32)
+
+
+class Layout:
+    """What the legal actions of all rules with the same stops and filters have in common.
+
+    The other rules say which of its steps a state has. Rules that differ in lengths, truncation or
+    temperature share it, for such may come from data: each has its own, and none is worth a layout.
+
+    Args:
+        stops: the stops.
+        vocabulary: the tokens.
+        allowed: those that the filters let through, bool [vocabulary].
+
+    Raises:
+        ValueError: if a stop can never be produced.
+    """
+
+    def __init__(
+        self, stops: tuple[bytes, ...], vocabulary: Vocabulary, allowed: np.ndarray
+    ) -> None:
+        self.stops, self.vocabulary, self.allowed = stops, vocabulary, allowed
+        self._steps: dict[_Kind, Step] = {}
+        self._cost: dict[bytes, int] = {b"": 0}
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        data = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
+        for stop in self.stops:
+            if not _can_spell(stop, data):
+                raise ValueError(
+                    f"stop={stop.decode()!r} can never be produced: the tokens that would "
+                    "spell it are banned, not allowed, or not in this LM's vocabulary"
+                )
+
+    def step(self, kind: _Kind) -> Step:
+        """The legal actions of a state."""
+        if kind not in self._steps:
+            self._steps[kind] = self._make_step(*kind)
+        return self._steps[kind]
+
+    @cached_property
+    def _by_head(self) -> _Groups:
+        """Allowed tokens by the continuation bytes they begin with."""
+
+        def own(ids: np.ndarray) -> np.ndarray:
+            kept: np.ndarray = ids[self.allowed[ids]]
+            return kept
+
+        found: _Groups = {}
+        for head, (bare, others) in _by_head(self.vocabulary).items():
+            left = {leaves: kept for leaves, ids in others.items() if len(kept := own(ids))}
+            if len(kept := own(bare)) or left:
+                found[head] = (kept, left)
+        return found
+
+    def _followers(self, fragment: bytes) -> dict[bytes, np.ndarray]:
+        """Tokens that may follow a fragment, by the fragment they leave."""
+        if not fragment:
+            return self._by_head[b""][1] if b"" in self._by_head else {}
+        found: dict[bytes, list[np.ndarray]] = {}
+        for head, (bare, others) in self._by_head.items():
+            joined = utf8_fragment(fragment + head) if head else None
+            if joined is None:
+                continue
+            if len(bare):
+                found.setdefault(joined, []).append(bare)
+            if joined == b"":
+                for leaves, ids in others.items():
+                    found.setdefault(leaves, []).append(ids)
+        return {leaves: np.concatenate(ids) for leaves, ids in found.items()}
+
+    def tokens_to_finish(self, fragment: bytes) -> int:
+        """Fewest tokens that finish an unfinished character; 99 if none do."""
+        fragment = _short(fragment)
+        if fragment not in self._cost:
+            edges: dict[bytes, set[bytes]] = {}
+            pending = [fragment]
+            while pending:
+                at = pending.pop()
+                if at in self._cost or at in edges:
+                    continue
+                edges[at] = {_short(left) for left in self._followers(at)}
+                if b"" not in edges[at]:
+                    pending.extend(edges[at])
+            cost = {at: _NEVER for at in edges}
+            for _ in edges:
+                for at, lefts in edges.items():
+                    known = [cost.get(left, self._cost.get(left, _NEVER)) for left in lefts]
+                    cost[at] = min([cost[at], *(1 + c for c in known)])
+            self._cost.update({at: min(c, _NEVER) for at, c in cost.items()})
+        return self._cost[fragment]
+
+    def completions(self, tail: bytes) -> dict[int, bytes]:
+        """Allowed tokens that complete a stop after `tail`, with the bytes that are kept."""
+        found: dict[int, bytes] = {}
+        for token in self._candidates(tail):
+            data = self.vocabulary.bytes[token]
+            text = tail + data
+            ends = [
+                at + len(stop)
+                for stop in self.stops
+                if (at := text.find(stop, max(len(tail) - len(stop) + 1, 0))) >= 0
+            ]
+            if ends:
+                found[token] = data[: min(ends) - len(tail)]
+        return found
+
+    def _candidates(self, tail: bytes) -> set[int]:
+        candidates = set(self._containing_stop)
+        for stop in self.stops:
+            for k in range(1, len(stop)):
+                if tail.endswith(stop[:k]):
+                    candidates.update(
+                        i for i in self.vocabulary.starting_with(stop[k:]) if self.allowed[i]
+                    )
+        return candidates
+
+    @cached_property
+    def _containing_stop(self) -> list[int]:
+        data = self.vocabulary.bytes
+        return [
+            int(i)
+            for i in np.flatnonzero(self.allowed)
+            if any(stop in data[i] for stop in self.stops)
+        ]
+
+    def _make_step(self, may_end: bool, remaining: int, tail: bytes, fragment: bytes) -> Step:
+        vocabulary = self.vocabulary
+        legal = np.zeros(vocabulary.size, dtype=bool)
+        for left, ids in self._followers(fragment).items():
+            if self.tokens_to_finish(left) <= remaining - 1:
+                legal[ids] = True
+        completing = self.completions(tail)
+        legal[list(completing)] = False
+        whole = {k for k in completing.values() if utf8_fragment(fragment + k) == b""}
+        kept = {token: k for token, k in completing.items() if may_end and k in whole}
+        groups: dict[bytes, list[int]] = {}
+        legal[list(kept)] = True
+        for token in sorted(kept):
+            groups.setdefault(kept[token], []).append(token)
+        ends = vocabulary.end_ids if may_end and not fragment else ()
+        legal[list(ends)] = True
+
+        as_tensors = {text: torch.tensor(ids) for text, ids in groups.items()}
+        end_ids = torch.tensor(ends, dtype=torch.long)
+        return self.step_of(legal, kept, as_tensors, end_ids, tail)
+
+    def step_of(
+        self,
+        legal: np.ndarray,
+        kept: dict[int, bytes],
+        groups: dict[bytes, torch.Tensor],
+        end_ids: torch.Tensor,
+        tail: bytes,
+        name: bytes | None = None,
+    ) -> Step:
+        """A step with its canonical ending action; see `Step`."""
+        canonical, token_of = end_ids, None
+        for stop in self.stops:
+            endings = [stop[k:] for k in range(len(stop)) if k == 0 or tail.endswith(stop[:k])]
+            text = next((text for text in endings if text in groups), None)
+            if text is not None:
+                canonical = groups[text]
+                token_of = self.representative(text, canonical.tolist())
+                break
+        return Step(
+            legal=torch.from_numpy(legal),
+            kept=kept,
+            groups=groups,
+            end_ids=end_ids,
+            canonical=canonical,
+            canonical_token=token_of,
+            is_dead=not legal.any(),
+            name=name,
+        )
+
+    def representative(self, kept: bytes, ids: Iterable[int]) -> int:
+        """The token that stands for an ending action in a value: the exact one if there is one."""
+        exact = self.vocabulary.exact.get(kept)
+        members = list(ids)
+        return exact if exact in members else min(members)
+
+
+_layouts: weakref.WeakKeyDictionary[Vocabulary, weakref.WeakValueDictionary[Any, Layout]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def layout_of(rules: StringRules, vocabulary: Vocabulary) -> Layout:
+    """The layout of rules over a vocabulary; of equal ones there is one as long as it is in use.
+
+    Raises:
+        ValueError: see `Layout` and `langppl.lm.filters.let_through`.
+    """
+    known = _layouts.setdefault(vocabulary, weakref.WeakValueDictionary())
+    key = (rules.stop, rules.filters)
+    found = known.get(key)
+    if found is not None and not callable(rules.allow) and not callable(rules.ban):
+        return found
+    allowed = ~vocabulary.special & let_through(rules, vocabulary)
+    # What a predicate reads may have changed, though it is the same.
+    if found is None or not np.array_equal(found.allowed, allowed):
+        stops = tuple(s.encode("utf-8") for s in rules.stop)
+        found = known[key] = Layout(stops, vocabulary, allowed)
+    return found
+
+
+class _Masks:
+    """What of a layout's actions a grammar allows, by state: the latest only.
+
+    States in which the same is legal share one step.
+
+    Attributes:
+        matcher: walks the grammar.
+        recent: the steps by state, whose text is the last of it.
+        texts: bytes of those texts.
+        by_name: the steps that are in use anywhere.
+    """
+
+    def __init__(self, layout: Layout, grammar: Grammar) -> None:
+        self.matcher = grammar.matcher(tokenizer_of(layout.vocabulary))
+        self.recent: OrderedDict[tuple[bool, int, bytes, bytes, bytes], Step] = OrderedDict()
+        self.texts = 0
+        self.by_name: weakref.WeakValueDictionary[bytes, Step] = weakref.WeakValueDictionary()
+        self._size = layout.vocabulary.size
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the steps take, about, with their states."""
+        return len(self.by_name) * self._size + len(self.recent) * _STATE_BYTES + self.texts
+
+
+_masks: weakref.WeakKeyDictionary[Layout, weakref.WeakValueDictionary[Grammar, _Masks]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _masks_of(layout: Layout, grammar: Grammar) -> _Masks:
+    known = _masks.setdefault(layout, weakref.WeakValueDictionary())
+    found = known.get(grammar)
+    if found is None:
+        found = known[grammar] = _Masks(layout, grammar)
+    return found
+
+
 class BoundRules:
     """`StringRules` over the tokens of one vocabulary.
 
@@ -285,31 +559,16 @@ class BoundRules:
     ) -> None:
         self.rules = rules
         self.vocabulary = vocabulary
-        self.stops = tuple(s.encode("utf-8") for s in rules.stop)
-        self._steps: dict[_Kind, Step] = {}
-        self._cost: dict[bytes, int] = {b"": 0}
         if rules.grammar is None:
-            self.allowed = ~vocabulary.special & let_through(rules, vocabulary)
-            self._check_stops()
+            self.layout = layout_of(rules, vocabulary)
         else:
             self._free = free or rules.without_grammar.bind(vocabulary)
-            self.allowed = self._free.allowed
-            self._matcher = rules.grammar.matcher(tokenizer_of(vocabulary))
-            # By state, the latest only; states in which the same is legal share one step.
-            self._recent: OrderedDict[tuple[bool, int, bytes, bytes, bytes], Step] = OrderedDict()
-            self._by_name: weakref.WeakValueDictionary[bytes, Step] = weakref.WeakValueDictionary()
+            self.layout = self._free.layout
+            masks = self._masks = _masks_of(self.layout, rules.grammar)
+            self._matcher, self._recent, self._by_name = masks.matcher, masks.recent, masks.by_name
+        self.stops, self.allowed = self.layout.stops, self.layout.allowed
+        if rules.grammar is not None:
             self._check_possible(rules.grammar)
-
-    # -- which tokens exist at all ---------------------------------------------------------
-
-    def _check_stops(self) -> None:
-        data = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
-        for stop in self.stops:
-            if not _can_spell(stop, data):
-                raise ValueError(
-                    f"stop={stop.decode()!r} can never be produced: the tokens that would "
-                    "spell it are banned, not allowed, or not in this LM's vocabulary"
-                )
 
     def _check_possible(self, grammar: Grammar) -> None:
         """Raises ValueError if a short search shows that no string can be finished."""
@@ -357,18 +616,19 @@ class BoundRules:
     def step(self, state: State) -> Step:
         """The legal actions of a state with at least one action left."""
         if self.rules.grammar is None:
-            kind = self._kind(state)
-            if kind not in self._steps:
-                self._steps[kind] = self._make_step(*kind)
-            return self._steps[kind]
+            return self.layout.step(self._kind(state))
         key = (*self._kind(state), state.text)
-        step = self._recent.pop(key, None)
-        if step is None:
-            step = self._masked_step(self._free.step(state), state)
-        self._recent[key] = step
-        masks = len(self._by_name) * self.vocabulary.size
-        if masks + len(self._recent) * _STATE_BYTES > STEP_BYTES:
-            self._recent.popitem(last=False)
+        step = self._recent.get(key)
+        if step is not None:
+            self._recent.move_to_end(key)
+            return step
+        step = self._recent[key] = self._masked_step(self._free.step(state), state)
+        self._masks.texts += len(state.text)
+        # Not as many as it takes: steps that paths hold count too, and go when those do.
+        for _ in range(2):
+            if self._masks.bytes > STEP_BYTES and len(self._recent) > 1:
+                (*_, text), _ = self._recent.popitem(last=False)
+                self._masks.texts -= len(text)
         return step
 
     def _kind(self, state: State) -> _Kind:
@@ -402,144 +662,6 @@ class BoundRules:
 
     # -- legal actions ----------------------------------------------------------------------
 
-    @cached_property
-    def _by_head(self) -> dict[bytes, tuple[list[int], dict[bytes, list[int]]]]:
-        """Allowed tokens by the continuation bytes they begin with.
-
-        For each head: the tokens that are nothing else, and the others by the fragment they leave.
-        """
-        groups: dict[bytes, tuple[list[int], dict[bytes, list[int]]]] = {}
-        for i in np.flatnonzero(self.allowed):
-            head, leaves = self.vocabulary.heads[i], self.vocabulary.leaves[i]
-            if leaves is None:
-                continue
-            bare, others = groups.setdefault(head, ([], {}))
-            if len(head) == len(self.vocabulary.bytes[i]):
-                bare.append(int(i))
-            else:
-                others.setdefault(leaves, []).append(int(i))
-        return groups
-
-    def _followers(self, fragment: bytes) -> dict[bytes, list[int]]:
-        """Tokens that may follow a fragment, by the fragment they leave."""
-        if not fragment:
-            return self._by_head.get(b"", ([], {}))[1]
-        found: dict[bytes, list[int]] = {}
-        for head, (bare, others) in self._by_head.items():
-            joined = utf8_fragment(fragment + head) if head else None
-            if joined is None:
-                continue
-            if bare:
-                found.setdefault(joined, []).extend(bare)
-            if joined == b"":
-                for leaves, ids in others.items():
-                    found.setdefault(leaves, []).extend(ids)
-        return found
-
-    def tokens_to_finish(self, fragment: bytes) -> int:
-        """Fewest tokens that finish an unfinished character; 99 if none do."""
-        fragment = _short(fragment)
-        if fragment not in self._cost:
-            edges: dict[bytes, set[bytes]] = {}
-            pending = [fragment]
-            while pending:
-                at = pending.pop()
-                if at in self._cost or at in edges:
-                    continue
-                edges[at] = {_short(left) for left in self._followers(at)}
-                if b"" not in edges[at]:
-                    pending.extend(edges[at])
-            cost = {at: _NEVER for at in edges}
-            for _ in edges:
-                for at, lefts in edges.items():
-                    known = [cost.get(left, self._cost.get(left, _NEVER)) for left in lefts]
-                    cost[at] = min([cost[at], *(1 + c for c in known)])
-            self._cost.update({at: min(c, _NEVER) for at, c in cost.items()})
-        return self._cost[fragment]
-
-    def _completions(self, tail: bytes) -> dict[int, bytes]:
-        """Allowed tokens that complete a stop after `tail`, with the bytes that are kept."""
-        found: dict[int, bytes] = {}
-        for token in self._candidates(tail):
-            data = self.vocabulary.bytes[token]
-            text = tail + data
-            ends = [
-                at + len(stop)
-                for stop in self.stops
-                if (at := text.find(stop, max(len(tail) - len(stop) + 1, 0))) >= 0
-            ]
-            if ends:
-                found[token] = data[: min(ends) - len(tail)]
-        return found
-
-    def _candidates(self, tail: bytes) -> set[int]:
-        candidates = set(self._containing_stop)
-        for stop in self.stops:
-            for k in range(1, len(stop)):
-                if tail.endswith(stop[:k]):
-                    candidates.update(
-                        i for i in self.vocabulary.starting_with(stop[k:]) if self.allowed[i]
-                    )
-        return candidates
-
-    @cached_property
-    def _containing_stop(self) -> list[int]:
-        data = self.vocabulary.bytes
-        return [
-            int(i)
-            for i in np.flatnonzero(self.allowed)
-            if any(stop in data[i] for stop in self.stops)
-        ]
-
-    def _make_step(self, may_end: bool, remaining: int, tail: bytes, fragment: bytes) -> Step:
-        vocabulary = self.vocabulary
-        legal = np.zeros(vocabulary.size, dtype=bool)
-        for left, ids in self._followers(fragment).items():
-            if self.tokens_to_finish(left) <= remaining - 1:
-                legal[ids] = True
-        completing = self._completions(tail)
-        legal[list(completing)] = False
-        whole = {k for k in completing.values() if utf8_fragment(fragment + k) == b""}
-        kept = {token: k for token, k in completing.items() if may_end and k in whole}
-        groups: dict[bytes, list[int]] = {}
-        legal[list(kept)] = True
-        for token in sorted(kept):
-            groups.setdefault(kept[token], []).append(token)
-        ends = vocabulary.end_ids if may_end and not fragment else ()
-        legal[list(ends)] = True
-
-        as_tensors = {text: torch.tensor(ids) for text, ids in groups.items()}
-        end_ids = torch.tensor(ends, dtype=torch.long)
-        return self._step_of(legal, kept, as_tensors, end_ids, tail)
-
-    def _step_of(
-        self,
-        legal: np.ndarray,
-        kept: dict[int, bytes],
-        groups: dict[bytes, torch.Tensor],
-        end_ids: torch.Tensor,
-        tail: bytes,
-        name: bytes | None = None,
-    ) -> Step:
-        canonical, token_of = end_ids, None
-        for stop in self.stops:
-            endings = [stop[k:] for k in range(len(stop)) if k == 0 or tail.endswith(stop[:k])]
-            text = next((text for text in endings if text in groups), None)
-            if text is not None:
-                canonical = groups[text]
-                token_of = self.representative(text, canonical.tolist())
-                break
-        return Step(
-            legal=torch.from_numpy(legal),
-            kept=kept,
-            groups=groups,
-            end_ids=end_ids,
-            canonical=canonical,
-            canonical_token=token_of,
-            is_dead=not legal.any(),
-            name=name,
-        )
-
     def _masked_step(self, free: Step, state: State) -> Step:
         """What of a step's actions the grammar allows after the state's text."""
         legal: np.ndarray = free.legal.numpy() & self._matcher.legal(state.text)
@@ -564,15 +686,13 @@ class BoundRules:
         step = self._by_name.get(name)
         if step is None:
             kept = {token: k for token, k in free.kept.items() if k in groups}
-            step = self._step_of(legal, kept, groups, end_ids, state.tail, name)
+            step = self.layout.step_of(legal, kept, groups, end_ids, state.tail, name)
             self._by_name[name] = step
         return step
 
     def representative(self, kept: bytes, ids: Iterable[int]) -> int:
         """The token that stands for an ending action in a value: the exact one if there is one."""
-        exact = self.vocabulary.exact.get(kept)
-        members = list(ids)
-        return exact if exact in members else min(members)
+        return self.layout.representative(kept, ids)
 
     # -- values -----------------------------------------------------------------------------
 
@@ -688,7 +808,7 @@ class BoundRules:
         shown = f"token {self.vocabulary.text(token)!r} at position {at}"
         if not self.allowed[token]:
             return f"{shown} is banned or not allowed"
-        if token in self._completions(state.tail) and state.count < self.rules.min_tokens:
+        if token in self.layout.completions(state.tail) and state.count < self.rules.min_tokens:
             return (
                 f"{shown} completes a stop after {state.count} tokens and min_tokens is "
                 f"{self.rules.min_tokens}"

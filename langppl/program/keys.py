@@ -5,6 +5,8 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import functools
+import hashlib
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -189,3 +191,47 @@ def _reduced(value: Any, within: tuple[int, ...], left: list[int] | None) -> Any
     inner = (*within, id(value))
     kept = tuple(tuple(p) if isinstance(p, Iterator) else p for p in parts)
     return (_name(type(value)), tuple(_key(p, inner, left) for p in kept))
+
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+_MOST_PLAIN = 64
+
+
+def shortened(key: Any) -> Any:
+    """What stands for a key that is kept for long: of its texts and numbers a digest.
+
+    Objects that a key compares as they compare themselves stay in it.
+    """
+    if _is_plain(key):
+        text = repr(key)
+        if len(text) <= _MOST_PLAIN:
+            return key
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return tuple(map(shortened, key)) if type(key) is tuple else key
+
+
+def _is_plain(key: Any) -> bool:
+    if type(key) is tuple:
+        return all(map(_is_plain, key))
+    return type(key) in _PLAIN
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a value takes, about; what objects refer to does not count."""
+    found, pending = 0, [value]
+    seen: set[int] = set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        found += sys.getsizeof(part, 64)
+        if isinstance(part, torch.Tensor):
+            found += part.numel() * part.element_size()
+        elif isinstance(part, np.ndarray) and part.base is not None:
+            found += part.nbytes
+        elif type(part) is dict:
+            pending += [*part.keys(), *part.values()]
+        elif type(part) in (list, tuple, set, frozenset):
+            pending += part
+    return found

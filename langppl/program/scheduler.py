@@ -40,6 +40,7 @@ from langppl.lm.requests import (
     serve,
     served_by,
     tell,
+    undone_after,
     when_orphaned,
 )
 from langppl.program.shared import Shared
@@ -79,6 +80,25 @@ _forget_warned: Callable[[], None] = getattr(
 )
 
 
+_Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def _autocast() -> _Autocast:
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    )
+
+
+def _set_modes(grad: bool, autocast: _Autocast, dtype: torch.dtype) -> None:
+    torch.set_grad_enabled(grad)
+    for kind, enabled, of_kind in autocast:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, of_kind)
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+
+
 class _Ambient:
     """A snapshot of the state that Pyro, torch and Python keep outside of any object."""
 
@@ -87,7 +107,7 @@ class _Ambient:
         stack: list[Any],
         dims: list[Any],
         grad: bool,
-        autocast: tuple[tuple[str, bool, torch.dtype], ...],
+        autocast: _Autocast,
         rng: torch.Tensor,
         dtype: torch.dtype,
         warned: _Warnings,
@@ -116,10 +136,7 @@ class _Ambient:
             list(runtime._PYRO_STACK),
             list(runtime._DIM_ALLOCATOR._stack),
             torch.is_grad_enabled(),
-            tuple(
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-                for kind in ("cpu", "cuda")
-            ),
+            _autocast(),
             torch.get_rng_state(),
             torch.get_default_dtype(),
             _Warnings.capture(),
@@ -132,15 +149,22 @@ class _Ambient:
         runtime._PYRO_STACK[:] = self.stack
         self.shared.install()
         runtime._DIM_ALLOCATOR._stack[:] = self.dims
-        torch.set_grad_enabled(self.grad)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+        _set_modes(self.grad, self.autocast, self.dtype)
         torch.set_rng_state(self.rng)
-        if torch.get_default_dtype() != self.dtype:
-            torch.set_default_dtype(self.dtype)
         self.warned.install()
         sys.stdout, sys.stderr = self.streams
+
+
+@undone_after
+def _restore_modes() -> Callable[[], None]:
+    stack, dims = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
+    grad, dtype, autocast = torch.is_grad_enabled(), torch.get_default_dtype(), _autocast()
+
+    def restore() -> None:
+        runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = stack, dims
+        _set_modes(grad, autocast, dtype)
+
+    return restore
 
 
 @when_orphaned
@@ -249,8 +273,11 @@ def _run(tasks: Sequence[Callable[[], T]], answer: Server) -> list[T]:
                         mine = [next(replies) for _ in execution.wanted or ()]
                         execution.go_on(mine)
     finally:
-        # An interrupt may have come in the middle of a switch, or of what undoes it.
-        outside.install()
+        # An interrupt may have come in the middle of a switch, or of what undoes it, or come here.
+        try:
+            outside.install()
+        finally:
+            outside.install()
     results: list[Any] = [e.result for e in executions]
     return results
 

@@ -12,6 +12,7 @@ import math
 import numbers
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,9 +34,9 @@ from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.functions import content_of_cell
 from langppl.lm.model import LM
-from langppl.lm.requests import Asked, noted_by, tell, wait, weights_of
+from langppl.lm.requests import Asked, noted_by, tell, undone_after, wait, weights_of
 from langppl.lm.texts import plain_text
-from langppl.program.keys import MUTABLE, hashable, is_function, tool_key
+from langppl.program.keys import MUTABLE, hashable, is_function, shortened, size_of, tool_key
 
 R = TypeVar("R")
 Model = Callable[..., Any]
@@ -44,7 +45,14 @@ Memo = dict[Any, Any]
 memo_of_calls: ContextVar[Memo | None] = ContextVar("langppl_memo_of_calls", default=None)
 _is_within: ContextVar[bool] = ContextVar("langppl_is_within", default=False)
 """Whether a tool is being evaluated."""
-_impure: set[Any] = set()
+MOST_CALLS = 16_384
+MOST_BYTES = 64 * 2**20
+"""Results of tools that a program keeps from one inference to the next, and their bytes, about."""
+MOST_IMPURE = 2**20
+_impure: OrderedDict[Any, None] = OrderedDict()
+"""Calls with `pure=False`, by what stands for their keys."""
+_grown: dict[int, Memo] = {}
+"""Memos that have got a result since the outermost function that is alone began, by identity."""
 
 
 class BadNumber(ValueError):
@@ -301,19 +309,20 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
     """A tool call: a site whose value is a fixed function of its arguments.
 
     Within one inference, the tool is evaluated once for each name, tool and arguments, and again
-    when the weights of an LM that it has asked have changed. Arguments are compared by content, as
-    far as that can be known; an object that has a hash, as it compares itself. What a
+    when the weights of an LM that it has asked have changed. From one inference to the next a
+    program keeps the latest results (16,384, and 64 MiB of them). Arguments are compared by
+    content, as far as that can be known; an object that has a hash, as it compares itself. What a
     lambda or another function closes over, and what a `functools.partial` or a method is bound to,
     are arguments too. Of lists, dicts, arrays and other objects among these it is their identity
-    that counts, and the graph does not see what is in them: what depends on latents is better
-    given as an argument.
+    that counts, and the graph does not see what is in them: what depends on latents is better given
+    as an argument.
 
     Args:
         name: the site's name.
         fn: the tool.
         *args: its arguments.
         pure: False for a tool that must not be evaluated twice with the same arguments, in the
-            life of the process: a second evaluation is an error.
+            life of the process: a second evaluation is an error (of the latest million calls).
         **kwargs: its arguments by name.
 
     Returns:
@@ -339,14 +348,18 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         known = memo.get(key)
         if isinstance(known, _Remembered) and (known.holds() or not pure):
             tell(known.asked())
+            memo[key] = memo.pop(key)
             return cast(R, known.result)
         if not pure:
-            if key in _impure:
+            short = shortened(key)
+            if short in _impure:
                 raise RuntimeError(
                     f"call {name!r} was evaluated with {(*args, *kwargs.values())!r} before, and "
                     "pure=False forbids a second time"
                 )
-            _impure.add(key)
+            _impure[short] = None
+            if len(_impure) > MOST_IMPURE:
+                _impure.popitem(last=False)
         asked: set[Asked] = set()
         token = _is_within.set(True)
         own = memo[key] = _Started(getcurrent())
@@ -355,7 +368,10 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
                 result = fn(*args, **kwargs)
             _check_result(name, fn, result)
             states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
-            memo[key] = _Remembered(result, states)
+            is_pure = pure and not (_impure and shortened(key) in _impure)
+            memo[key] = _Remembered(result, states, is_pure, size_of(key) + size_of(result))
+            if memo is memo_of_calls.get():
+                _grown[id(memo)] = memo
         finally:
             _is_within.reset(token)
             if memo[key] is own:
@@ -397,10 +413,19 @@ def _is_elsewhere(found: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """A tool's result, the LMs that it asked, under which adapters, and what their weights were."""
+    """A tool's result.
+
+    Attributes:
+        result: what it returned.
+        states: the LMs that it asked, under which adapters, and what their weights were.
+        is_pure: whether it may be evaluated again.
+        size: bytes that it takes, about, with its arguments.
+    """
 
     result: Any
     states: Sequence[tuple[weakref.ref[LM], str | None, object]]
+    is_pure: bool
+    size: int
 
     def asked(self) -> list[Asked]:
         """The LMs that are still there, and the adapters."""
@@ -419,6 +444,24 @@ def remembered(memo: Memo) -> Memo:
     return {key: own for key, own in memo.items() if isinstance(own, _Remembered)}
 
 
+@undone_after
+def _forget_the_oldest() -> Callable[[], None]:
+    """Within an inference all results are kept, from one to the next the latest."""
+
+    def forget() -> None:
+        while _grown:
+            _, memo = _grown.popitem()
+            pure = {k: own.size for k, own in remembered(memo).items() if own.is_pure}
+            count, size = len(pure), sum(pure.values())
+            for key, own in pure.items():
+                if count <= MOST_CALLS and size <= MOST_BYTES:
+                    break
+                del memo[key]
+                count, size = count - 1, size - own
+
+    return forget
+
+
 def forget_since(memo: Memo, before: Memo) -> None:
     """Takes a memo of tool calls back to what it held before.
 
@@ -428,8 +471,8 @@ def forget_since(memo: Memo, before: Memo) -> None:
         memo: is changed in place, for programs share it.
         before: what `remembered` gave.
     """
-    for key in remembered(memo):
-        if key not in before and key not in _impure:
+    for key, own in remembered(memo).items():
+        if key not in before and own.is_pure:
             del memo[key]
     # A result that was known may have been replaced when an LM's weights changed.
     memo.update({k: v for k, v in before.items() if isinstance(memo.get(k), _Remembered | None)})

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 import langppl as lp
 from langppl.distributions import Text
-from langppl.lm import enumeration, rules
-from langppl.lm.matcher import bytes_only, tokenizer_of
+from langppl.lm import enumeration, matcher, rules
+from langppl.lm.matcher import Tokenizer, bytes_only, tokenizer_of
 from langppl.testing import check_distribution, enumerate_strings, tiny_lm
 
 BEGIN, END = 0, 1
@@ -476,12 +476,83 @@ def test_a_grammar_of_another_kind() -> None:
 
 def test_a_matcher_that_gives_up_is_no_answer() -> None:
     # More states than llguidance's lexer takes: an error, neither 0 nor −inf.
-    matcher = lp.regex("a*").matcher(bytes_only())
-    assert matcher.accepts(b"aa")
-    matcher._at.consume_token(bytes_only().encode(b"b")[0])
+    own = lp.regex("a*").matcher(bytes_only())
+    assert own.accepts(b"aa")
+    own._places[b"aa"].consume_token(bytes_only().encode(b"b")[0])
     with pytest.raises(ValueError, match=r"llguidance gave up on the grammar regex\('a\*'\)"):
-        matcher.accepts(b"aa")
-    assert matcher.accepts(b"aaa") and not matcher.accepts(b"b")
+        own.accepts(b"aa")
+    assert own.accepts(b"aaa") and not own.accepts(b"b")
+
+
+def test_texts_count_among_the_bytes_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "STEP_BYTES", 200_000)
+    lm = tiny_lm("ab.", seed=3, merged=["ab" * 2**k for k in range(9)])
+    dist = lp.LMString(lm, "a", max_tokens=400, grammar=lp.regex("[ab]*"))
+    bound = dist.bound
+    (long,) = (i for i, data in enumerate(lm.vocabulary.bytes) if len(data) == 512)
+    state = bound.start(400)
+    for _ in range(100):
+        bound.step(state)
+        state = bound.advance(state, long)
+        assert bound._masks.texts == sum(len(key[-1]) for key in bound._recent)
+    # The last texts have some 50 thousand bytes each.
+    assert len(bound._recent) == 3 and bound._masks.bytes <= 200_000
+
+
+def test_strings_side_by_side_do_not_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: bytes) -> list[int]:
+        read.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    moving = lp.regex("([abc][abcd ]*[.])*").matcher(bytes_only())
+    rng = np.random.default_rng(0)
+    texts = [b"a" for _ in range(50)]
+    for _ in range(60):
+        texts = [t + bytes(rng.choice(list(b"abcd "), size=3).tolist()) for t in texts]
+        for text in texts:
+            assert moving.begins(text) and not moving.accepts(text)
+    assert sum(read) <= 50 * 60 * 4
+    for text in texts:
+        assert moving.accepts(text + b".") and not moving.begins(text + b"..x")
+
+
+def test_a_matcher_keeps_as_much_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "KEPT_BYTES", 100_000)
+    own = lp.regex("[ab]*").matcher(bytes_only())
+    for k in range(100):
+        assert own.accepts(b"a" * k) and own.accepts(b"b" * k)
+    assert own._bytes == sum(matcher._bytes(text) for text in own._places) <= 100_000
+    assert len(own._places) >= 8
+    # One place is always kept, whatever it takes.
+    assert own.accepts(b"ab" * 5000) and len(own._places) == 1
+    assert not own.accepts(b"ab" * 5000 + b"c") and own.accepts(b"")
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
+def test_what_two_texts_share(common: bytes, first: bytes, second: bytes) -> None:
+    one, other = common + first, common + second
+    expected = max(k for k in range(len(one) + 1) if other.startswith(one[:k]))
+    assert matcher._shared(one, other) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab.", max_size=12), max_size=25), st.integers(1, 60_000))
+def test_a_matcher_among_many_texts_is_a_new_one(walk: list[str], most: int) -> None:
+    grammar = lp.regex(r"(ab|ba)*b?\.?")
+    own = grammar.matcher(bytes_only())
+    before = matcher.KEPT_BYTES
+    matcher.KEPT_BYTES = most
+    try:
+        for text in walk:
+            data = text.encode()
+            assert own.begins(data) == grammar.matcher(bytes_only()).begins(data)
+            assert own.accepts(data) == bool(re.fullmatch(r"(ab|ba)*b?\.?", text))
+    finally:
+        matcher.KEPT_BYTES = before
 
 
 def test_values_that_break_a_grammar_say_so() -> None:

@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from langppl import LMString
-from langppl.lm import memo, scoring
+from langppl.lm import adapters, memo, scoring
 from langppl.lm.memo import Memo
-from langppl.lm.requests import ScoreReply, ScoreRequest, perform, serve
+from langppl.lm.requests import (
+    ScoreReply,
+    ScoreRequest,
+    perform,
+    same_weights,
+    serve,
+    weights_changed,
+)
 from langppl.lm.rules import Path, StringRules
 from langppl.testing import tiny_lm
 
@@ -183,6 +190,55 @@ def test_changed_base_weights_are_seen(lm):
         weight.data.copy_(kept)
     assert abs(changed - before) > 1e-3
     assert float(dist.log_prob("ab.")) == pytest.approx(before, abs=1e-5)
+
+
+def test_an_adapter_is_read_once_in_a_run(lm, monkeypatch):
+    read = []
+    whole = adapters.digest
+    monkeypatch.setattr(adapters, "digest", lambda *a: read.append(a[1]) or whole(*a))
+    with same_weights():
+        for text in TEXTS[:4] * 2:
+            serve([request(lm, "a", text, RULES[0], name) for name in (None, "u", "v")])
+    assert read == ["u", "v"]
+    # Outside of runs whoever likes writes to weights, in ways that are not seen.
+    serve([request(lm, "a", "ab.", RULES[0], "u")] * 2)
+    serve([request(lm, "a", "ab.", RULES[0], "u")])
+    assert read == ["u", "v", "u", "u"]
+
+
+@pytest.mark.parametrize("how", ["copied", "optimised", "exchanged", "said", "scaled", "anew"])
+def test_an_adapter_that_changes_in_a_run_is_read_again(how):
+    lm = tiny_lm(["a", "b", ".", " "], seed=4)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    own = lm.add_adapter("u", config)
+    generator = torch.Generator().manual_seed(5)
+    asked = request(lm, "a", "ab.", RULES[0], "u")
+    with same_weights():
+        before = serve([asked])[0].log_prob
+        if how == "copied":
+            train(lm, "u", 3)
+        elif how == "optimised":
+            for p in own:
+                p.grad = torch.randn(p.shape, generator=generator)
+            torch.optim.AdamW(own, lr=0.1).step()
+        elif how == "exchanged":
+            for p in own:
+                p.data = torch.randn(p.shape, generator=generator)
+        elif how == "said":
+            for p in own:
+                p.data.copy_(torch.randn(p.shape, generator=generator))
+            weights_changed()
+        elif how == "scaled":
+            for layer in adapters._layers(lm.model):
+                layer.scaling["u"] *= 3
+        else:
+            lm.remove_adapter("u")
+            torch.manual_seed(6)
+            lm.add_adapter("u", config)
+        found = serve([asked])[0].log_prob
+    (expected,) = scoring.score([asked])
+    assert found == pytest.approx(expected.log_prob, abs=1e-6)
+    assert abs(found - before) > 1e-6
 
 
 def test_a_memo_of_nothing_and_a_negative_one(lm):

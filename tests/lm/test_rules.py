@@ -374,9 +374,9 @@ def test_every_byte_a_token_of_its_own_is_no_long_search() -> None:
     for char in ("é", "€", "😀", "\U00010348", "\U0010fffd"):
         data = char.encode()
         for k in range(1, len(data)):
-            assert bound.tokens_to_finish(data[:k]) == len(data) - k
+            assert bound.layout.tokens_to_finish(data[:k]) == len(data) - k
     # However many first bytes there are, few fragments are told apart.
-    assert len(bound._cost) <= 10
+    assert len(bound.layout._cost) <= 10
 
 
 def test_a_short_fragment_is_finished_by_the_same_bytes() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import langppl as lp
-from langppl.program.keys import hashable
+from langppl.program.keys import hashable, shortened, size_of
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -190,3 +190,35 @@ def test_numbers_that_were_expanded_have_a_content(shape: list[int]) -> None:
         lp.sample("x", dist.Normal(float(len(z)), 1.0).expand([1]).to_event(1))
 
     assert lp.compile(model).latents == ("z", "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ("a" * 100, "a" * 101),
+        (["a" * 100, 1], ["a" * 100, 2]),
+        (("a" * 100, LM), ("a" * 99, LM)),
+        (list(range(100)), list(range(101))),
+        (torch.zeros(100), torch.ones(100)),
+        ({"k": "a" * 100}, {"k": "b" * 100}),
+        ("a", ["a"]),
+        (1, True),
+        (object(), object()),
+    ],
+)
+def test_shortened_keys_tell_the_same_apart(value: Any, other: Any) -> None:
+    first, again, second = (shortened(hashable(v)) for v in (value, value, other))
+    assert first == again and hash(first) == hash(again)
+    assert first != second
+    assert size_of(first) < 1000
+
+
+def test_sizes_are_those_of_what_values_hold() -> None:
+    assert 1000 <= size_of("a" * 1000) < 1100
+    assert 8000 <= size_of(torch.zeros(1000, dtype=torch.float64)) < 8300
+    assert 8000 <= size_of(np.zeros(1000)) < 8300 and 8000 <= size_of(np.zeros(2000)[::2]) < 8300
+    text = "a" * 1000
+    assert size_of([text, text]) < 1300 and 2000 < size_of({"k": text, "l": [text + "b"]}) < 3000
+    own: list[Any] = []
+    own.append(own)
+    assert size_of(own) < 200

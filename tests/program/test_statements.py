@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 
 import langppl as lp
 from langppl.lm import requests
-from langppl.program import scheduler
+from langppl.program import scheduler, statements
 from langppl.program.execution import run_many
+from langppl.program.keys import size_of
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=1)
@@ -388,6 +390,73 @@ def test_an_impure_tool_is_evaluated_once_for_each_arguments() -> None:
     ):
         lp.infer(model, num_samples=40)
     assert sorted(paid) == ["a", "b"]
+
+
+def counting(seen: list[str], padding: str = "") -> Callable[[], None]:
+    def tool(text: str) -> str:
+        seen.append(str(text))
+        return f"{text}{padding}"
+
+    def model() -> None:
+        lp.call("tool", tool, lp.sample("z", lp.LMString(LM, "a", max_tokens=3)))
+        lp.call("once", len, "fixed")
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "padding"), [("MOST_CALLS", 10, ""), ("MOST_BYTES", 25_000, "b" * 1500)]
+)
+def test_the_latest_results_of_tools_are_kept(
+    monkeypatch: pytest.MonkeyPatch, name: str, most: int, padding: str
+) -> None:
+    monkeypatch.setattr(statements, name, most)
+    seen: list[str] = []
+    program = lp.compile(counting(seen, padding))
+    for seed in range(6):
+        before = len(seen)
+        posterior = lp.infer(program, num_samples=64, seed=seed, progress=False)
+        # Within an inference nothing is forgotten, however much it is.
+        assert len(set(seen[before:])) == len(seen[before:])
+        assert len({s["z"] for s in posterior.samples}) > 10
+        kept = statements.remembered(program.memo)
+        assert len(kept) == 10 if name == "MOST_CALLS" else 5 < len(kept) < 17
+        assert any(key[0] == "once" for key in kept)
+    before = len(seen)
+    last = [str(own.result) for own in kept.values() if isinstance(own.result, str)][-1]
+    program.log_joint({"z": last.removesuffix(padding)})
+    assert len(seen) == before
+
+
+def test_results_of_impure_tools_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statements, "MOST_CALLS", 0)
+    seen: list[str] = []
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMChoice(LM, "a", ["a", "b", "."]))
+        lp.call("impure", lambda text: seen.append(text), z, pure=False)
+
+    program = lp.compile(model)
+    for seed in range(3):
+        lp.infer(program, num_samples=40, seed=seed, progress=False)
+    assert sorted(seen) == [".", "a", "b"]
+
+
+def test_of_impure_calls_digests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statements, "_impure", OrderedDict())
+    monkeypatch.setattr(statements, "MOST_IMPURE", 4)
+    numbers = tuple(range(1000))
+
+    def ask(k: int) -> None:
+        lp.call("impure", lambda *_: 0, "long " * 5000, numbers, k, pure=False)
+
+    for k in range(6):
+        ask(k)
+    assert len(statements._impure) == 4
+    assert max(size_of(key) for key in statements._impure) < 2000
+    for k in (5, 2):
+        with pytest.raises(RuntimeError, match="forbids a second time"):
+            ask(k)
 
 
 def test_an_error_in_a_tool_reaches_the_user() -> None:
