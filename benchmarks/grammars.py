@@ -110,6 +110,7 @@ def measure(lm: lp.LM, name: str, draws: int, batch: int) -> dict[str, Any]:
             seconds = in_steps = 0.0
             masks = whole = broken = 0
             bound._recent.clear()
+            bound._masks.texts = 0
         started = time.perf_counter()
         replies = draw(requests)
         seconds += time.perf_counter() - started

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,3 +216,45 @@ def test_a_fork_beside_a_thread_at_work_infers() -> None:
         timeout=120,
     )
     assert done.returncode == 0 and done.stdout == "inferred\n", done.stderr
+
+
+def test_grammars_are_walked_by_many_threads() -> None:
+    form = lp.regex(r"a(b|ab)*\.?")
+    known = {text: re.fullmatch(r"a(b|ab)*\.?", text) is not None for text in ALL_TEXTS}
+    string = lp.LMString(LM, "a", max_tokens=5, grammar=form)
+    wrong: list[str] = []
+
+    def ask(first: int) -> None:
+        for text in ALL_TEXTS[first:] + ALL_TEXTS[:first]:
+            if (lp.log_matches(text, form) == 0.0) != known[text]:
+                wrong.append(text)
+            if (string.why_impossible(text) is None) != known[text]:
+                wrong.append(text)
+
+    each(ask, [0, 40, 80, 120])
+    assert not wrong
+
+
+ALL_TEXTS = ["".join(t) for n in (1, 2, 3, 4) for t in itertools.product("ab.", repeat=n)]
+
+
+def each(task: Callable[[int], None], numbers: list[int]) -> None:
+    """Runs a task in a thread for each number, and raises what they raise."""
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        for done in [pool.submit(task, n) for n in numbers]:
+            done.result()
+
+
+def test_a_tool_that_asks_with_the_models_context_from_elsewhere_says_so() -> None:
+    def score(text: str) -> float:
+        return float(lp.LMString(LM, "a").log_prob(text))
+
+    def tool(text: str) -> float:
+        return asyncio.run(asyncio.to_thread(score, text))
+
+    def model() -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+        lp.factor("f", lp.call("tool", tool, str(z)))
+
+    with pytest.raises(RuntimeError, match="asked from another thread than the model's"):
+        lp.infer(model, num_samples=2, progress=False)

@@ -39,6 +39,7 @@ from langppl.guides.training import Callback, Trainer
 from langppl.guides.trajectories import Draw
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
+from langppl.lm import adapters
 from langppl.lm.counts import as_count, as_number, as_pair
 from langppl.lm.files import write_atomically
 from langppl.lm.formats import check_format
@@ -186,7 +187,9 @@ class GFlowNetGuide(Guide):
         self._told: set[str] = set()
         self.seed = seed
         self._defensive = 0.0
-        self.adapter = f"guide{next(_numbers)}"
+        # An LM that was pickled in another process has the names of that one.
+        taken = adapters.names(lm.model)
+        self.adapter = next(n for n in map("guide{}".format, _numbers) if n not in taken)
         self.heads = Heads(lm.state_width, seed)
         self.history = History()
         self.learned: set[str] = set()

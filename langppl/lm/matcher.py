@@ -9,9 +9,12 @@ each byte, by which a matcher can go to any text, also one that ends inside a to
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 
 import numpy as np
@@ -74,6 +77,22 @@ def bytes_only() -> Tokenizer:
     """No tokens but the bytes: for what a text is, whatever the LM."""
     return Tokenizer()
 
+
+_turn = threading.RLock()
+
+
+def walking() -> AbstractContextManager[bool]:
+    """A block for one thread at a time: what goes from text to text is one for all of them."""
+    return _turn
+
+
+def _mend_fork() -> None:
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mend_fork)
 
 KEPT_BYTES = 16 * 2**20
 """Most bytes, about, of the places in texts that a grammar's matcher keeps."""
@@ -139,27 +158,30 @@ class Matcher:
 
     def begins(self, text: bytes) -> bool:
         """Whether some text of the grammar begins with `text`."""
-        place = self._go(text)
-        if place is not None:
-            self._keep(text, place)
+        with walking():
+            place = self._go(text)
+            if place is not None:
+                self._keep(text, place)
         return place is not None
 
     def accepts(self, text: bytes) -> bool:
         """Whether `text` is a text of the grammar."""
-        place = self._go(text)
-        if place is None:
-            return False
-        found = place.is_accepting()
-        self._keep(text, place)
+        with walking():
+            place = self._go(text)
+            if place is None:
+                return False
+            found = place.is_accepting()
+            self._keep(text, place)
         return found
 
     def legal(self, text: bytes) -> np.ndarray:
         """The tokens that keep to the grammar after `text`: bool [tokens]."""
-        place = self._go(text)
-        if place is None:
-            return np.zeros(self._tokenizer.size, dtype=bool)
-        mask = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
-        self._keep(text, place)
+        with walking():
+            place = self._go(text)
+            if place is None:
+                return np.zeros(self._tokenizer.size, dtype=bool)
+            mask = np.frombuffer(place.compute_bitmask(), dtype=np.uint8)
+            self._keep(text, place)
         return np.unpackbits(mask, count=self._tokenizer.size, bitorder="little").view(bool)
 
 

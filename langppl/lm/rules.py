@@ -39,7 +39,7 @@ from langppl.lm.counts import as_count, unwrapped
 from langppl.lm.filters import let_through
 from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
-from langppl.lm.matcher import tokenizer_of
+from langppl.lm.matcher import tokenizer_of, walking
 from langppl.lm.texts import plain_text
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
 
@@ -617,6 +617,10 @@ class BoundRules:
         """The legal actions of a state with at least one action left."""
         if self.rules.grammar is None:
             return self.layout.step(self._kind(state))
+        with walking():
+            return self._step_in_grammar(state)
+
+    def _step_in_grammar(self, state: State) -> Step:
         key = (*self._kind(state), state.text)
         step = self._recent.get(key)
         if step is not None:

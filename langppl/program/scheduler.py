@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, copy_context
@@ -217,8 +218,15 @@ class _Execution(Generic[T]):
 def _asking() -> Server:
     """What hands requests over to the scheduler that the current greenlet runs under."""
     mode = torch.is_inference_mode_enabled()
+    thread = threading.get_ident()
 
     def ask(requests: Sequence[Request]) -> list[Reply]:
+        if threading.get_ident() != thread:
+            raise RuntimeError(
+                f"{sites.where()}an LM is asked from another thread than the model's, with the "
+                "model's context (as by asyncio.to_thread); ask it in the thread in which the "
+                "model or its tool was called"
+            )
         # Nothing but its own block can leave it, so the other executions would run in it too.
         if torch.is_inference_mode_enabled() != mode:
             raise RuntimeError(

@@ -73,3 +73,14 @@ def test_folders_know_their_lm_in_another_float_type_and_of_older_versions(
     load(tiny_lm(seed=1))
     with pytest.raises(ValueError, match="has other weights"):
         load(tiny_lm(seed=2))
+
+
+def test_a_guide_takes_a_name_that_is_free(tmp_path: Path) -> None:
+    lm = tiny_lm(seed=1)
+    first = lp.GFlowNetGuide(lm, rank=2)
+    first.save(tmp_path)
+    number = int(first.adapter.removeprefix("guide"))
+    # As an LM that comes from another process has it.
+    lm.load_adapter(f"guide{number + 1}", tmp_path)
+    second = lp.GFlowNetGuide(lm, rank=2)
+    assert second.adapter == f"guide{number + 2}"
