@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -25,6 +26,15 @@ for parameter in LM.model.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
 
 LOCKING = ("waiting", "_before")
+
+
+@pytest.fixture(autouse=True)
+def without_garbage() -> Iterator[None]:
+    """Blocks of an earlier test that are collected during a trace would be traced too."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def interrupted(k: int, files: tuple[str, ...], act: Callable[[], object]) -> Any:

@@ -222,6 +222,7 @@ def test_the_held_particle_is_the_sample_to_the_end(
     assert any(course.resampled > 0 for _, course in crowds)
 
 
+@pytest.mark.filterwarnings("ignore:MaskedGuide keeps site 'z'")
 def test_a_guide_that_cannot_draw_the_sample() -> None:
     def story() -> None:
         z = sample("z", LMString(LM, "a", max_tokens=2))

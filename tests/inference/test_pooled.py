@@ -321,6 +321,7 @@ DIFFERENT: dict[str, list[Callable[[], EvidenceBounds]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:MaskedGuide keeps site 'z'")
 @pytest.mark.parametrize("by", DIFFERENT)
 def test_what_is_told_apart_draws_other_numbers(by: str) -> None:
     found = [make() for make in DIFFERENT[by]]
