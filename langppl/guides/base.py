@@ -15,12 +15,12 @@ from langppl.guides import identity
 from langppl.lm.counts import as_count
 from langppl.lm.requests import Reading, ScoreReply, perform
 from langppl.lm.seeds import as_seed, row_seed
-from langppl.program import Program, compile, run_together
+from langppl.program import Program, run_together
 from langppl.program.arguments import pairs_of
 from langppl.program.densities import log_density
 from langppl.program.execution import Choice, Chooser, Execution, check_number, draw_prior
 from langppl.program.execution import given as given_values
-from langppl.program.program import as_program
+from langppl.program.program import as_program, programs_of
 from langppl.progress import bar
 
 Key = tuple[int | str, ...]
@@ -133,13 +133,7 @@ class Guide(ABC):
             [3, 3]
         """
         n, seed = as_count("n", n, 1), as_seed(seed)
-        programs: list[Program] = []
-        for own, rows in pairs_of(model, data):
-            first: Program | None = None
-            for row in rows:
-                program = own if isinstance(own, Program) else compile(own, *row, like=first)
-                first = first or program
-                programs.append(program)
+        programs = programs_of(pairs_of(model, data))
         seeds = [row_seed(seed, k) for k in range(len(programs))]
         return self._draw(programs, seeds, n, progress)
 

@@ -43,9 +43,9 @@ from langppl.lm import TrainableLM
 from langppl.lm.counts import as_pair
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
-from langppl.program import Program, compile
+from langppl.program import Program
 from langppl.program.arguments import pairs_of, rows_in
-from langppl.program.program import lms_of
+from langppl.program.program import lms_of, programs_of
 from langppl.progress import bar
 from langppl.tables import Report
 from langppl.warn import warn
@@ -194,7 +194,7 @@ def em(
     if Workers().count > 1:
         raise ValueError("em runs in one process; train the guide alone under accelerate launch")
     pairs = pairs_of(model, data)
-    programs = _compiled(pairs)
+    programs = programs_of(pairs)
     settings = Settings(
         rounds=rounds,
         method=method,
@@ -354,19 +354,10 @@ class _Run:
 # -- what was given --------------------------------------------------------------------------------
 
 
-def _compiled(pairs: Sequence[tuple[Any, Sequence[tuple[Any, ...]]]]) -> list[Program]:
-    programs = []
-    for model, rows in pairs:
-        first: Program | None = None
-        for row in rows:
-            own = isinstance(model, Program)
-            programs.append(model if own else compile(model, *row, like=first))
-            first = first or programs[-1]
-    return programs
-
-
 def _held_out(pairs: Sequence[tuple[Any, Any]], validation: Any) -> list[Program]:
-    return [] if validation is None else _compiled(pairs_of(_with_models(pairs, validation), None))
+    return (
+        [] if validation is None else programs_of(pairs_of(_with_models(pairs, validation), None))
+    )
 
 
 def _with_models(pairs: Sequence[tuple[Any, Any]], validation: Any) -> list[Any]:

@@ -575,6 +575,22 @@ def run_together(
     )
 
 
+def programs_of(pairs: Iterable[tuple[Any, Iterable[tuple[Any, ...]]]]) -> list[Program]:
+    """A program for each row of data, each compiled like the first of its model.
+
+    Args:
+        pairs: models, or compiled programs, and their rows.
+    """
+    programs: list[Program] = []
+    for model, rows in pairs:
+        first: Program | None = None
+        for row in rows:
+            own = isinstance(model, Program)
+            programs.append(model if own else compile(model, *row, like=first))
+            first = first or programs[-1]
+    return programs
+
+
 def as_program(
     model: Model | Program,
     args: tuple[Any, ...],
