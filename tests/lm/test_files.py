@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
-from langppl.lm.files import write_atomically
+from langppl.lm.files import write_atomically, write_folder
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and modes of Unix")
@@ -38,3 +40,58 @@ def test_pipes_are_written_on() -> None:
 def test_new_files_have_new_folders(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a" / "b.bin", b"\x00", "guide")
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00"
+
+
+def test_threads_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    path, errors = tmp_path / "a.json", []
+
+    def write(letter: str) -> None:
+        try:
+            for _ in range(30):
+                write_atomically(path, letter * 100_000, "posterior")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            found = path.read_text()
+            assert len(found) == 100_000 and len(set(found)) == 1
+    assert not errors
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names and modes of Unix")
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 255)
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, "b", "posterior")
+    finally:
+        os.umask(before)
+    assert path.read_text() == "b" and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_several_files_stay_the_old_ones_until_all_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "new", {"a": "1", "b": b"2", "c": "3"}, "guide")
+    plain, count = os.fsync, [0]
+
+    def full(handle: int) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"the guide cannot be saved \(No space left.*new"):
+            write_folder(tmp_path / "new", {"a": "x", "b": "y", "c": None}, "guide")
+    found = {p.name: p.read_text() for p in (tmp_path / "new").iterdir()}
+    assert found == {"a": "1", "b": "2", "c": "3"}
+    write_folder(tmp_path / "new", {"a": "x", "b": "y", "c": None}, "guide")
+    found = {p.name: p.read_text() for p in (tmp_path / "new").iterdir()}
+    assert found == {"a": "x", "b": "y"}
