@@ -7,6 +7,7 @@ Switching sets the LoRA layers' own flags. peft's calls for it take fifty times 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -18,12 +19,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from langppl.lm import adapter_configs
+from langppl.lm.adapter_configs import check_plain
+from langppl.lm.formats import shown
+from langppl.lm.tensors import check_like, packed, unpacked
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_OF_DORA = ".lora_magnitude_vector"
 
 
 _known: WeakKeyDictionary[Any, tuple[object, list[Any]]] = WeakKeyDictionary()
@@ -77,8 +84,16 @@ def activate(model: Any, name: str | None) -> None:
 
 # What is made in inference mode can never take a gradient.
 @torch.inference_mode(False)
-def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
+def add(
+    model: Any, name: str, config: PeftConfig, is_hollow: bool = False
+) -> list[torch.nn.Parameter]:
     """Adds an adapter and returns its weights, which take gradients.
+
+    Args:
+        model: the model.
+        name: the adapter's.
+        config: peft's.
+        is_hollow: whether its weights are to have shapes alone, and take no memory.
 
     Raises:
         ValueError: if the name is taken, or the adapter is not plain LoRA that fits the model.
@@ -91,27 +106,19 @@ def add(model: Any, name: str, config: PeftConfig) -> list[torch.nn.Parameter]:
         raise ValueError(f"an adapter's name must be one without dots, got {name!r}")
     if not isinstance(config, LoraConfig):
         raise ValueError(f"an adapter must be a LoRA, got a {type(config).__name__}")
-    for option in ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
-        if getattr(config, option, None):
-            raise ValueError(
-                f"an adapter with {option} is not plain LoRA, which is switched on and off as a "
-                "whole and changes products alone"
-            )
-    if config.bias != "none":
-        raise ValueError(f'an adapter with bias={config.bias!r} changes the LM itself; use "none"')
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"an adapter with init_lora_weights={config.init_lora_weights!r} rewrites the LM's own "
-            "weights; convert it to plain LoRA (peft's path_initial_model_for_weight_conversion)"
-        )
+    check_plain(config)
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     known = dict(getattr(model, "peft_config", {}))
     try:
         with warnings.catch_warnings():
             # Several adapters on one model are what this module is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            with _float32_by_default():
-                inject_adapter_in_model(config, model, adapter_name=name)
+            # peft makes layers before it has them without weights, unless torch does so.
+            hollow = torch.device("meta") if is_hollow else contextlib.nullcontext()
+            with _float32_by_default(), hollow:
+                inject_adapter_in_model(
+                    config, model, adapter_name=name, low_cpu_mem_usage=is_hollow
+                )
         _check_embeddings(model, name)
     except BaseException:
         _restore(model, name, known, before)
@@ -183,7 +190,7 @@ def remove(model: Any, name: str) -> None:
     model.peft_config = {k: v for k, v in model.peft_config.items() if k != name}
 
 
-def state(model: Any, name: str) -> dict[str, torch.Tensor]:
+def state(model: Any, name: str, is_hollow: bool = False) -> dict[str, torch.Tensor]:
     """An adapter's weights, by the names that peft gives them in a file."""
     from peft import get_peft_model_state_dict
 
@@ -193,7 +200,9 @@ def state(model: Any, name: str) -> dict[str, torch.Tensor]:
         model, adapter_name=name, save_embedding_layers=False
     )
     return {
-        (k if k.startswith(_PREFIX) else _PREFIX + k): v.detach().cpu().contiguous()
+        (k if k.startswith(_PREFIX) else _PREFIX + k): (
+            v if is_hollow else v.detach().cpu().contiguous()
+        )
         for k, v in found.items()
     }
 
@@ -233,25 +242,15 @@ def scales(model: Any, name: str | None) -> list[float]:
     return [float(layer.scaling[name]) for layer in _layers(model) if name in layer.scaling]
 
 
-def save(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
-    """Writes an adapter as a folder that `PeftModel.from_pretrained` reads.
-
-    Raises:
-        OSError: if there can be no such folder; names it.
-    """
-    from safetensors.torch import save_file
-
-    target = Path(folder).expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        mend = "give a folder, which need not be there yet"
-        reason = f"the adapter cannot be saved ({error.strerror}); {mend}"
-        raise OSError(error.errno, reason, str(folder)) from error
-    model.peft_config[name].save_pretrained(str(target))
-    partial = target / (WEIGHTS + ".partial")
-    save_file(state(model, name), str(partial), metadata={"format": "pt"})
-    os.replace(partial, target / WEIGHTS)
+def files(model: Any, name: str) -> dict[str, bytes]:
+    """The files of a folder that `PeftModel.from_pretrained` reads, weights first."""
+    # As peft writes it, which has no way to get it but into a file.
+    options = {
+        k: sorted(v) if isinstance(v, set) else v
+        for k, v in model.peft_config[name].to_dict().items()
+    }
+    text = json.dumps(options, indent=2, sort_keys=True)
+    return {WEIGHTS: packed(state(model, name)), CONFIG: text.encode()}
 
 
 @torch.inference_mode(False)
@@ -261,32 +260,29 @@ def load(model: Any, name: str, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if a file is missing or corrupt, or the tensors are not the adapter's.
     """
-    from peft import PeftConfig, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from peft import set_peft_model_state_dict
 
     source = Path(folder).expanduser()
     for file in (CONFIG, WEIGHTS):
         if not (source / file).is_file():
-            raise ValueError(f"{source} is no adapter folder: {file} is missing")
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-        tensors = load_file(str(source / WEIGHTS))
-    except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"the adapter in {source} is corrupt: {error}") from error
+            raise ValueError(f"{shown(source)} is no adapter folder: {file} is missing")
+    config = adapter_configs.read(source / CONFIG)
+    tensors = unpacked(source / WEIGHTS)
+    what, misfit = f"the adapter in {shown(source)}", "does not fit this LM"
 
+    # A small file may ask for any rank, and weights of that would be made before they are compared.
+    # DoRA's are made of the LM's own, which has numbers.
+    trial = copy.deepcopy(config)
+    trial.use_dora = False
+    add(model, name, trial, is_hollow=True)
+    try:
+        own = {k: v for k, v in tensors.items() if not (config.use_dora and _OF_DORA in k)}
+        check_like(what, own, state(model, name, is_hollow=True), misfit)
+    finally:
+        remove(model, name)
     add(model, name, config)
     try:
-        expected = {k: tuple(v.shape) for k, v in state(model, name).items()}
-        found = {k: tuple(v.shape) for k, v in tensors.items()}
-        if expected != found:
-            differing = sorted(set(expected.items()) ^ set(found.items()))
-            raise ValueError(
-                f"the adapter in {source} does not fit this LM: "
-                f"{len(differing)} tensors differ in name or shape, for instance {differing[0]}"
-            )
-        if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
-            raise ValueError(f"the adapter in {source} is corrupt: it holds NaN or infinity")
+        check_like(what, tensors, state(model, name), misfit)
         set_peft_model_state_dict(
             model, {k.removeprefix(_PREFIX): v for k, v in tensors.items()}, adapter_name=name
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +33,7 @@ def check_format(
     if not isinstance(record, Mapping) or record.get("format") != form:
         raise ValueError(f"{path} is corrupt, or no {form}: it does not say so")
     found = record.get("version")
-    if isinstance(found, bool) or not isinstance(found, int):
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ValueError(f"{path} is corrupt: its version is {found!r}")
     if found > version or (found < version and not reads_older):
         reads = f"up to version {version}" if reads_older else f"version {version} alone"
@@ -38,3 +41,50 @@ def check_format(
             f"{path} is of version {found} of the format, and this langppl reads {reads}; use the "
             "langppl that wrote it"
         )
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: if it cannot be read, or is no JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    # Lists within lists end Python's stack.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is corrupt: {error}") from error
+
+
+def check_digests(folder: Path, digests: Any, names: Iterable[str]) -> None:
+    """Checks that files are those that were written together with a record.
+
+    Args:
+        folder: where they are.
+        digests: the sha256 of files by name, as the record has them; None in those of old.
+        names: the files.
+
+    Raises:
+        ValueError: if one is another.
+    """
+    if digests is None:
+        return
+    if not isinstance(digests, Mapping):
+        raise ValueError(f"the record in {shown(folder)} is corrupt: its digests are no mapping")
+    for name in names:
+        path = folder / name
+        if path.is_file() and digests.get(name) != digest(path.read_bytes()):
+            raise ValueError(
+                f"{name} in {shown(folder)} is not the one that was saved there last: the saving "
+                "was cut off, or the file was changed since; save it again"
+            )
+
+
+def digest(content: bytes) -> str:
+    """What tells a file's content from any other."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path that any file or terminal takes: names need not be Unicode on the disk."""
+    return os.fspath(path).encode(errors="backslashreplace").decode()

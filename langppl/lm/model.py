@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ import torch
 
 from langppl.lm import adapters, fingerprints, products
 from langppl.lm.comparing import check_padded
+from langppl.lm.files import write_folder
 from langppl.lm.filters import Watched
 from langppl.lm.kinds import check_kind, check_ordinary, check_parts
 from langppl.lm.loading import read_parts
@@ -559,10 +561,19 @@ class LM:
                 self.remove_adapter(name)
 
     @alone
-    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Writes an adapter as a plain PEFT folder (safetensors); KeyError if there is none."""
+    def adapter_files(self, name: str) -> dict[str, bytes]:
+        """What the files of a plain PEFT folder of an adapter hold; KeyError if there is none."""
         self._check_adapter(name)
-        adapters.save(self.model, name, folder)
+        return adapters.files(self.model, name)
+
+    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Writes an adapter as a plain PEFT folder (safetensors).
+
+        Raises:
+            KeyError: if there is none of that name.
+            OSError: if the folder cannot be written to; names it. What was there stays then.
+        """
+        write_folder(Path(folder).expanduser(), self.adapter_files(name), "adapter")
 
     @alone
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
