@@ -23,10 +23,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from langppl.guides import saved
 from langppl.guides.base import Guide, Key, Scorer
 from langppl.guides.context import ContextFunction, context_ids, default_context, observations_first
 from langppl.guides.guidance import Guidance, Reader, check_guidance
-from langppl.guides.heads import FLOW, Heads
+from langppl.guides.heads import FLOW, HEADS_FILE, Heads
 from langppl.guides.history import History
 from langppl.guides.identity import of_adapter, of_function, of_guidance, of_tensors
 from langppl.guides.keeping import Keeper
@@ -41,8 +42,8 @@ from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm import adapters
 from langppl.lm.counts import as_count, as_number, as_pair
-from langppl.lm.files import write_atomically
-from langppl.lm.formats import check_format
+from langppl.lm.files import write_folder
+from langppl.lm.formats import check_digests, digest
 from langppl.lm.model import LM
 from langppl.lm.requests import Reading, StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed, seeded
@@ -52,11 +53,10 @@ from langppl.program import Program, compile
 from langppl.program.arguments import ModelOrProgram, pairs_of, rows_in
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
-from langppl.records import floats, numbers
+from langppl.records import numbers
 from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
-_VERSION = 3
 _FORM_OF_GIVEN = (
     'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
     "posterior; for several observations a list of such, one for each"
@@ -545,14 +545,17 @@ class GFlowNetGuide(Guide):
 
         A context function, that of a guidance or a Pyro guide is code and is not saved: give it
         again to `load`.
+
+        Raises:
+            OSError: if the folder cannot be written to, or the disk is full; names the folder. A
+                guide that was there stays then.
         """
-        self.lm.save_adapter(self.adapter, folder)
-        self.heads.save(folder)
+        files = {**self.lm.adapter_files(self.adapter), HEADS_FILE: self.heads.packed()}
         packages = ("langppl", "torch", "transformers", "peft")
         without = None if self.guidance is None else self.guidance.without
         record = {
-            "format": "langppl-guide",
-            "version": _VERSION,
+            "format": saved.FORMAT,
+            "version": saved.VERSION,
             "base_model": self.lm.name,
             "base_fingerprint": self.lm.weights_fingerprint,
             "objective": self.objective,
@@ -569,9 +572,15 @@ class GFlowNetGuide(Guide):
             "steps": self.history.rows,
             "history": {figure: numbers(values) for figure, values in self.history.items()},
             "versions": {p: importlib.metadata.version(p) for p in packages},
+            # By which a saving that was cut off between two files is noticed.
+            "sha256": {
+                name: digest(content)
+                for name, content in files.items()
+                if content is not None and name in (adapters.WEIGHTS, HEADS_FILE)
+            },
         }
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_atomically(Path(folder).expanduser() / GUIDE_FILE, text, "guide")
+        write_folder(Path(folder).expanduser(), {**files, GUIDE_FILE: text}, "guide")
 
     @classmethod
     @torch.inference_mode(False)
@@ -608,51 +617,28 @@ class GFlowNetGuide(Guide):
         path = Path(folder).expanduser() / GUIDE_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is no guide folder: {GUIDE_FILE} is missing")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt: {error}") from error
-        check_format(path, record, "langppl-guide", _VERSION)
-        try:
-            base, fingerprint = record["base_model"], record["base_fingerprint"]
-            objective, seed = record["objective"], record["seed"]
-            plain = record["default_context"]
-            defensive = float(record.get("defensive", 0.0))
-            learned = {str(name) for name in record.get("sites", ())}
-            flows = {str(name) for name in record.get("flows", ())}
-            heads = {str(k): int(v) for k, v in record.get("heads", {}).items()}
-            # The first version drew numbers from the prior.
-            how = record.get("numeric", "prior")
-            named = str(record.get("context", ""))
-            scale, named_without = record.get("guidance"), record.get("without")
-            # Older ones have none.
-            history = History(
-                {
-                    str(figure): floats(values) or ()
-                    for figure, values in record.get("history", {}).items()
-                }
-            )
-            check_objective(objective)
-        except (AttributeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is corrupt: {error}") from error
-        if not lm.has_weights(fingerprint):
+        own = saved.read(path)
+        if not lm.has_weights(own.fingerprint):
             raise ValueError(
-                f"the guide in {folder} was trained on {base!r} (fingerprint {fingerprint}), and "
-                f"{lm!r} has other weights (fingerprint {lm.weights_fingerprint})"
+                f"the guide in {folder} was trained on {own.base!r} (fingerprint "
+                f"{own.fingerprint}), and {lm!r} has other weights (fingerprint "
+                f"{lm.weights_fingerprint})"
             )
-        context = _context_of(folder, named, plain, context)
-        guidance = _guidance_of(path, scale, named_without, without)
-        if how == "pyro" and numeric is None:
+        used = (adapters.WEIGHTS, *([HEADS_FILE] if own.heads else []))
+        check_digests(path.parent, own.digests, used)
+        context = _context_of(folder, own.context, own.is_default, context)
+        guidance = _guidance_of(path, own.scale, own.without, without)
+        if own.numeric == "pyro" and numeric is None:
             raise ValueError(
                 f"the guide in {folder} was made with a Pyro guide for numbers; give it to load"
             )
         self = cls.__new__(cls)
-        how_numbers = how if numeric is None else numeric
-        self._setup(lm, context, guidance, objective, how_numbers, seed)
-        self.defensive = defensive
-        self.history = history
-        self.learned, self.flows = learned, flows
-        self.heads.load(folder, heads)
+        how_numbers = own.numeric if numeric is None else numeric
+        self._setup(lm, context, guidance, own.objective, how_numbers, own.seed)
+        self.defensive = own.defensive
+        self.history = own.history
+        self.learned, self.flows = own.learned, own.flows
+        self.heads.load(folder, own.heads)
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self

@@ -9,6 +9,7 @@ which trajectory balance learns (Malkin et al. 2022, arXiv 2201.13259).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from langppl.lm.files import write_atomically
+from langppl.lm.counts import as_count
+from langppl.lm.formats import shown
 from langppl.lm.seeds import seeded
+from langppl.lm.tensors import check_like, packed, unpacked
 
 FLOW = "flow"
 HEADS_FILE = "heads.safetensors"
@@ -29,6 +32,8 @@ _FAMILIES: dict[type, tuple[str, int]] = {
     dist.Gamma: ("gamma", 2),
     dist.Normal: ("normal", 2),
 }
+_NAME = re.compile(rf"{FLOW}|[a-z]+-\d+(x\d+)?")
+_MOST = 2**31
 _SAME = 1e-5
 """Spread of normalised states below which they count as one and the same."""
 _WIDEST = 6.0
@@ -180,44 +185,54 @@ class Heads(nn.Module):
         """Name and count of each head, by which they can be made again."""
         return {n: m[-1].out_features for n, m in self.made.items()}  # type: ignore[index]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the heads' weights (safetensors); nothing if there are none.
-
-        Raises:
-            OSError: if the file cannot be written; names it.
-        """
-        from safetensors.torch import save
-
-        path = Path(folder).expanduser() / HEADS_FILE
-        if not self.made:
-            path.unlink(missing_ok=True)
-            return
-        tensors = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        write_atomically(path, save(tensors), "guide's heads")
+    def packed(self) -> bytes | None:
+        """The content of the heads' file; None if there are none, and so no file."""
+        return packed(self.state_dict()) if self.made else None
 
     def load(self, folder: str | os.PathLike[str], specification: Mapping[str, int]) -> None:
-        """Reads what `save` wrote.
+        """Reads a file of what `packed` gave.
+
+        Args:
+            folder: where it is.
+            specification: the heads that it is to have (`specification_of`).
 
         Raises:
             ValueError: if the file is missing, corrupt or of other heads.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        for name, count in specification.items():
-            self.ensure(name, count)
         if not specification:
             return
         path = Path(folder).expanduser() / HEADS_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is no whole guide folder: {HEADS_FILE} is missing")
-        try:
-            tensors = load_file(str(path))
-            self.load_state_dict(tensors)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} is corrupt: {error}") from error
-        if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
-            raise ValueError(f"{path} is corrupt: it holds NaN or infinity")
+            raise ValueError(f"{shown(folder)} is no whole guide folder: {HEADS_FILE} is missing")
+        tensors = unpacked(path)
+        check_like(shown(path), tensors, self.expected(specification))
+        for name, count in specification.items():
+            self.ensure(name, count)
+        self.load_state_dict(tensors)
+
+    def expected(self, specification: Mapping[str, int]) -> dict[str, Tensor]:
+        """What heads would have for tensors, by shape alone: they take no memory."""
+        with torch.device("meta"):
+            hollow = Heads(self.width, self.seed)
+            for name, count in specification.items():
+                hollow.ensure(name, count)
+        return hollow.state_dict()
+
+
+def specification_of(record: Any) -> dict[str, int]:
+    """Name and count of each head, as a file has them.
+
+    Raises:
+        ValueError: if these are none.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"heads must be counts by names, got {record!r}")
+    for name, count in record.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"there is no head {name!r}")
+        if as_count(f"the count of head {name!r}", count, 1) >= _MOST:
+            raise ValueError(f"the count of head {name!r} must be below {_MOST}, got {count}")
+    return dict(record)
 
 
 def _parameters(base: Any) -> list[Tensor]:

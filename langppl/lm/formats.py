@@ -31,15 +31,15 @@ def check_format(
         ValueError: if it is not.
     """
     if not isinstance(record, Mapping) or record.get("format") != form:
-        raise ValueError(f"{path} is corrupt, or no {form}: it does not say so")
+        raise ValueError(f"{shown(path)} is corrupt, or no {form}: it does not say so")
     found = record.get("version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(f"{path} is corrupt: its version is {found!r}")
+        raise ValueError(f"{shown(path)} is corrupt: its version is {found!r}")
     if found > version or (found < version and not reads_older):
         reads = f"up to version {version}" if reads_older else f"version {version} alone"
         raise ValueError(
-            f"{path} is of version {found} of the format, and this langppl reads {reads}; use the "
-            "langppl that wrote it"
+            f"{shown(path)} is of version {found} of the format, and this langppl reads {reads}; "
+            "use the langppl that wrote it"
         )
 
 
@@ -75,8 +75,8 @@ def check_digests(folder: Path, digests: Any, names: Iterable[str]) -> None:
         path = folder / name
         if path.is_file() and digests.get(name) != digest(path.read_bytes()):
             raise ValueError(
-                f"{name} in {shown(folder)} is not the one that was saved there last: the saving "
-                "was cut off, or the file was changed since; save it again"
+                f"{shown(path)} is corrupt: it is not what was saved there last, as the saving was "
+                "cut off or the file was changed since; save it again"
             )
 
 

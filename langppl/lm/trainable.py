@@ -14,8 +14,8 @@ import torch
 
 from langppl.lm import adapters
 from langppl.lm.counts import as_count
-from langppl.lm.files import write_atomically
-from langppl.lm.formats import check_format
+from langppl.lm.files import write_folder
+from langppl.lm.formats import check_digests, check_format, digest, read_json, shown
 from langppl.lm.requests import alone
 from langppl.lm.seeds import as_seed, seeded
 
@@ -113,8 +113,13 @@ class TrainableLM:
         self._add()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a standard PEFT adapter folder (safetensors), and beside it `trainable.json`."""
-        self.lm.save_adapter(self.adapter, folder)
+        """Writes a standard PEFT adapter folder (safetensors), and beside it `trainable.json`.
+
+        Raises:
+            OSError: if the folder cannot be written to, or the disk is full; names the folder. A
+                view that was there stays then.
+        """
+        files = self.lm.adapter_files(self.adapter)
         packages = ("langppl", "torch", "transformers", "peft")
         record = {
             "format": _FORMAT,
@@ -123,9 +128,11 @@ class TrainableLM:
             "base_model": self.lm.name,
             "base_fingerprint": self.lm.weights_fingerprint,
             "versions": {p: importlib.metadata.version(p) for p in packages},
+            # By which a saving that was cut off between two files is noticed.
+            "sha256": {adapters.WEIGHTS: digest(files[adapters.WEIGHTS])},
         }
-        path = Path(folder).expanduser() / TRAINABLE_FILE
-        write_atomically(path, json.dumps(record, indent=2) + "\n", "trainable view")
+        text = json.dumps(record, indent=2) + "\n"
+        write_folder(Path(folder).expanduser(), {**files, TRAINABLE_FILE: text}, "trainable view")
 
     def load(self, folder: str | os.PathLike[str]) -> TrainableLM:
         """Takes the weights of a folder that `save` wrote, or of any plain LoRA folder of PEFT's.
@@ -156,20 +163,17 @@ class TrainableLM:
         return self
 
     def _check_base(self, path: Path) -> None:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is corrupt: {error}") from error
+        record = read_json(path)
         check_format(path, record, _FORMAT, _VERSION)
-        try:
-            base, fingerprint = record["base_model"], record["base_fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is corrupt: {error}") from error
+        base, fingerprint = record.get("base_model"), record.get("base_fingerprint")
+        if not isinstance(fingerprint, str):
+            raise ValueError(f"{shown(path)} is corrupt: its base_fingerprint is {fingerprint!r}")
         if not self.lm.has_weights(fingerprint):
             raise ValueError(
                 f"the adapter in {path.parent} was fitted on {base!r} (fingerprint {fingerprint}), "
                 f"and {self.lm!r} has other weights (fingerprint {self.lm.weights_fingerprint})"
             )
+        check_digests(path.parent, record.get("sha256"), [adapters.WEIGHTS])
 
 
 def get_trainable(

@@ -1,0 +1,125 @@
+"""What a saved guide's record says of it; the file may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from langppl.guides.heads import specification_of
+from langppl.guides.history import History
+from langppl.guides.settings import check_objective
+from langppl.lm.counts import as_number
+from langppl.lm.formats import check_format, read_json, shown
+from langppl.lm.seeds import as_seed
+from langppl.records import floats
+
+FORMAT = "langppl-guide"
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The record of a guide; see `GFlowNetGuide` for what most of it means.
+
+    Attributes:
+        base: the LM's name.
+        fingerprint: of its weights.
+        is_default: whether the context is the default one.
+        context: the context function's name.
+        scale: of its guidance, None for none.
+        without: the name of the guidance's own function, None for none.
+        numeric: "head", "prior", or "pyro" for a Pyro guide.
+        heads: name and count of each head.
+        digests: those of the files beside it, None in those of old.
+    """
+
+    base: str
+    fingerprint: str
+    objective: str
+    seed: int
+    is_default: bool
+    context: str
+    scale: Any
+    without: str | None
+    numeric: str
+    defensive: float
+    learned: set[str]
+    flows: set[str]
+    heads: dict[str, int]
+    history: History
+    digests: Any
+
+
+def read(path: Path) -> Saved:
+    """Reads a guide's record.
+
+    Raises:
+        ValueError: if it is corrupt, or of a version that this langppl does not read.
+    """
+    record = read_json(path)
+    check_format(path, record, FORMAT, VERSION)
+    try:
+        check_objective(record["objective"])
+        without = record.get("without")
+        return Saved(
+            base=_text("base_model", record["base_model"]),
+            fingerprint=_text("base_fingerprint", record["base_fingerprint"]),
+            objective=record["objective"],
+            seed=as_seed(record["seed"]),
+            is_default=_flag("default_context", record["default_context"]),
+            context=_text("context", record.get("context", "")),
+            scale=record.get("guidance"),
+            without=None if without is None else _text("without", without),
+            # The first version drew numbers from the prior.
+            numeric=_numeric(record.get("numeric", "prior")),
+            defensive=_share("defensive", record.get("defensive", 0.0)),
+            learned=_names("sites", record.get("sites", [])),
+            flows=_names("flows", record.get("flows", [])),
+            heads=specification_of(record.get("heads", {})),
+            # Older ones have none.
+            history=_history(record.get("history", {})),
+            digests=record.get("sha256"),
+        )
+    except KeyError as error:
+        raise ValueError(f"{shown(path)} is corrupt: it lacks {error}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{shown(path)} is corrupt: {error}") from error
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def _share(name: str, value: Any) -> float:
+    found = as_number(name, value)
+    if not 0.0 <= found < 1.0:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+    return found
+
+
+def _names(name: str, value: Any) -> set[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list of names, got {value!r}")
+    return {_text(f"each of {name}", v) for v in value}
+
+
+def _numeric(value: Any) -> str:
+    if value not in ("head", "prior", "pyro"):
+        raise ValueError(f'numeric must be "head", "prior" or "pyro", got {value!r}')
+    return str(value)
+
+
+def _history(value: Any) -> History:
+    if not isinstance(value, Mapping) or not all(isinstance(v, list) for v in value.values()):
+        raise ValueError("history must have a list of numbers for each figure")
+    return History({figure: floats(values) or () for figure, values in value.items()})
