@@ -7,13 +7,14 @@ whenever a process dies, the newest whole folder is the state after some step, n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 
 from langppl.distributions import LMChoice, LMString
-from langppl.lm.formats import check_format
+from langppl.lm.counts import as_count
+from langppl.lm.formats import check_format, read_json
+from langppl.lm.tensors import check_like, packed, unpacked
 from langppl.program import Program
 
 RECORD = "record.json"
@@ -29,6 +32,7 @@ TENSORS = "tensors.safetensors"
 _FORMAT = "langppl-checkpoint"
 _VERSION = 6
 _NAME = re.compile(r"step-\d{8,}")
+_LOCK = ".lock"
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -51,31 +55,107 @@ def write(
     Raises:
         OSError: if the folder cannot be written to, or the disk is full; names the folder.
     """
-    from safetensors.torch import save_file
-
-    whole = folder / f"step-{step:08d}"
+    whole = folder / _folder_of(step)
     partial = folder / f"{whole.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if partial.exists():
-            shutil.rmtree(partial)
+            _discard(partial)
         partial.mkdir()
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(partial / TENSORS)
-        )
+        (partial / TENSORS).write_bytes(packed(tensors))
         content = {"format": _FORMAT, "version": _VERSION, "step": step, **record}
         (partial / RECORD).write_text(json.dumps(content) + "\n", encoding="utf-8")
         for path in (partial / TENSORS, partial / RECORD, partial):
             _flush(path)
         if whole.exists():
-            shutil.rmtree(whole)
+            _discard(whole)
         os.replace(partial, whole)
         _flush(folder)
-    except Exception as error:  # safetensors has errors of its own for a full disk
+    except OSError as error:
         raise OSError(f"cannot write a checkpoint to {folder}: {error}") from error
-    for other in folder.glob("step-*"):
-        if other != whole and _NAME.fullmatch(other.name.removesuffix(".partial")):
-            shutil.rmtree(other, ignore_errors=True)
+    for other, done in _kept_in(folder):
+        # Later steps are none of this training's.
+        if done < step:
+            _discard(other)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder of checkpoints, as far as it holds nothing else."""
+    for path, _ in _kept_in(folder):
+        _discard(path)
+    with contextlib.suppress(OSError):
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _kept_in(folder: Path) -> list[tuple[Path, int]]:
+    """The checkpoints in a folder, parts of such too, with their steps."""
+    found = [(p, p.name.removesuffix(".partial")) for p in folder.glob("step-*")]
+    return [(p, int(n.removeprefix("step-"))) for p, n in found if _NAME.fullmatch(n)]
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint; what else somebody put there stays, and the folder with it."""
+    with contextlib.suppress(OSError):
+        for name in (RECORD, TENSORS):
+            (path / name).unlink(missing_ok=True)
+        path.rmdir()
+
+
+class Claim:
+    """The right of one training to a folder, which ends with it or with the process.
+
+    Two that write to one folder would remove each other's checkpoints.
+
+    Args:
+        folder: of checkpoints; made if it is not there. Where it cannot be written to there is
+            nothing to claim.
+
+    Raises:
+        OSError: if another training has it; names the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from filelock import FileLock, Timeout
+
+        self._lock: Any = None
+        self._folder, self._is_new = folder, not folder.exists()
+        path = folder / _LOCK
+        lock = FileLock(path, thread_local=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            # Whoever ends removes the file, which may be the one that was just opened.
+            if not path.exists():
+                lock.release()
+                raise Timeout(str(path))
+        except Timeout:
+            raise OSError(
+                errno.EBUSY,
+                "another training writes its checkpoints here; wait until it ends, or give "
+                "another folder",
+                str(folder),
+            ) from None
+        except (OSError, NotImplementedError):
+            return
+        self._lock = lock
+
+    def release(self) -> None:
+        """Leaves the folder to others."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            (self._folder / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+        if self._is_new:
+            # Nothing was written to it.
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+
+def _folder_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -124,22 +204,39 @@ def read(folder: Path) -> tuple[int, dict[str, Any], dict[str, torch.Tensor]] | 
     Raises:
         ValueError: if it is damaged, or of another version.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     found = sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
     if not found:
         return None
-    path = found[-1]
+    path = max(found, key=lambda p: int(p.name.removeprefix("step-")))
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(path / RECORD)
+    except ValueError as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
     check_format(path / RECORD, record, _FORMAT, _VERSION, reads_older=False)
     try:
-        return int(record["step"]), record, load_file(str(path / TENSORS))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        step = as_count("step", record.get("step"), 0)
+        if path.name != _folder_of(step):
+            raise ValueError(f"its record is of step {step}")
+        return step, record, unpacked(path / TENSORS)
+    except ValueError as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def checking(folder: Path, what: str) -> Iterator[None]:
+    """Within the block, whatever a record's content leads to is said to be the folder's fault.
+
+    Args:
+        folder: of the checkpoint.
+        what: "training" or "run".
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"the checkpoint in {folder} is of another {what}, or damaged: {error}; give another "
+            "folder"
+        ) from error
 
 
 def check_whole(folder: Path, record: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -171,6 +268,34 @@ def state_of(
         for key, value in optimiser.state.get(p, {}).items():
             tensors[f"{key} {name}"] = value
     return tensors
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    named: Mapping[str, torch.Tensor],
+    more: Mapping[str, torch.Tensor],
+) -> None:
+    """Checks what `state_of` gave, before `restore` takes it over.
+
+    Args:
+        tensors: those of the checkpoint.
+        named: the weights in whose places they are to be, or their shapes alone.
+        more: whatever else the checkpoint must have, by its names there.
+
+    Raises:
+        ValueError: if a tensor is missing, unknown, of another shape or kind, or not finite, or
+            Adam could not go on with it.
+    """
+    expected = {f"weight {name}": p for name, p in named.items()} | dict(more)
+    for name, p in named.items():
+        # Adam knows nothing yet of weights that had no gradient.
+        if any(f"{key} {name}" in tensors for key in _OF_ADAM):
+            expected |= {f"{key} {name}": p for key in _OF_ADAM[1:]}
+            expected[f"step {name}"] = torch.zeros((), dtype=torch.float32)
+    check_like("it", tensors, expected, "does not fit")
+    for key in (f"{kind} {name}" for name in named for kind in ("step", "exp_avg_sq")):
+        if key in tensors and bool((tensors[key] < 0).any()):
+            raise ValueError(f"{key!r} is below 0")
 
 
 def restore(

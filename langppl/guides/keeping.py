@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from langppl.distributions import StringDistribution
 from langppl.guides import checkpoints
+from langppl.guides.heads import specification_of
 from langppl.guides.history import History
 from langppl.guides.trajectories import Draw, from_records, to_record
 from langppl.lm import adapters
+from langppl.lm.counts import as_count, as_number
 from langppl.posterior import Posterior
 from langppl.program import Program
 from langppl.program.program import lms_of
@@ -65,6 +67,8 @@ class Keeper:
         is_first: bool = True,
     ) -> None:
         self.folder = None if checkpoint is None else checkpoints.place(checkpoint)
+        self._is_first = is_first
+        self._claim: checkpoints.Claim | None = None
         self._digests: dict[str, str] = {}
         self._writer: Any = None
         if tensorboard is not None:
@@ -86,7 +90,9 @@ class Keeper:
                 self._writer.add_scalar(f"langppl/{name}", value, int(figures["step"]))
 
     def close(self) -> None:
-        """Flushes what was written."""
+        """Flushes what was written, and leaves the folder to others."""
+        if self._claim is not None:
+            self._claim.release()
         if self._writer is not None:
             self._writer.close()
 
@@ -149,10 +155,13 @@ class Keeper:
         """Reads the newest checkpoint, if there is one; returns the steps done.
 
         Raises:
-            ValueError: if it is of another training, or damaged.
+            ValueError: if it is of another training, or damaged; nothing has changed then.
+            OSError: if another training is writing to the folder.
         """
         if self.folder is None:
             return 0
+        if self._is_first:
+            self._claim = checkpoints.Claim(self.folder)
         found = checkpoints.read(self.folder)
         _forget_scores(trainer)
         if found is None:
@@ -172,8 +181,12 @@ class Keeper:
             self.folder, record["settings"], self._described(trainer), "training"
         )
         guide = trainer.guide
-        guide.heads.keep_only(record["heads"])
-        for name, count in record["heads"].items():
+        with checkpoints.checking(self.folder, "training"):
+            heads = _check(trainer, step, record, tensors)
+            history = History(record["history"])
+            states = {int(k): state for k, state in record["observations"].items()}
+        guide.heads.keep_only(heads)
+        for name, count in heads.items():
             guide.heads.ensure(name, count)
         guide.heads.to(trainer.lm.device)
         trainer.take_heads()
@@ -188,7 +201,7 @@ class Keeper:
             trainer.best = (record["best"], weights)
         trainer.mean.restore(record["averaged"], tensors, trainer.lm.device)
         trainer.waited, trainer.is_over = record["waited"], record["is_over"]
-        guide.history = History(record["history"])
+        guide.history = history
         trainer.learned |= set(record["learned"])
         trainer.flows |= set(record["flows"])
         for k in record["met"]:
@@ -196,7 +209,6 @@ class Keeper:
         for k in record["leads"]:
             # Before scores are forgotten: others are compiled like it, now or later.
             _ = trainer.observations[k].program
-        states = {int(k): state for k, state in record["observations"].items()}
         for k, state in states.items():
             trainer.observations[k].asleep = state
         kept = [(s["since"], k) for k, s in states.items() if s["since"] is not None]
@@ -245,6 +257,70 @@ class Keeper:
             described["weights"] = trainer.weights.tolist()
         found: dict[str, Any] = json.loads(json.dumps(described))
         return found
+
+
+def _check(
+    trainer: Trainer, step: int, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, int]:
+    """Checks all that a resumed training takes over; returns the heads it is to have.
+
+    Raises:
+        Exception: of the kinds that `checkpoints.checking` knows, if something cannot be so.
+    """
+    heads = specification_of(record["heads"])
+    expected = trainer.guide.heads.expected(heads)
+    buffers = {n for n, _ in trainer.guide.heads.named_buffers()}
+    named: dict[str, torch.Tensor] = dict(trainer.named)
+    named |= {f"heads.{n}": t for n, t in expected.items() if n not in buffers}
+    more = {f"buffer {n}": expected[n] for n in buffers}
+    if record["best"] is not None:
+        as_number("best", record["best"])
+        more |= {f"best {n}": p for n, p in named.items() if f"best {n}" in tensors}
+    for name, count in record["averaged"].items():
+        as_count(f"the steps of the mean of {name!r}", count, 1)
+        more[f"mean {name}"] = named[name]
+    checkpoints.check_tensors(tensors, named, more)
+    if step > trainer.settings.steps:
+        raise ValueError(f"its step is {step}, of {trainer.settings.steps}")
+    if History(record["history"]).rows < step:
+        raise ValueError(f"its history ends before step {step}")
+    as_count("waited", record["waited"], 0)
+    if not isinstance(record["is_over"], bool):
+        raise ValueError(f"is_over is {record['is_over']!r}")
+    for what in ("learned", "flows"):
+        names = record[what]
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{what} must be a list of names, got {names!r}")
+    states = {int(k): state for k, state in record["observations"].items()}
+    for k in (*record["met"], *record["leads"], *states):
+        if as_count("a row's number", k, 0) >= len(trainer.observations):
+            raise ValueError(f"it has a row {k}, and there are {len(trainer.observations)}")
+    for k, state in states.items():
+        _check_row(k, state)
+    return heads
+
+
+def _check_row(number: int, state: Any) -> None:
+    """Raises an exception if this is nothing that `wake` can take over."""
+    lists = [state[what] for what in ("contexts", "buffer", "ready", "again", "anchors")]
+    if state["given"] is not None:
+        lists.append(state["given"])
+    if not all(isinstance(own, list) for own in lists):
+        raise ValueError(f"row {number} has no lists of draws")
+    draws = []
+    for weight, draw in state["buffer"]:
+        as_number("a draw's weight", weight)
+        draws.append(draw)
+    for draw in (*draws, *state["ready"], *state["again"], *(state["given"] or ())):
+        for place in draw["contexts"].values():
+            if as_count("a context's number", place, 0) >= len(state["contexts"]):
+                raise ValueError(f"row {number} has no context {place}")
+    for piece, power, log_z in state["anchors"]:
+        as_count("a piece's number", piece, -1)
+        as_number("a power", power)
+        as_number("log Z", log_z)
+    if state["since"] is not None:
+        as_count("a row's last step", state["since"], -1)
 
 
 def _owned(trainer: Trainer) -> list[int]:
@@ -338,6 +414,20 @@ def wake(observation: Observation) -> None:
         ]
         return from_records(observation.program, found)
 
+    try:
+        _take_over(observation, state, draws_of)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"the checkpoint's draws of a row are of another training, or damaged: {error}; give "
+            "another folder"
+        ) from error
+
+
+def _take_over(
+    observation: Observation,
+    state: Mapping[str, Any],
+    draws_of: Callable[[Sequence[Mapping[str, Any]]], list[Draw]],
+) -> None:
     draws = draws_of([d for _, d in state["buffer"]])
     for (weight, _), draw in zip(state["buffer"], draws, strict=True):
         observation.buffer.add(draw.key, weight, draw, draw.tokens)

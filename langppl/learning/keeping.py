@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,32 @@ import torch
 
 from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule, checkpoints
 from langppl.guides.checkpoints import plain
+from langppl.guides.heads import specification_of
 from langppl.guides.identity import of_guidance
 from langppl.inference.methods import infer
 from langppl.inference.settings import options_in_words
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import LM
+from langppl.lm.counts import as_count
 from langppl.program import Program
 from langppl.program.arguments import pairs_of
 
 _NO_SETTINGS = ("callback", "tensorboard", "validation")
 """Options that watch a guide's training, and its data, which are compared apart."""
+
+
+_OF_GUIDE = re.compile(r"guide-\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfGuide:
+    """What a run's checkpoint has of its guide, but tensors."""
+
+    heads: dict[str, int]
+    history: History
+    learned: set[str]
+    flows: set[str]
 
 
 class Keeper:
@@ -52,6 +67,7 @@ class Keeper:
         self.guide = guide if isinstance(guide, GFlowNetGuide) else None
         self.guide_name = None if guide is None else guide.name
         self.lms = lms
+        self._claim: checkpoints.Claim | None = None
         self.has_begun = False
         """Whether `resume` found what an earlier run has written."""
 
@@ -128,35 +144,76 @@ class Keeper:
             }
         checkpoints.write(self.folder, done, record, tensors)
         for other in self.folder.glob("guide-*"):
-            shutil.rmtree(other, ignore_errors=True)
+            # Others of such a name are the user's, as is what they put into these.
+            if _OF_GUIDE.fullmatch(other.name) and not other.is_symlink():
+                checkpoints.clear(other)
 
     def resume(self, described: Mapping[str, Any]) -> History:
         """Reads the newest checkpoint, if there is one; returns the history so far.
 
         Raises:
-            ValueError: if it is of another run, or damaged.
+            ValueError: if it is of another run, or damaged; nothing has changed then.
+            OSError: if another run is writing to the folder.
         """
         if self.folder is None:
             return History()
+        self._claim = checkpoints.Claim(self.folder)
         found = checkpoints.read(self.folder)
         self._forget_scores()
         if found is None:
             return History()
-        self.has_begun = True
-        _, record, tensors = found
+        step, record, tensors = found
         checkpoints.check_whole(self.folder, record, ("settings", "history", "steps"))
         checkpoints.check_same(self.folder, record["settings"], described, "run")
+        with checkpoints.checking(self.folder, "run"):
+            history, own = self._check(step, record, tensors)
+        self.has_begun = True
         checkpoints.restore(self.maximiser.named, self.maximiser.optimiser, tensors)
         self.maximiser.done = record["steps"]
+        if self.guide is not None and own is not None:
+            self._restore_guide(self.guide, own, tensors)
+        return history
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        if self._claim is not None:
+            self._claim.release()
+
+    def _check(
+        self, step: int, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[History, _OfGuide | None]:
+        """Checks all that a resumed run takes over; returns the histories and what is a guide's.
+
+        Raises:
+            Exception: of the kinds that `checkpoints.checking` knows, if something cannot be so.
+        """
+        as_count("steps", record["steps"], 0)
+        history = History(record["history"])
+        if history.rows != step or step > record["settings"]["rounds"] + 1:
+            raise ValueError(f"its history has {history.rows} rounds after round {step}")
+        own, more = None, {}
         if self.guide is not None:
-            self._restore_guide(self.guide, record["guide"], tensors)
-        return History(record["history"])
+            found = record["guide"]
+            names = (found["learned"], found.get("flows", []))
+            if not all(isinstance(n, list) and all(isinstance(s, str) for s in n) for n in names):
+                raise ValueError(f"the guide's latents must be lists of names, got {names!r}")
+            own = _OfGuide(
+                specification_of(found["heads"]),
+                History(found["history"]),
+                set(names[0]),
+                set(names[1]),
+            )
+            more = {f"guide {n}": p for n, p in _adapter_of(self.guide).items()}
+            heads = self.guide.heads.expected(own.heads)
+            more |= {f"heads {n}": t for n, t in heads.items()}
+        checkpoints.check_tensors(tensors, self.maximiser.named, more)
+        return history, own
 
     def _restore_guide(
-        self, guide: GFlowNetGuide, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+        self, guide: GFlowNetGuide, own: _OfGuide, tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        guide.heads.keep_only(record["heads"])
-        for name, count in record["heads"].items():
+        guide.heads.keep_only(own.heads)
+        for name, count in own.heads.items():
             guide.heads.ensure(name, count)
         guide.heads.load_state_dict(
             {n.removeprefix("heads "): t for n, t in tensors.items() if n.startswith("heads ")}
@@ -165,9 +222,9 @@ class Keeper:
         with torch.no_grad():
             for name, p in _adapter_of(guide).items():
                 p.copy_(tensors[f"guide {name}"])
-        guide.history = History(record["history"])
-        guide.learned = set(record["learned"])
-        guide.flows = set(record.get("flows", ()))
+        guide.history = own.history
+        guide.learned = own.learned
+        guide.flows = own.flows
 
     def _forget_scores(self) -> None:
         # A resumed run remembers no scores, and a batch's others move a score's last bits.

@@ -262,6 +262,12 @@ class _Run:
 
     def go(self, keeper: Keeper, described: Mapping[str, Any]) -> None:
         """Does the rounds that are not done yet."""
+        try:
+            self._go(keeper, described)
+        finally:
+            keeper.close()
+
+    def _go(self, keeper: Keeper, described: Mapping[str, Any]) -> None:
         self.history = keeper.resume(described)
         if not keeper.has_begun:
             keeper.write(0, self.history, described)  # what cannot be written is found out now

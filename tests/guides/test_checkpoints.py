@@ -154,7 +154,7 @@ def test_a_disk_without_room_for_two_is_an_error_before_the_first_step(
         trained(new)
     assert said.value.errno == errno.ENOSPC
     assert f"{1.9 * size / 1e6:.1f} MB are free" in str(said.value)
-    assert (asked, len(steps)) == ([tmp_path], 2) and not new.exists()
+    assert (asked, len(steps)) == ([new], 2) and not new.exists()
     with_free(monkeypatch, 2.01 * size)
     trained(new)
     assert len(steps) == 4
