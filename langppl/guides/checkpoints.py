@@ -246,10 +246,10 @@ def check_whole(folder: Path, record: Mapping[str, Any], keys: Iterable[str]) ->
         raise ValueError(f"the checkpoint in {folder} is damaged: it lacks {', '.join(missing)}")
 
 
-def check_same(
-    folder: Path, known: Mapping[str, Any], described: Mapping[str, Any], what: str
-) -> None:
-    """Raises ValueError if a record is of a training or run (`what`) with other settings."""
+def check_same(folder: Path, known: Any, described: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError if a record's settings are not those of the training or run (`what`)."""
+    if not isinstance(known, Mapping):
+        raise ValueError(f"the checkpoint in {folder} is damaged: its settings are {known!r}")
     other = [k for k in {**described, **known} if described.get(k) != known.get(k)]
     if other:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Rounds that are killed go on from the last one, and end as if they had not been."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import langppl as lp
 from langppl.guides import checkpoints
@@ -347,3 +349,30 @@ def test_objects_among_the_arguments_do_not_tell_where_they_are():
     assert checkpoints.plain(first) != checkpoints.plain(first[1:])
     assert checkpoints.plain({"b", "a"}) == checkpoints.plain({"a", "b"})
     assert checkpoints.plain({"b", "a"}) != checkpoints.plain({"b", "c"})
+
+
+def test_only_what_it_wrote_is_removed(tmp_path):
+    theirs = ("guide-v1", "guide-", "guide-2b", "guide-7")
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text("precious")
+    run(tmp_path, "prior")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*sorted(theirs), "step-00000003"]
+    assert all((tmp_path / name / "adapter_model.safetensors").is_file() for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"history": "x"}, {"steps": -1}, {"steps": math.inf}, {"history": {}}, "weights"]
+)
+def test_a_checkpoint_that_no_run_wrote_changes_nothing(tmp_path, damage):
+    run(tmp_path, "prior")
+    path = tmp_path / "step-00000003"
+    if damage == "weights":
+        tensors = load_file(path / "tensors.safetensors")
+        name = next(k for k in tensors if k.startswith("weight "))
+        save_file({**tensors, name: tensors[name] * math.nan}, path / "tensors.safetensors")
+    else:
+        record = json.loads((path / "record.json").read_text())
+        (path / "record.json").write_text(json.dumps({**record, **damage}))
+    with pytest.raises(ValueError, match="is of another run, or damaged"):
+        run(tmp_path, "prior")
