@@ -191,7 +191,8 @@ class Keeper:
         history = History(record["history"])
         if history.rows != step or step > record["settings"]["rounds"] + 1:
             raise ValueError(f"its history has {history.rows} rounds after round {step}")
-        own, more = None, {}
+        own: _OfGuide | None = None
+        more: dict[str, torch.Tensor] = {}
         if self.guide is not None:
             found = record["guide"]
             names = (found["learned"], found.get("flows", []))
