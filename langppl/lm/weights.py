@@ -297,7 +297,7 @@ def check_index(index: Path) -> set[str]:
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise ValueError(
                 f"{str(index)!r} names the weights {shard!r}; langppl loads safetensors from "
-                "beside the index only, by a plain name that ends in .safetensors. If you trust the "
+                "beside the index only, by plain names that end in .safetensors. If you trust the "
                 "files, load the model by transformers and save it anew by `save_pretrained`."
             )
     return shards
