@@ -611,10 +611,10 @@ def test_a_schema_of_mappings_and_sequences_of_any_kind() -> None:
 def test_a_lark_regex_that_is_never_closed_is_no_long_search() -> None:
     began = time.process_time()
     with pytest.raises(ValueError, match="does not compile"):
-        lark('start: "x"\nA: /' + "[a]" * 23)
+        lp.lark('start: "x"\nA: /' + "[a]" * 23)
     assert time.process_time() - began < 1.0
     # A class may hold what would end the regex, or speak of tokens.
-    assert log_matches("/", lark("start: /[<[1]>\\/]/")) == 0.0
+    assert lp.log_matches("/", lp.lark("start: /[<[1]>\\/]/")) == 0.0
 
 
 def test_schemas_without_end_are_named() -> None:
@@ -625,4 +625,4 @@ def test_schemas_without_end_are_named() -> None:
         deep = {"type": "array", "items": deep}
     for schema in (endless, deep, '{"items":' * 99999):
         with pytest.raises(ValueError, match=r"nested too deeply, or within itself; .*\$ref"):
-            json_schema(schema)
+            lp.json_schema(schema)
