@@ -90,10 +90,11 @@ def models() -> None:
         heads = [str(column.header) for column in table.columns]
         for row in zip(*(column.cells for column in table.columns), strict=True):
             for head, cell in zip(heads, row, strict=True):
-                console.print(f"{head}: {cell}", soft_wrap=True, highlight=False)
+                console.print(f"{head}: {cell}", soft_wrap=True, highlight=False, markup=False)
     else:
         console.print(table)
-    console.print(f"Cache folder: {weights.cache_dir()}", soft_wrap=True, highlight=False)
+    folder = f"Cache folder: {weights.cache_dir()}"
+    console.print(folder, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -230,7 +230,8 @@ def plot_log_weights(posteriors: Mapping[str, Posterior], ax: Axes | None = None
     ax.set_title("Log weights of the samples")
     ax.set_xlabel("log weight (nats)")
     ax.set_ylabel("share of the samples")
-    ax.legend()
+    for text in ax.legend().get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -363,7 +364,8 @@ def plot_calibration(calibration: Calibration, level: float = 0.01) -> Figure:
         ax.set_ylabel("simulations", fontsize=8)
     for ax in grid.flat[len(tests) :]:
         ax.set_visible(False)
-    figure.suptitle(f"Calibration of {calibration.method}, guide {calibration.guide}")
+    title = f"Calibration of {calibration.method}, guide {calibration.guide}"
+    figure.suptitle(title, parse_math=False)
     return figure
 
 

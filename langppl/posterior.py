@@ -57,7 +57,7 @@ from langppl.program.lengths import (
     too_short,
 )
 from langppl.program.statements import Model
-from langppl.records import decode, encode, floats, numbers, optional
+from langppl.records import check_fields, decode, encode, floats, numbers, optional
 from langppl.tables import Report, pandas_for
 from langppl.values import (
     ABSENT,
@@ -729,7 +729,7 @@ class Posterior(Report):
         """
         try:
             content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a langppl posterior: not JSON ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f'{path} is not a langppl posterior: no "format": "{_FORMAT}" in it')
@@ -739,6 +739,7 @@ class Posterior(Report):
                 f"this langppl reads version {_VERSION}"
             )
         try:
+            check_fields(content, len(content["samples"]))
             chains, computed = content.get("chains"), content.get("computed")
             evidence, spread = content["log_evidence"], content["log_evidence_error"]
             fields = dict(
@@ -774,7 +775,11 @@ class Posterior(Report):
                 parts=[Part.from_json(part) for part in content.get("parts", ())],
             )
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (
+            *(KeyError, TypeError, AttributeError, ValueError),
+            # Of numbers beyond a type's range, types that torch cannot make, and nested values.
+            *(OverflowError, RuntimeError, RecursionError),
+        ) as error:
             raise ValueError(f"{path} is a damaged langppl posterior: {error!r}") from error
 
     def __len__(self) -> int:

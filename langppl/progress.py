@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from langppl.tables import escaped
+
 LOG = logging.getLogger("langppl")
 EVERY = 10.0
 """Seconds between two lines in the log."""
@@ -35,6 +37,7 @@ def bar(title: str, total: int, show: bool) -> Iterator[Advance]:
     Yields:
         A function to call with the steps done, and `text=` for a new title.
     """
+    title = escaped(title)
     if not show:
         yield lambda steps=1, text=None: None
     elif _is_notebook():
@@ -58,7 +61,7 @@ def _drawn(title: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     # What is redirected is printed above the bar, on stderr: not what goes into a file or a pipe.
     redirected = sys.stdout.isatty()
     console = Console(stderr=True)
@@ -68,7 +71,8 @@ def _drawn(title: str, total: int) -> Iterator[Advance]:
         task = progress.add_task(title, total=total)
 
         def advance(steps: int = 1, text: str | None = None) -> None:
-            progress.update(task, advance=steps, description=text)
+            shown = None if text is None else escaped(text)
+            progress.update(task, advance=steps, description=shown)
 
         yield advance
 
@@ -93,7 +97,7 @@ def _displayed(title: str, total: int) -> Iterator[Advance]:
 
     def advance(steps: int = 1, text: str | None = None) -> None:
         nonlocal shown, done, latest
-        done, latest = done + steps, text or latest
+        done, latest = done + steps, escaped(text) if text else latest
         if time.monotonic() - shown >= RENEWED:
             shown = time.monotonic()
             show()
@@ -115,7 +119,8 @@ def _logged(title: str, total: int) -> Advance:
         now = time.monotonic()
         if now - said >= EVERY:
             said = now
-            LOG.info("%s: %d of %d, %.0f s", text or title, done, total, now - began)
+            named = escaped(text) if text else title
+            LOG.info("%s: %d of %d, %.0f s", named, done, total, now - began)
 
     return advance
 
@@ -136,6 +141,7 @@ def say(text: str, show: bool) -> None:
         text: the line.
         show: False for nothing.
     """
+    text = escaped(text)
     if show and (_is_notebook() or sys.stderr.isatty()):
         print(text, file=sys.stderr, flush=True)
     elif show:

@@ -6,6 +6,7 @@ import abc
 import importlib
 import io
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ _HTML = (
     '<pre style="white-space:pre;overflow-x:auto;line-height:normal;font-family:'
     "Menlo,'DejaVu Sans Mono',consolas,'Courier New',monospace\">{code}</pre>"
 )
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class Report(abc.ABC):
@@ -52,7 +54,7 @@ def as_text(report: rich.console.RenderableType, width: int | None = None) -> st
     )
     with console.capture() as capture:
         console.print(report)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return "\n".join(escaped(line.rstrip()) for line in capture.get().rstrip().split("\n"))
 
 
 def as_html(report: rich.console.RenderableType, width: int | None = None) -> str:
@@ -66,7 +68,20 @@ def as_html(report: rich.console.RenderableType, width: int | None = None) -> st
         file=io.StringIO(), width=width, record=True, force_terminal=False, force_jupyter=False
     )
     console.print(report)
-    return console.export_html(code_format=_HTML, inline_styles=True)
+    html = console.export_html(code_format=_HTML, inline_styles=True)
+    return "\n".join(map(escaped, html.split("\n")))
+
+
+def escaped(text: str) -> str:
+    r"""A text with control characters as Python writes them: names may come from data.
+
+    On a terminal such characters would recolour it, retitle it or hide what follows.
+
+    Example:
+        >>> escaped("\x1b[31mred")
+        '\\x1b[31mred'
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def shown(value: Any, longest: int | None = None) -> str:

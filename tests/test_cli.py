@@ -51,6 +51,14 @@ def test_nothing_is_cut_short_on_a_narrow_terminal(
     assert model.description in said and "…" not in said
 
 
+def test_a_folder_that_looks_like_markup_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path / "[red]x[" / "y]"))
+    result = runner.invoke(app, ["models"])
+    assert f"Cache folder: {tmp_path}/[red]x[/y]" in result.stdout
+
+
 def test_fetch_prints_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -14,7 +14,9 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from langppl.guides import RewardSchedule
+from langppl.inference.calibration import Calibration
 from langppl.plots import (
+    plot_calibration,
     plot_graph,
     plot_log_weights,
     plot_posterior,
@@ -319,3 +321,10 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         plot_posterior(strings())
     with pytest.raises(ImportError, match=r"pip install 'langppl\[plots\]'"):
         ProgramGraph().plot()
+
+
+def test_names_are_no_formulae(tmp_path: Path) -> None:
+    name = "$\\frac{$"
+    save_figure(plot_log_weights({name: strings()}), tmp_path / "weights.png")
+    calibration = Calibration(name, "importance", 80, 3, 1, {"s": (0, 1, 2, 3) * 20}, None)
+    save_figure(plot_calibration(calibration), tmp_path / "ranks.png")

@@ -869,3 +869,38 @@ def test_making_a_posterior_loads_no_plotting() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("ancestors", "[Infinity, 0]", "ancestors is .*numbers of samples"),
+        ("ancestors", "[99, 0]", r"ancestors is \[99, 0\]"),
+        ("ancestors", "[0]", "ancestors is"),
+        ("notes", "[1]", r"notes is \[1\], and should be a list of texts"),
+        ("sites", "[5]", "sites is"),
+        ("sites", '"z"', "sites is"),
+        ("moves", "[1]", "moves is .*two counts"),
+        ("resampled", "1.5", "resampled is"),
+        ("failed_sites", '{"z": "x"}', "failed_sites is"),
+        ("guide", "3", "guide is"),
+        ("returns", '[{"text": "a", "ids": [1e400], "tokenizer": "x"}, "b"]', "OverflowError"),
+        (
+            "returns",
+            '[{"tensor": [1], "dtype": "quint8"}, "b"]',
+            "RuntimeError|TypeError|ValueError",
+        ),
+        ("samples", "[" * 99999, "not JSON"),
+        ("samples", '[{"z": ' + "[" * 990 + "]" * 990 + "}, {}]", "RecursionError|not JSON"),
+    ],
+)
+def test_a_file_whose_fields_are_of_another_form(
+    tmp_path: Path, field: str, value: str, message: str
+) -> None:
+    path = tmp_path / "posterior.json"
+    Posterior([{"z": "a"}, {"z": "b"}], [0.0, 0.0], ancestors=[0, 1]).save(path)
+    Posterior.load(path)
+    content = {**json.loads(path.read_text()), field: None}
+    path.write_text(json.dumps(content).replace(f'"{field}": null', f'"{field}": {value}'))
+    with pytest.raises(ValueError, match=f"posterior.json is .*langppl posterior: .*({message})"):
+        Posterior.load(path)

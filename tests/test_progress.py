@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -91,3 +92,17 @@ def test_what_is_printed_into_a_file_stays_there_beside_a_bar() -> None:
     )
     assert done.stdout == ("x" * 200 + "\n") * 3
     assert "xxx" not in done.stderr
+
+
+def test_a_title_is_no_markup_and_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "dumb")
+    with progress.bar("guide [/y] \x1b]0;evil\x07", 2, show=True) as advance:
+        advance(text="then [/z] \x1b]0;evil\x07")
+    progress.say("saved \x1b]0;evil\x07", show=True)
+    text = shown.getvalue()
+    assert "[/y]" in text or "[/z]" in text
+    assert "\x1b]" not in text and "\x07" not in text
+    assert "saved \\x1b]0;evil\\x07" in text

@@ -19,6 +19,7 @@ from langppl.inference.calibration import Calibration
 from langppl.inference.comparison import Comparison
 from langppl.learning import EMResult
 from langppl.posterior import Posterior
+from langppl.program.graph import ProgramGraph
 from langppl.tables import Report, as_text, moments, shown
 
 POSTERIOR = Posterior([{"z": "<cat>"}, {"z": "dog"}], [0.0, math.log(3.0)])
@@ -108,3 +109,29 @@ def test_values_are_quoted_and_shortened() -> None:
     assert (shown(0.5), shown(" a"), shown(2.0)) == ("0.5", "' a'", "2")
     assert shown("abcdefgh", 6) == "'ab … gh'"
     assert shown("abcd", 6) == "'abcd'"
+
+
+HOSTILE = "\x1b[31mEVIL\x1b[0m\x07"
+
+
+def test_names_may_look_like_markup() -> None:
+    posterior = Posterior([{"z[/x]": "a"}, {"z[/x]": "b"}], [0.0, 0.0])
+    for report in (posterior, Comparison({"g[/y]": posterior, "[red]p": posterior}, {})):
+        assert "z[/x]" in str(report)
+    assert "g[/y]" in str(report) and "[red]p" in str(report)
+
+
+def test_control_characters_of_names_are_written_out() -> None:
+    posterior = Posterior([{HOSTILE: "a"}, {HOSTILE: "b"}], [0.0, 0.0])
+    graph = ProgramGraph()
+    graph.add_node(HOSTILE, kind="latent", family="LMString")
+    graph.add_node("end\u202e", kind="observed", family="LMString")
+    graph.add_edge(HOSTILE, "end\u202e")
+    compared = Comparison({HOSTILE: posterior}, {})
+    shown_forms = [str(graph), graph._repr_html_()]
+    for report in (posterior, compared):
+        shown_forms += report._repr_mimebundle_().values()
+    for text in shown_forms:
+        assert "EVIL" in text and "x1b[31m" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert "end\\u202e" in str(graph)

@@ -159,7 +159,7 @@ class Comparison(Report):
         for head in (*heads, "time", "LM\ntokens"):
             table.add_column(head, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(row["name"], *_cells(row))
+            table.add_row(rich.text.Text(row["name"]), *_cells(row))
         table.caption = (
             "nats; (?): not to be trusted (Pareto k; of chains R-hat); ELBO and sd: mean and "
             "spread of the log weights of the possible draws; impossible: share of the draws; "
@@ -177,14 +177,16 @@ class Comparison(Report):
             )
             table.add_column("", overflow="fold", max_width=30)
             table.add_column("", justify="right", no_wrap=True)
-            table.add_column(f"likeliest {site!r}", no_wrap=True, overflow="ellipsis")
+            likeliest_of = rich.text.Text(f"likeliest {site!r}")
+            table.add_column(likeliest_of, no_wrap=True, overflow="ellipsis")
             for name, posterior in self.posteriors.items():
                 found = likeliest(posterior, site)
                 cells = [(f"{p:.3f}", shown(value)) for value, p in found]
                 if _is_spread(posterior, site):
                     cells = [("", _moments(posterior, site))]
                 shares, values = zip(*(cells or [("", "–")]), strict=True)
-                table.add_row(name, "\n".join(shares), rich.text.Text("\n".join(values)))
+                row = rich.text.Text(name), "\n".join(shares)
+                table.add_row(*row, rich.text.Text("\n".join(values)))
             tables += ["", table]
         if len(sites) > MOST_SITES:
             tables.append(f"and {len(sites) - MOST_SITES} more latents")

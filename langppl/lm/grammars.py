@@ -26,8 +26,12 @@ from langppl.lm.texts import plain_text
 from langppl.warn import warn
 
 _SHOWN = 80
+_TOO_DEEP = (
+    "the schema is nested too deeply, or within itself; give one that is not, and name what recurs "
+    'by {"$ref": "#/$defs/NAME"}'
+)
 _TEXT_OF_LARK = re.compile(
-    r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/(?:\\.|\[(?:\\.|[^\]\\])*\]|[^/\\\n])+/', re.DOTALL
+    r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/(?:\\.|\[(?:\\.|[^\]\\])*\]|[^/\\\n\[])+/', re.DOTALL
 )
 
 
@@ -143,6 +147,8 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise ValueError(f"the schema is not JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
     if hasattr(schema, "model_json_schema"):
         shown = schema.__name__ if isinstance(schema, type) else repr(schema)
         raise TypeError(
@@ -153,6 +159,8 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
         raise TypeError(f"a schema must be a mapping or JSON of one, got {schema!r}")
     try:
         source = json.dumps(_plain(schema), allow_nan=False)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"the schema cannot be written as JSON: {error}") from error
     return Grammar("json_schema", source, f"start: %json {source}{EXACT}")

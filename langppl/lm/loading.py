@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from langppl.lm.kinds import NotCausalError, check_config
-from langppl.lm.weights import without_bars
+from langppl.lm.weights import check_index, embedded_adapter, without_bars
 
 MOST_SAID = 300
 """Letters of what transformers says; some of its messages list every architecture it knows."""
@@ -19,6 +20,10 @@ MOST_NAMED = 3
 
 class MissingTensorsError(ValueError):
     """A checkpoint lacks some of the model's tensors."""
+
+
+class RefusedFilesError(ValueError):
+    """A checkpoint names files that are not to be read."""
 
 
 def read_parts(
@@ -47,6 +52,7 @@ def read_parts(
         with without_bars():  # loading takes a second, fetching has its own
             config = AutoConfig.from_pretrained(source, **options)
             check_config(config, f"{source!r} ({config.model_type})")
+            _check_files(source, config, hub)
             read: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype or "auto",
@@ -59,11 +65,50 @@ def read_parts(
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         raise OSError(f"{said}: {error}") from error
-    except (NotCausalError, MissingTensorsError, MemoryError, torch.OutOfMemoryError):
+    except (
+        NotCausalError,
+        RefusedFilesError,
+        MissingTensorsError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ):
         raise
     except Exception as error:  # whatever the readers of its files make of damaged ones
         raise ValueError(f"{said}: {type(error).__name__}: {str(error)[:MOST_SAID]}") from error
     return model.to(device), tokenizer
+
+
+def _check_files(source: str, config: Any, hub: dict[str, str | bool]) -> None:
+    """Raises RefusedFilesError for weights that transformers would read and langppl does not.
+
+    Of a folder `langppl.lm.weights.resolve` has checked all else. What is asked of the hub here is
+    what `from_pretrained` asks for next, so that it finds it in the cache.
+    """
+    from transformers.utils.hub import cached_file
+
+    own = getattr(config, "transformers_weights", None)
+    if own is not None:
+        raise RefusedFilesError(
+            f"the config of the LM {source!r} names its own weights, transformers_weights={own!r}; "
+            "load the model by transformers and save it anew by `save_pretrained`"
+        )
+    if os.path.isdir(source):
+        return
+    options = {**hub, "_commit_hash": getattr(config, "_commit_hash", None)}
+
+    def found(name: str) -> str | None:
+        file: str | None = cached_file(
+            source, name, _raise_exceptions_for_missing_entries=False, **options
+        )
+        return file
+
+    if found("adapter_config.json"):
+        raise RefusedFilesError(embedded_adapter(f"the hub's {source!r}"))
+    if not found("model.safetensors") and (index := found("model.safetensors.index.json")):
+        try:
+            check_index(Path(index))
+        except ValueError as error:
+            raise RefusedFilesError(str(error)) from error
 
 
 def _check_whole(source: str, model: Any, info: dict[str, Any]) -> None:

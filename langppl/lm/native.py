@@ -166,7 +166,7 @@ def _built(options: tuple[str, ...]) -> Path:
     name = f"{digest.hexdigest()[:32]}.so"
     folder = _folder()
     target = folder / name
-    if target.is_file():
+    if target.is_file() and _is_own(target):
         return target
     with tempfile.TemporaryDirectory(dir=folder) as room:
         code, whole = Path(room, "native.o"), Path(room, name)
@@ -175,6 +175,7 @@ def _built(options: tuple[str, ...]) -> Path:
         linked += [f"-Wl,-rpath,{threads[0].parent}"]
         for command in (own, linked):
             subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
+        whole.chmod(0o700)  # whatever the umask, or it would be compiled anew every time
         os.replace(whole, target)
     return target
 
@@ -184,13 +185,19 @@ def _folder() -> Path:
     try:
         folder = cache_dir() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        # A link of somebody else's may lead to another folder later.
+        if _is_own(folder):
             with tempfile.TemporaryFile(dir=folder):
                 return folder
     except (OSError, RuntimeError):  # of a user without a home
         pass
     return _own_folder()
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder is this user's, who alone may write to it; so no link is."""
+    found = path.lstat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 @functools.cache

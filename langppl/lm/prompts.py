@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from langppl.lm.texts import plain_text
+from langppl.warn import warn
 
 Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat
@@ -76,11 +77,59 @@ def begun_answer(prompt: Prompt) -> str | None:
     return plain_text(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else None
 
 
+def _check_texts(tokenizer: Any, messages: Chat) -> None:
+    """Raises ValueError for what a message, apart from its content, would do to the template.
+
+    Raises:
+        ValueError: for a text that is not Unicode, or a special token in another field.
+    """
+    marks = _marks(tokenizer)
+    for message in messages:
+        for name, value in message.items():
+            # Fields that a template may write have any form; their texts are within what they show.
+            shown = value if isinstance(value, str) else str(value)
+            try:
+                shown.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"a message's {name} must be valid Unicode, got {value!r}, which has a lone "
+                    "surrogate"
+                ) from None
+            spelled = [m for m in marks if m in shown]
+            if name != "content" and spelled:
+                raise ValueError(
+                    f"a message's {name} spells the special token {spelled[0]!r}: {value!r}; only "
+                    "in its content are such read as plain text"
+                )
+
+
+def _warn_of_control(tokenizer: Any, messages: Chat) -> None:
+    """Warns of tokens in a message that the template writes too, though they are not special.
+
+    Such mark a chat's parts (`<tool_call>`), and as the tokenizer has them among the ordinary ones
+    they are read as what they mean there. An assistant's message has them of right.
+    """
+    template = str(tokenizer.chat_template)
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    control = [c for c in added if len(c) > 2 and c.strip() and c in template]
+    for message in messages if control else ():
+        spelled = [c for c in control if c in message["content"]]
+        if spelled and message["role"] != "assistant":
+            warn(
+                f"a message of the role {message['role']!r} spells {spelled[0]!r}, which the chat "
+                "template writes too and the tokenizer reads as one token, not as plain text; "
+                "take it out of texts that you do not trust",
+                PromptWarning,
+            )
+
+
 def _check_roles(template: str, messages: Chat) -> None:
     """Raises ValueError for a role that is none of the usual ones and not in the template."""
 
     def is_named(role: str) -> bool:
-        return f"'{role}'" in template or f'"{role}"' in template
+        # A template quotes more than roles, such as the tokens that it puts around a message.
+        is_plain = re.fullmatch(r"[\w-]+", role) is not None
+        return is_plain and (f"'{role}'" in template or f'"{role}"' in template)
 
     for message in messages:
         role = message["role"]
@@ -100,8 +149,9 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
     text.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, a role is not known, or the template
-            refuses the chat or changes the message that is to go on.
+        ValueError: if the tokenizer has no chat template, a role is not known, a text is not
+            Unicode, anything but a content spells a special token, or the template refuses the
+            chat or changes the message that is to go on.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
@@ -110,7 +160,9 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
         )
     from jinja2 import TemplateError  # as of transformers' chat templates
 
+    _check_texts(tokenizer, messages)
     _check_roles(str(tokenizer.chat_template), messages)
+    _warn_of_control(tokenizer, messages)
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     goes_on = messages[-1]["role"] == "assistant"
 

@@ -46,10 +46,14 @@ from langppl.lm.vocabulary import Vocabulary, utf8_fragment
 TokenFilter = tuple[str, ...] | Callable[[str], bool]
 EndingKind = Literal["end", "stop", "cut", "dead", "open"]
 
+_NO_TEXT = b"\xff"  # in no stop, which is UTF-8
 _NEVER = 99  # more tokens than any UTF-8 fragment needs
 
 COLDEST = 1e-30
 """Least temperature: logits over less are no numbers in float32."""
+
+STOP_BYTES = 1000
+"""Longest stop: each of its beginnings is a state of its own, with its own legal actions."""
 
 STEP_BYTES = 64 * 2**20
 """Most bytes, about, of the steps that a string's rules remember under a grammar."""
@@ -122,6 +126,12 @@ class StringRules:
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"a stop must be a non-empty string, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(map(plain_text, stops)))
+        for text in self.stop:
+            if (size := len(text.encode("utf-8", "surrogatepass"))) > STOP_BYTES:
+                raise ValueError(
+                    f"a stop has at most {STOP_BYTES} bytes, and {text[:20]!r}… has {size}; give "
+                    "the beginning of it, if that is enough to end a string"
+                )
         object.__setattr__(self, "allow", _as_filter("allow", self.allow))
         object.__setattr__(self, "ban", _as_filter("ban", self.ban))
         # A predicate that is written inside of a model is another object in every execution.
@@ -320,9 +330,12 @@ class Layout:
         self._check_stops()
 
     def _check_stops(self) -> None:
-        data = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
+        if not self.stops:
+            return
+        tokens = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
+        within = _NO_TEXT.join(tokens)
         for stop in self.stops:
-            if not _can_spell(stop, data):
+            if stop not in within and not _can_spell(stop, tokens, self.vocabulary, self.allowed):
                 raise ValueError(
                     f"stop={stop.decode()!r} can never be produced: the tokens that would "
                     "spell it are banned, not allowed, or not in this LM's vocabulary"
@@ -413,12 +426,11 @@ class Layout:
 
     @cached_property
     def _containing_stop(self) -> list[int]:
-        data = self.vocabulary.bytes
-        return [
-            int(i)
-            for i in np.flatnonzero(self.allowed)
-            if any(stop in data[i] for stop in self.stops)
-        ]
+        data, allowed = self.vocabulary.bytes, np.flatnonzero(self.allowed)
+        within = _NO_TEXT.join(data[i] for i in allowed)
+        # Of many stops few are in any token, and each search through all takes milliseconds.
+        stops = [stop for stop in self.stops if stop in within]
+        return [int(i) for i in allowed if any(stop in data[i] for stop in stops)]
 
     def _make_step(self, may_end: bool, remaining: int, tail: bytes, fragment: bytes) -> Step:
         vocabulary = self.vocabulary
@@ -823,17 +835,29 @@ class BoundRules:
         return f"{shown} leaves bytes that are not valid UTF-8 in the tokens that remain"
 
 
-def _can_spell(stop: bytes, tokens: set[bytes]) -> bool:
-    """Whether some sequence of tokens contains `stop`, which may begin and end inside of one."""
-    if any(stop in token for token in tokens):
-        return True
-    size = len(stop)
-    reached = [any(token.endswith(stop[:k]) for token in tokens) for k in range(1, size)]
+def _can_spell(
+    stop: bytes, tokens: set[bytes], vocabulary: Vocabulary, allowed: np.ndarray
+) -> bool:
+    """Whether several tokens in a row spell `stop`, which may begin and end inside of one.
+
+    Args:
+        stop: the stop.
+        tokens: the bytes of the allowed tokens.
+        vocabulary: all tokens.
+        allowed: which of them are allowed, bool [vocabulary].
+    """
+    size, longest = len(stop), vocabulary.longest
+    # No part of the stop that is longer than every token is looked for.
+    reached = [
+        k <= longest and any(allowed[i] for i in vocabulary.ending_with(stop[:k]))
+        for k in range(1, size)
+    ]
     for k in range(1, size):
         if reached[k - 1]:
-            if any(token.startswith(stop[k:]) for token in tokens):
+            begun = vocabulary.starting_with(stop[k:]) if size - k <= longest else ()
+            if any(allowed[i] for i in begun):
                 return True
-            for m in range(k + 1, size):
+            for m in range(k + 1, min(size, k + longest + 1)):
                 reached[m - 1] = reached[m - 1] or stop[k:m] in tokens
     return False
 

@@ -11,7 +11,8 @@ import codecs
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,25 @@ class Vocabulary:
     def text(self, token: int) -> str:
         """A token's text, with U+FFFD for bytes that are not whole characters."""
         return self.bytes[token].decode("utf-8", errors="replace")
+
+    @cached_property
+    def longest(self) -> int:
+        """Most bytes of an ordinary token."""
+        return max(map(len, self.sorted_bytes), default=0)
+
+    @cached_property
+    def _mirrored(self) -> list[tuple[bytes, int]]:
+        """The ordinary tokens by their bytes from the last one on."""
+        return sorted((self.bytes[i][::-1], i) for i in self.sorted_ids)
+
+    def ending_with(self, suffix: bytes) -> Iterator[int]:
+        """The ordinary tokens whose bytes end with `suffix`."""
+        mirrored = suffix[::-1]
+        for at in range(bisect_left(self._mirrored, (mirrored, -1)), len(self._mirrored)):
+            data, token = self._mirrored[at]
+            if not data.startswith(mirrored):
+                return
+            yield token
 
     def starting_with(self, prefix: bytes) -> list[int]:
         """The ordinary tokens whose bytes begin with `prefix`."""

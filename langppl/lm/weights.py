@@ -12,7 +12,7 @@ what transformers' `from_pretrained` takes:
 
 A fetched folder is complete or absent. Everything is made in a working folder that is moved into
 place by one rename, under a lock between processes. Pickled weights are refused: unpickling a
-file runs the code that is in it.
+file runs the code that is in it. So is a checkpoint's index that names any, or files elsewhere.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ __all__ = [
     "FetchError",
     "KnownModel",
     "cache_dir",
+    "check_index",
+    "embedded_adapter",
     "fetch",
     "is_fetched",
     "model_dir",
@@ -61,6 +63,8 @@ _TOKENIZERS = (
 """Files of fast tokenizers, and of slow ones that transformers makes fast ones of."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _POLL_SECONDS = 0.1
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\]+\.safetensors")
 
 
 class FetchError(RuntimeError):
@@ -245,7 +249,17 @@ def _check_folder(folder: Path) -> None:
             else "it has no config.json"
         )
         raise ValueError(f"the folder {str(folder)!r} is not a model: {what}")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(embedded_adapter(f"the folder {str(folder)!r}"))
     if any(folder.glob("*.safetensors")):
+        for index in sorted(folder.glob("*.safetensors.index.json")):
+            shards = check_index(index)
+            # What else a folder has an index of need not have come with it, as nothing reads it.
+            lost = [s for s in sorted(shards) if not (folder / s).is_file()]
+            if lost and index.name == _INDEX and not (folder / "model.safetensors").is_file():
+                raise ValueError(
+                    f"the folder {str(folder)!r} lacks {lost[0]!r}, which {_INDEX} names"
+                )
         if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
             raise ValueError(
                 f"the folder {str(folder)!r} holds a model and no tokenizer ({_TOKENIZERS[0]}), "
@@ -262,6 +276,45 @@ def _check_folder(folder: Path) -> None:
             "use_safetensors=False).save_pretrained(new_folder)`, and likewise the tokenizer."
         )
     raise ValueError(f"the folder {str(folder)!r} holds no weights (*.safetensors)")
+
+
+def check_index(index: Path) -> set[str]:
+    """The files that the index of a checkpoint in several files names.
+
+    Whatever an index names is read, from wherever it is, and unpickled if it is a pickle.
+
+    Raises:
+        ValueError: if it names anything but safetensors beside it, or is no index.
+    """
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{str(index)!r} is no index of a checkpoint ({type(error).__name__}: {error}); save "
+            "the model anew by `save_pretrained`"
+        ) from error
+    for shard in shards:
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise ValueError(
+                f"{str(index)!r} names the weights {shard!r}; langppl loads safetensors from "
+                "beside the index only, by plain names that end in .safetensors. If you trust the "
+                "files, load the model by transformers and save it anew by `save_pretrained`."
+            )
+    return shards
+
+
+def embedded_adapter(what: str) -> str:
+    """The error for a model that has a PEFT adapter beside it, which transformers would put on it.
+
+    Args:
+        what: the folder or the hub id, in words.
+    """
+    return (
+        f"{what} holds a model and a PEFT adapter (adapter_config.json), which are read apart: "
+        "move the adapter's files to a folder of its own, make the LM of the model, and load the "
+        'adapter on it by lm.trainable("name").load(folder), or by GFlowNetGuide.load(folder, lm) '
+        "if a guide wrote it"
+    )
 
 
 def _is_whole(folder: Path, model: KnownModel) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from rich.text import Text
 
-from langppl.tables import as_html
+from langppl.tables import as_html, escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,11 +27,12 @@ class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
 
     def __str__(self) -> str:
         """One line for each site: its kind, its family, and what flows into it."""
-        width = max((len(str(n)) for n in self.nodes), default=0)
+        shown = {n: escaped(str(n)) for n in self.nodes}
+        width = max(map(len, shown.values()), default=0)
         lines = []
         for name, data in self.nodes(data=True):
-            parents = ", ".join(str(p) for p in self.predecessors(name))
-            line = f"{name!s:<{width}}  {data['kind']:<13}  {data['family']}"
+            parents = ", ".join(shown[p] for p in self.predecessors(name))
+            line = f"{shown[name]:<{width}}  {data['kind']:<13}  {data['family']}"
             lines.append(line + (f"  <- {parents}" if parents else ""))
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections import UserList
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -605,3 +606,23 @@ def test_a_schema_of_mappings_and_sequences_of_any_kind() -> None:
         }
     )
     assert lp.json_schema(made) == lp.json_schema(plain)
+
+
+def test_a_lark_regex_that_is_never_closed_is_no_long_search() -> None:
+    began = time.process_time()
+    with pytest.raises(ValueError, match="does not compile"):
+        lp.lark('start: "x"\nA: /' + "[a]" * 23)
+    assert time.process_time() - began < 1.0
+    # A class may hold what would end the regex, or speak of tokens.
+    assert lp.log_matches("/", lp.lark("start: /[<[1]>\\/]/")) == 0.0
+
+
+def test_schemas_without_end_are_named() -> None:
+    endless: dict[str, Any] = {"type": "object"}
+    endless["properties"] = {"a": endless}
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"type": "array", "items": deep}
+    for schema in (endless, deep, '{"items":' * 99999):
+        with pytest.raises(ValueError, match=r"nested too deeply, or within itself; .*\$ref"):
+            lp.json_schema(schema)

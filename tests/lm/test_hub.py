@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,25 @@ def test_a_folder_has_no_revision(tmp_path: Path, options: dict[str, str]) -> No
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"{name} go with a hub id; .*own"):
         lp.LM(tmp_path / "own", **options)
+
+
+@pytest.mark.parametrize("what", ["pickle", "outside", "adapter", "config"])
+def test_files_that_are_not_to_be_read(hub: dict[str, lp.LM], tmp_path: Path, what: str) -> None:
+    place = tmp_path / "models--org--tiny" / "snapshots" / REVISIONS["v2"]
+    if what == "adapter":
+        (place / "adapter_config.json").write_text("{}")
+        message = "the hub's 'org/tiny' holds a model and a PEFT adapter"
+    elif what == "config":
+        config = json.loads((place / "config.json").read_text())
+        config["transformers_weights"] = "sub/evil.safetensors.index.json"
+        (place / "config.json").write_text(json.dumps(config))
+        message = "transformers_weights='sub/evil"
+    else:
+        (place / "model.safetensors").unlink()
+        shard = "evil.bin" if what == "pickle" else "../w.safetensors"
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        message = "names the weights"
+    with pytest.raises(ValueError, match=message):
+        lp.LM("org/tiny", revision="v2")
+    assert lp.LM("org/tiny", revision="main").revision == "main"

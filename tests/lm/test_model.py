@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from tokenizers import AddedToken
 
 import langppl as lp
 from langppl.lm import LM
@@ -328,6 +329,60 @@ def test_a_misspelt_role_is_an_error() -> None:
         lm.encode_prompt([{"role": "usr", "content": "a"}])
     for role in ("tool", "critic"):
         assert lm.encode_prompt([{"role": role, "content": "a"}]) == (0, *lm.encode_text("a"))
+
+
+def chatty(added: Any = ()) -> LM:
+    """A tiny LM whose template puts tokens around each message and names a role of its own."""
+    lm = tiny_lm([*"abceghilmopru<>|_/ts "])
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.add_tokens(list(added))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' }}{% if m.role == 'critic' %}{{ '<call>' }}{% endif %}"
+        "{{ m.role }} {{ m.name }}{{ m['content'] }}{{ '</s>' }}{% endfor %}"
+    )
+    model = copy.deepcopy(lm.model)
+    model.resize_token_embeddings(len(tokenizer))
+    return LM.from_parts(model, tokenizer, "chat")
+
+
+def test_a_role_is_no_token_of_the_template() -> None:
+    lm = chatty()
+    assert lm.encode_prompt([{"role": "critic", "content": "a"}])[0] == 0
+    for role in ("</s>", "<s>", "critic</s>", "<call>", "messages %}{{ "):
+        with pytest.raises(ValueError, match="role"):
+            lm.encode_prompt([{"role": role, "content": "a"}])
+    with pytest.raises(ValueError, match=r"a message's role spells the special token '</s>'"):
+        lm.encode_prompt([{"role": "</s>", "content": "a"}])
+    with pytest.raises(
+        ValueError, match=r"a message's name spells the special token '</s>': 'a</s"
+    ):
+        lm.encode_prompt([{"role": "user", "content": "a", "name": "a</s>b"}])
+    with pytest.raises(ValueError, match=r"a message's calls spells the special token '</s>'"):
+        lm.encode_prompt([{"role": "user", "content": "a", "calls": [{"a": "</s>"}]}])
+
+
+def test_a_surrogate_in_a_chat_is_named() -> None:
+    for chat in ({"content": "a\ud800"}, {"content": "a", "name": "\ud800"}):
+        with pytest.raises(
+            ValueError, match=r"a message's \w+ must be valid Unicode, .*'a?.ud800'"
+        ):
+            chatty().encode_prompt([{"role": "user", **chat}])
+
+
+def test_tokens_of_the_template_that_are_not_special_warn() -> None:
+    lm = chatty([AddedToken("<call>", special=False, normalized=False), AddedToken("   ")])
+    assert not any(
+        t.special for t in lm.tokenizer.added_tokens_decoder.values() if t.content == "   "
+    )
+    with pytest.warns(
+        PromptWarning, match=r"role 'user' spells '<call>'.*not as plain text"
+    ) as seen:
+        lm.encode_prompt([{"role": "user", "content": "a<call>"}])
+    assert len(seen) == 1
+    # A run of spaces is text, and so is what the assistant is given to go on from.
+    lm.encode_prompt(
+        [{"role": "user", "content": "a   b"}, {"role": "assistant", "content": "<call>"}]
+    )
 
 
 def test_token_budget_must_be_positive() -> None:

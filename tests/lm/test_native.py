@@ -531,3 +531,29 @@ def test_a_folder_that_others_write_to_is_not_used(tmp_path, monkeypatch):
     assert native._built(native.OPTIONS).stat().st_mtime_ns == before  # compiled once
     folder.chmod(0o777)
     assert native._built(native.OPTIONS).parent != folder
+
+
+@has_compiled
+def test_a_library_that_others_may_have_written_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path))
+    before = os.umask(0o002)
+    try:
+        built = native._built(native.OPTIONS)
+    finally:
+        os.umask(before)
+    assert not built.stat().st_mode & 0o022
+    for harm in (lambda: built.chmod(0o777), lambda: built.symlink_to(tmp_path / "evil.so")):
+        (tmp_path / "evil.so").write_bytes(b"evil")
+        harm()
+        assert native._built(native.OPTIONS) == built
+        assert built.read_bytes() != b"evil" and not built.is_symlink()
+        assert not built.stat().st_mode & 0o022
+        built.unlink()
+
+
+@has_compiled
+def test_a_link_to_a_folder_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "native").symlink_to(tmp_path / "elsewhere")
+    assert native._folder().resolve() != tmp_path / "elsewhere"

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, StringRules, perform
-from langppl.lm.rules import _short
+from langppl.lm.rules import Layout, _short
 from langppl.lm.vocabulary import utf8_fragment
 from langppl.testing import enumerate_strings, tiny_lm
 
@@ -366,6 +368,36 @@ def test_rules_that_this_vocabulary_cannot_follow(rules: dict[str, Any], message
     with pytest.raises(ValueError) as error:
         lm.bind(StringRules(max_tokens=4, **rules))
     assert message in str(error.value)
+
+
+SPELLING = tiny_lm("abc", merged=("aa", "ab", "ba", "bb", "aab", "bba", "abab", "cab")).vocabulary
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.text("abcd", min_size=1, max_size=9),
+    st.sets(st.sampled_from([d.decode() for d in SPELLING.sorted_bytes]), min_size=1),
+)
+def test_a_stop_is_spelled_as_a_search_through_all_tokens_says(stop: str, kept: set[str]) -> None:
+    allowed = np.zeros(SPELLING.size, dtype=bool)
+    allowed[[SPELLING.exact[text.encode()] for text in kept]] = True
+    # A text that contains the stop needs no more tokens than letters, and one before and after.
+    begun, possible = {""}, any(stop in text for text in kept)
+    for _ in stop:
+        grown = {text + more for text in begun for more in kept}
+        possible = possible or any(stop in text for text in grown)
+        # What matters of a text is the longest end of it that begins the stop, and shorter ones.
+        begun = {t[-k:] for t in grown for k in range(1, len(t) + 1) if stop.startswith(t[-k:])}
+    if possible:
+        Layout((stop.encode(),), SPELLING, allowed)
+    else:
+        with pytest.raises(ValueError, match="can never be produced"):
+            Layout((stop.encode(),), SPELLING, allowed)
+
+
+def test_a_stop_has_a_longest_length() -> None:
+    with pytest.raises(ValueError, match=r"at most 1000 bytes, and 'ééé.*… has 1002; give the be"):
+        StringRules(stop="é" * 501)
 
 
 def test_every_byte_a_token_of_its_own_is_no_long_search() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from langppl.distributions import LMString
-from langppl.lm import LM
+from langppl.lm import LM, StringRules
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,11 @@ def test_a_chat_goes_on_as_transformers_renders_it(lm: LM, answer: str) -> None:
     # The template's own: the two that end the first messages, and the three that begin one.
     names = tokenizer.convert_ids_to_tokens(list(ids))
     assert (names.count("<|im_end|>"), names.count("<|im_start|>")) == (2, 3)
+
+
+@pytest.mark.parametrize("stop", ["a" * 200, "\n" * 20, "Now is the time. " * 50])
+def test_a_long_stop_is_no_long_search(lm: LM, stop: str) -> None:
+    lm.bind(StringRules(stop="."))  # what is made once
+    began = time.process_time()
+    lm.bind(StringRules(stop=stop))
+    assert time.process_time() - began < 1.2

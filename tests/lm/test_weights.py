@@ -333,6 +333,40 @@ class TestResolve:
         assert weights.resolve(str(model)) == str(model)
 
     @pytest.mark.parametrize(
+        "shard", ["evil.bin", "../secret/w.safetensors", "/w.safetensors", "a\\w.safetensors", 5]
+    )
+    def test_an_index_names_safetensors_beside_it(self, shard: object, tmp_path: Path) -> None:
+        # The decoy is why looking for safetensors alone is not enough.
+        model = folder(tmp_path / "m", "config.json", "decoy.safetensors", "vocab.json")
+        index = model / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": shard}}))
+        with pytest.raises(ValueError, match=r"(?s)index\.json' names the weights .*save_pretr"):
+            weights.resolve(model)
+
+    @pytest.mark.parametrize("content", ["[]", "{}", "{", '{"weight_map": [1]}', "[" * 99999])
+    def test_an_index_that_is_none(self, content: str, tmp_path: Path) -> None:
+        model = folder(tmp_path / "m", "config.json", "decoy.safetensors", "vocab.json")
+        (model / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="is no index of a checkpoint"):
+            weights.resolve(model)
+
+    def test_a_shard_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        model = folder(tmp_path / "m", "config.json", "other.safetensors", "vocab.json")
+        index = {"metadata": {}, "weight_map": {"w": "model-1.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"lacks 'model-1\.safetensors'"):
+            weights.resolve(model)
+        # What is not read need not be whole, and an index of pickles is none of ours.
+        (model / "model.safetensors").write_text("{}")
+        (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "x.bin"}}')
+        assert weights.resolve(model) == str(model)
+
+    def test_an_adapter_in_a_model_s_folder_is_not_put_on_it(self, tmp_path: Path) -> None:
+        files = ("config.json", "model.safetensors", "vocab.json", "adapter_config.json")
+        with pytest.raises(ValueError, match=r"a model and a PEFT adapter .*lm\.trainable"):
+            weights.resolve(folder(tmp_path / "m", *files))
+
+    @pytest.mark.parametrize(
         ("files", "message"),
         [
             ([], "no config.json"),
