@@ -97,8 +97,13 @@ def _check_files(source: str, config: Any, hub: dict[str, str | bool]) -> None:
     options = {**hub, "_commit_hash": getattr(config, "_commit_hash", None)}
 
     def found(name: str) -> str | None:
+        # What is not in a cache and cannot be asked for, `from_pretrained` does not find either.
         file: str | None = cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, **options
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **options,
         )
         return file
 
