@@ -407,6 +407,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     Raises:
         RuntimeError: if a tool that is not pure would be evaluated a second time.
+        ValueError: if it has sites; a model that it infers with `infer` may have them.
         TypeError: if it is no function, or returns an iterator.
     """
     _check_name(name)
@@ -441,7 +442,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         token = _is_within.set(True)
         own = memo[key] = _Started(getcurrent())
         try:
-            with noted_by(asked.update):
+            with noted_by(asked.update), _Tool(name):
                 result = fn(*args, **kwargs)
             _check_result(name, fn, result)
             states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
@@ -457,6 +458,23 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
     return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
+
+
+class _Tool(Messenger):
+    """Around a tool: its result is remembered, so what happens in it is met in one run alone.
+
+    A model that the tool infers has a stack of handlers of its own.
+    """
+
+    def __init__(self, tool: str) -> None:
+        super().__init__()
+        self.tool = tool
+
+    def _pyro_sample(self, msg: Any) -> None:
+        raise ValueError(
+            f"a tool has no sites: {msg['name']!r} is met inside the tool {self.tool!r}; call the "
+            "function itself in place of lp.call, or use lp.infer in it"
+        )
 
 
 def _check_result(name: str, fn: Any, result: Any) -> None:
