@@ -72,6 +72,16 @@ def key_of(value: Any) -> Any:
     return value
 
 
+def is_number(key: Any) -> bool:
+    """Whether a key is a number that has a mean: no truth value, no integer beyond the floats."""
+    if isinstance(key, int) and not isinstance(key, bool):
+        try:
+            return float(key) == key
+        except OverflowError:
+            return False
+    return isinstance(key, float)
+
+
 def hashable_key(site: str, value: Any) -> Any:
     """The value's key, if it has one."""
     key = key_of(value)
