@@ -23,6 +23,7 @@ from langppl import diagnostics
 from langppl.chains import Chains, chain_notes
 from langppl.program.keys import hashable
 from langppl.tables import Report
+from langppl.values import is_number
 
 if TYPE_CHECKING:
     from langppl.posterior import Posterior
@@ -324,7 +325,7 @@ def _total_variation(
     values = list({**one, **other})
     first = np.array([one.get(v, 0.0) for v in values])
     second = np.array([other.get(v, 0.0) for v in values])
-    if len(values) > 2 * _BINS and all(isinstance(v, float) for v in values):
+    if len(values) > 2 * _BINS and all(map(is_number, values)):
         order = np.argsort(values)
         first, second = first[order], second[order]
         place = np.cumsum(first + second) / 2.0

@@ -26,6 +26,9 @@ _ELSEWHERE = {
 }
 """What transformers, PyTorch and others call what has another name here."""
 
+_NUCLEUS = {"min_p", "top_k", "top_p", "typical_p"}
+"""What cuts off the LM's tail anew at each token."""
+
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a message about a name that is not known: the nearest one that is, if any."""
@@ -45,6 +48,11 @@ def named(fn: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in parameters:
                 hint = did_you_mean(name, parameters)
+                if name in _NUCLEUS and "temperature" in parameters:
+                    hint = (
+                        ": nucleus sampling is no fixed law of strings here; use temperature, "
+                        "allow or ban"
+                    )
                 raise TypeError(f"{title} has no argument {name!r}{hint}")
         return fn(*args, **kwargs)
 

@@ -31,6 +31,7 @@ import numpy as np
 from langppl.diagnostics import Array
 from langppl.posterior import ABSENT, Posterior
 from langppl.tables import shown
+from langppl.values import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def plot_posterior(posterior: Posterior, site: str | None = None) -> Figure:
     grid = figure.subplots(len(sites), 1, squeeze=False, height_ratios=heights)
     for ax, name, table in zip(grid[:, 0], sites, tables, strict=True):
         title = f"Posterior of {name}"
-        numbers = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
+        numbers = {float(v): p for v, p in table.items() if is_number(v) and math.isfinite(v)}
         others = {v: p for v, p in table.items() if v not in numbers}
         if len(numbers) > _TOP_VALUES and others.keys() <= {ABSENT}:
             ax.hist(list(numbers), bins=30, weights=list(numbers.values()), color="tab:blue")

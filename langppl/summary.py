@@ -13,7 +13,7 @@ import rich.text
 
 from langppl import diagnostics
 from langppl.tables import moments, shown
-from langppl.values import LONGEST_VALUE, UncountableError
+from langppl.values import LONGEST_VALUE, UncountableError, is_number
 
 if TYPE_CHECKING:
     from langppl.posterior import Posterior
@@ -83,7 +83,7 @@ def _rows(posterior: Posterior, site: str) -> list[tuple[str, float]]:
         found = [(f"{place} {moments(own)}", mass) for place, own in components.items()]
         more = len(found) - _MOST_COMPONENTS
         return found if more <= 0 else [*found[:-more], (f"{more} more components", mass)]
-    numeric = {v: p for v, p in table.items() if isinstance(v, float) and math.isfinite(v)}
+    numeric = {float(v): p for v, p in table.items() if is_number(v) and math.isfinite(v)}
     if len(numeric) > _TOP_VALUES:
         found = [(moments(numeric), math.fsum(numeric.values()))]
         table = {v: p for v, p in table.items() if v not in numeric}
@@ -109,10 +109,10 @@ def _components(table: Mapping[Any, float]) -> dict[str, dict[float, float]] | N
         if not isinstance(value, tuple) or not places or places != first:
             return None
         for place, number in flat:
-            if not isinstance(number, float) or not math.isfinite(number):
+            if not is_number(number) or not math.isfinite(number):
                 return None
             own = found.setdefault(str(list(place)), {})
-            own[number] = own.get(number, 0.0) + weight
+            own[float(number)] = own.get(float(number), 0.0) + weight
     return found
 
 

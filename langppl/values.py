@@ -62,22 +62,24 @@ def plain(value: Any) -> Any:
 
 
 def key_of(value: Any) -> Any:
-    """A site's value as a key: equal values have equal keys."""
+    """A site's value as a key: equal values have equal keys.
+
+    Numbers stay what they are, as Python hashes equal ones alike, whatever their types.
+    """
     value = plain(value)
-    if isinstance(value, (bool, int, float)):
-        return _float_key(value)
     if isinstance(value, (list, tuple)):
         return tuple(key_of(entry) for entry in value)
     return value
 
 
-def _float_key(value: float) -> float:
-    """A number as a float; an integer that no float equals as it is, so that it stays itself."""
-    try:
-        number = float(value)
-    except OverflowError:
-        return value
-    return value if isinstance(value, int) and number != value else number
+def is_number(key: Any) -> bool:
+    """Whether a key is a number that has a mean: no truth value, no integer beyond the floats."""
+    if isinstance(key, int) and not isinstance(key, bool):
+        try:
+            return float(key) == key
+        except OverflowError:
+            return False
+    return isinstance(key, float)
 
 
 def hashable_key(site: str, value: Any) -> Any:

@@ -28,6 +28,10 @@ CASES: list[tuple[Callable[[], object], str]] = [
         r"no argument 'stop_strings'; did you mean 'stop'\?",
     ),
     (
+        lambda: lp.LMString(LM, "a", top_p=0.9),  # type: ignore[call-arg]
+        r"no argument 'top_p': nucleus sampling is no fixed law of strings here; use temperature",
+    ),
+    (
         lambda: lp.LMString(LM, "a", colour=1),  # type: ignore[call-arg]
         r"^LMString has no argument 'colour'$",
     ),

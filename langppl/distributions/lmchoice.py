@@ -29,7 +29,7 @@ class LMChoice(StringDistribution):
         lm: the LM, or a trainable view of one.
         prompt: the text before the string, or a chat.
         options: the strings, at least one, all different. An option that begins another one has
-            the other's probability in its own, and warns.
+            the other's probability in its own, and warns when it is drawn or scored.
 
     Raises:
         ValueError: if options are missing, equal, or cannot be written in the LM's tokens.
@@ -58,9 +58,10 @@ class LMChoice(StringDistribution):
         self._open = LMString(lm, prompt)
         self.lm, self.adapter = self._open.lm, self._open.adapter
         self.prompt = self._open.prompt
-        self._warn_of_prefixes()
 
     def _warn_of_prefixes(self) -> None:
+        # When an LM is asked, not before: options may be made of latents, and while a program's
+        # structure is searched these have values that nobody drew.
         # Sorted, an option that begins another one stands right before one that it begins.
         ordered = sorted(plain_text(o) for o in self.options)
         for short, long in itertools.pairwise(ordered):
@@ -68,7 +69,9 @@ class LMChoice(StringDistribution):
                 warn(
                     f"{sites.where()}the option {short!r} begins the option {long!r}, so its "
                     "probability includes the other's; make the options end differently",
+                    once=("begins", sites.current()) if sites.current() else None,
                 )
+                return
 
     def with_prompt(self, prompt: Prompt, options: Sequence[str] | None = None) -> LMChoice:
         """The same choice after another prompt."""
@@ -101,6 +104,7 @@ class LMChoice(StringDistribution):
         Raises:
             ValueError: if an option cannot be written in the LM's tokens.
         """
+        self._warn_of_prefixes()
         read, beside, longest = read_as(prompt, self.prompt_ids(), self.adapter)
         found = []
         for option in self.options:

@@ -19,6 +19,7 @@ from langppl.inference.rows import Row
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.tables import Report, moments, pandas_for, shown
+from langppl.values import is_number
 
 if TYPE_CHECKING:
     import pandas
@@ -292,12 +293,12 @@ def likeliest(posterior: Posterior, site: str, most: int = LIKELIEST) -> list[tu
 def _is_spread(posterior: Posterior, site: str) -> bool:
     """Whether a latent's values are numbers of which there are many, none of them likely."""
     values = [value for value, _ in likeliest(posterior, site, 10 * LIKELIEST)]
-    return len(values) == 10 * LIKELIEST and all(isinstance(v, float) for v in values)
+    return len(values) == 10 * LIKELIEST and all(map(is_number, values))
 
 
 def _moments(posterior: Posterior, site: str) -> str:
     found = posterior.probabilities(site)
-    return moments({v: p for v, p in found.items() if isinstance(v, float)})
+    return moments({float(v): p for v, p in found.items() if is_number(v)})
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ from langppl.program.execution import (
     score_all,
 )
 from langppl.program.scheduler import run
-from langppl.program.statements import Known, Potential
+from langppl.program.statements import Known, Potential, Unfinished
 from langppl.program.templates import fill_site
 
 
@@ -73,6 +73,7 @@ class Growing:
         log_q: nats, with which they were drawn; of the whole string when it has ended.
         is_ended: whether it is whole.
         view: the evidence as if it ended here, at the last place where it could.
+        potentials: the potentials of the text so far, each where it was last a number.
         twist: log ψ of a user's twist, nats, at the last place where it was a number.
         flow: log F(z₁..s) − log q(z₁..s) at the last place s where it was a number.
     """
@@ -87,6 +88,7 @@ class Growing:
     log_q: float = 0.0
     is_ended: bool = False
     view: View | None = None
+    potentials: View | None = None
     twist: float = 0.0
     flow: float | None = None
 
@@ -94,6 +96,10 @@ class Growing:
     def value(self) -> Text:
         """The string so far."""
         return self.fn.text_of(DrawReply(self.ids, self.text, self.log_q))
+
+    def reading(self, potentials: View) -> Growing:
+        """The same string with what its potentials say by now."""
+        return replace(self, potentials=potentials)
 
     @property
     def is_prior(self) -> bool:
@@ -238,14 +244,14 @@ class Crowd:
         going = [(i, p) for i, p in enumerate(self.particles) if not (p.is_over or p.is_dead)]
         decided: list[dict[str, Choice]] = [{} for _ in going]
         choosers = [
-            self._deciding(p, (self.seed, "smc", stage, i), own, self._held_by(i))
+            self._deciding(p, (self.seed, "smc", stage, i), own, self.held_by(i))
             for (i, p), own in zip(going, decided, strict=True)
         ]
         moving = [p for _, p in going]
         before = [p.execution for p in moving]
         found = run_together([(self.program, c) for c in choosers])
         for (i, _), new in zip(going, decided, strict=True):
-            if self._held_by(i) is not None and any(c.log_q == -math.inf for c in new.values()):
+            if self.held_by(i) is not None and any(c.log_q == -math.inf for c in new.values()):
                 raise MissedError
         for particle, execution, new, old in zip(moving, found, decided, before, strict=True):
             particle.known = {**particle.known, **new}
@@ -255,7 +261,7 @@ class Crowd:
                     pause.name, pause.fn, pause.request, pause.scale, pause.mask
                 )
                 continue
-            _carry(old, execution)
+            carry(old, execution)
             particle.execution = execution
         score_all([p.execution for p in moving])
         for particle in moving:
@@ -271,7 +277,8 @@ class Crowd:
                     "which its chooser draws the value"
                 )
 
-    def _held_by(self, i: int) -> Held | None:
+    def held_by(self, i: int) -> Held | None:
+        """What a particle, by its number, is held to."""
         return self.held if self.held is not None and self.held.at == i else None
 
     def _deciding(
@@ -313,10 +320,10 @@ class Crowd:
             for i, p in enumerate(self.particles)
             if p.growing is not None and not p.growing.is_ended
         ]
-        kept = [(p, g, held) for i, p, g in growing if (held := self._held_by(i)) is not None]
+        kept = [(p, g, held) for i, p, g in growing if (held := self.held_by(i)) is not None]
         for particle, g, held in kept:
             particle.growing = _followed(g, held, every)
-        growing = [(i, p, g) for i, p, g in growing if self._held_by(i) is None]
+        growing = [(i, p, g) for i, p, g in growing if self.held_by(i) is None]
         requests = [
             replace(
                 g.request,
@@ -363,7 +370,7 @@ class Crowd:
     def _go_on(self, moving: Sequence[Particle], choosers: Sequence[Chooser]) -> None:
         found = run_together([(self.program, c) for c in choosers])
         for particle, execution in zip(moving, found, strict=True):
-            _carry(particle.execution, execution)
+            carry(particle.execution, execution)
             particle.execution = execution
         score_all([p.execution for p in moving])
 
@@ -453,7 +460,13 @@ class Crowd:
                 found.sites[template.name] = fill_site(template, latents)
         return found
 
-    def look_ahead(self, is_wanted: Callable[[Site], bool]) -> None:
+    def look_ahead(
+        self,
+        is_wanted: Callable[[Site], bool],
+        *,
+        whole_only: bool = False,
+        with_potentials: bool = False,
+    ) -> None:
         """Renews each growing string's view: the evidence as if it ended here.
 
         Where it cannot end, or that evidence is impossible, the view stays as it was. A run of a
@@ -461,21 +474,24 @@ class Crowd:
 
         Args:
             is_wanted: of the sites of evidence, those to count.
+            whole_only: whether to leave out strings that have not ended.
+            with_potentials: whether potentials are among the evidence of strings that have not
+                ended; `langppl.inference.potentials` has what they say of the text as it stands.
         """
         runs: dict[tuple[int, tuple[int, ...] | None], tuple[Particle, Growing, Text]] = {}
         keys: dict[int, tuple[int, tuple[int, ...] | None]] = {}
         for particle, g in self.growing():
-            value = g.ended_here()
+            value = g.ended_here() if g.is_ended or not whole_only else None
             if value is not None:
                 # Copies that have not grown apart share their run.
                 key = (id(particle.execution), value.ids)
                 runs.setdefault(key, (particle, g, value))
                 keys[id(particle)] = key
-        tasks = [partial(self._as_if_ended, *own) for own in runs.values()]
+        tasks = [partial(self._as_if_ended, *own, with_potentials) for own in runs.values()]
         found = dict(zip(runs, run(tasks), strict=True))
         for key, execution in found.items():
             if execution is not None:
-                _carry(runs[key][0].execution, execution)
+                carry(runs[key][0].execution, execution)
 
         def only(site: Site) -> bool:
             return site.kind in ("observed", "factor") and is_wanted(site)
@@ -488,7 +504,9 @@ class Crowd:
             met = {
                 s.name: s.log_prob
                 for s in execution.sites.values()
-                if s.kind in ("observed", "factor") and s.log_prob is not None
+                if s.kind in ("observed", "factor")
+                and s.log_prob is not None
+                and (g.is_ended or with_potentials or not is_potential(s))
             }
             if -math.inf in met.values() and not g.is_ended:
                 continue
@@ -496,8 +514,24 @@ class Crowd:
             is_over = execution.pause is None and all(s.log_prob is not None for s in unmet)
             particle.growing = replace(g, view=View(met, is_over))
 
-    def _as_if_ended(self, particle: Particle, g: Growing, value: Text) -> Execution | None:
-        known = {**particle.known, g.name: Choice(value)}
+    def _as_if_ended(
+        self, particle: Particle, g: Growing, value: Text, with_potentials: bool
+    ) -> Execution | None:
+        if g.is_ended:
+            known = {**particle.known, g.name: Choice(value)}
+            return self.program.run_once(_to_next(known))
+        if with_potentials:
+            return self.try_on(particle, g, value)
+        with Unfinished(evaluates=False):
+            return self.try_on(particle, g, value)
+
+    def try_on(self, particle: Particle, g: Growing, value: Text) -> Execution | None:
+        """Runs the model as if an unfinished string had a value; to be called in a task.
+
+        Returns:
+            The run up to the next latent or tool call; None if the model breaks on the value.
+        """
+        known = {**particle.known, g.name: Choice(value, g.log_q)}
 
         def know(name: str, fn: Known) -> Any:
             # One before the string has its result, whatever the string will be.
@@ -507,8 +541,6 @@ class Crowd:
                 raise Pause(name, fn)
             return fn.sample()
 
-        if g.is_ended:
-            return self.program.run_once(_to_next(known))
         try:
             return self.program.run_once(_to_next(known), know, forgive=False)
         except Exception:  # whatever a model makes of an unfinished text
@@ -568,7 +600,7 @@ def _to_next(known: dict[str, Choice]) -> Chooser:
     return choose
 
 
-def _carry(old: Execution, new: Execution) -> None:
+def carry(old: Execution, new: Execution) -> None:
     """Takes over what was found out of sites when they were scored before."""
     for name, site in new.sites.items():
         known = old.sites.get(name)

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from langppl.guides.base import Guide
 from langppl.guides.function import FunctionGuide
 from langppl.inference.failures import failures
 from langppl.inference.particles import Crowd
+from langppl.inference.potentials import Passed
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import resample, resample_conditionally
 from langppl.inference.settings import check_values
@@ -98,7 +99,7 @@ def smc(
         log_q=None if rejuvenation else [e.log_q for e in executions],
         elapsed=time.monotonic() - started,
         failed_sites=failed,
-        notes=(*notes, *guide.remarks),
+        notes=(*notes, *course.passed.notes, *guide.remarks),
         ancestors=[p.ancestor for p in crowd.particles],
         resampled=course.resampled,
         moves=(course.moves, course.accepted),
@@ -114,11 +115,13 @@ class Course:
         resampled: how often they were resampled.
         moves: Metropolis–Hastings moves of all of them.
         accepted: of these.
+        passed: how often potentials without `prefix` were −inf.
     """
 
     resampled: int = 0
     moves: int = 0
     accepted: int = 0
+    passed: Passed = field(default_factory=Passed)
 
 
 def run_crowd(
@@ -189,7 +192,11 @@ def run_crowd(
                 turn += 1
                 if crowd.is_growing and twisted.weigh(crowd):
                     look(stage, turn)
+            before = {
+                id(p): set(p.execution.sites) for p in crowd.particles if p.growing is not None
+            }
             crowd.finish()
+            course.passed.count(crowd, before)
             twisted.weigh_at_rest(crowd)
             stage += 1
             advance(1)

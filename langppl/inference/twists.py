@@ -24,6 +24,7 @@ import numpy as np
 from langppl.distributions import LMString
 from langppl.guides.base import Guide
 from langppl.inference.particles import Crowd, Growing, Particle, View, is_potential, is_steering
+from langppl.inference.potentials import has_potentials, has_prefixes, read_potentials
 from langppl.lm.counts import as_share
 from langppl.program import Program
 from langppl.program.statements import Potential
@@ -112,12 +113,13 @@ class Plain(Twist):
     def needs_turns(self, crowd: Crowd) -> bool:
         """See `Twist.needs_turns`."""
         growing = [g for _, g in crowd.growing()]
-        return _has_potentials(crowd.program) or not all(g.is_prior for g in growing)
+        return has_potentials(crowd.program) or not all(g.is_prior for g in growing)
 
     def weigh(self, crowd: Crowd) -> bool:
         """See `Twist.weigh`."""
-        if _has_potentials(crowd.program):
-            crowd.look_ahead(is_potential)
+        if has_potentials(crowd.program):
+            crowd.look_ahead(is_potential, whole_only=True)
+            read_potentials(crowd)
         _weigh(crowd)
         return True
 
@@ -140,6 +142,8 @@ class Lookahead(Twist):
     def weigh(self, crowd: Crowd) -> bool:
         """See `Twist.weigh`."""
         crowd.look_ahead(is_steering)
+        if has_potentials(crowd.program):
+            read_potentials(crowd)
         counted = _weigh(crowd)
         potentials = {s.name for s in crowd.program.sites.values() if isinstance(s.fn, Potential)}
         ahead: list[tuple[Particle, float]] = []
@@ -182,8 +186,9 @@ class User(Twist):
         Raises:
             ValueError: if the function gives NaN or +inf.
         """
-        if _has_potentials(crowd.program):
-            crowd.look_ahead(is_potential)
+        if has_potentials(crowd.program):
+            crowd.look_ahead(is_potential, whole_only=True)
+            read_potentials(crowd)
         for particle, g in crowd.growing():
             found = float(self.fn(g.name, g.text))
             if math.isnan(found) or found == math.inf:
@@ -206,7 +211,10 @@ class Flow(Twist):
 
     def weigh(self, crowd: Crowd) -> bool:
         """See `Twist.weigh`."""
-        crowd.look_ahead(lambda site: True)
+        if has_prefixes(crowd.program):
+            read_potentials(crowd)
+            _bury(crowd)
+        crowd.look_ahead(lambda site: True, with_potentials=True)
         log_p, log_ending = crowd.log_p(), crowd.log_q_ending()
         for particle, g in crowd.growing():
             of_text, of_ending = log_p[id(particle)]
@@ -231,18 +239,23 @@ class Flow(Twist):
 class SiteFlow(Twist):
     """The flow that a guide has learned of a program's states, before each latent.
 
-    Particles meet at latents alone: within a string the flow is carried on. What is known by then
+    Particles meet at latents alone: within a string the flow is carried on, and only a
+    potential's `prefix` tells them apart, by those that are dead. What is known by then
     counts (forward-looking), met or not: in a program of fixed templates, factors that are met
     later and depend on nothing else are evaluated at once.
     """
 
     def needs_turns(self, crowd: Crowd) -> bool:
         """See `Twist.needs_turns`."""
-        return False
+        return has_prefixes(crowd.program)
 
     def weigh(self, crowd: Crowd) -> bool:
         """See `Twist.weigh`."""
-        return False
+        if not has_prefixes(crowd.program):
+            return False
+        read_potentials(crowd)
+        _bury(crowd)
+        return True
 
     def weigh_at_rest(self, crowd: Crowd) -> None:
         """See `Twist.weigh_at_rest`."""
@@ -302,9 +315,21 @@ def _view(particle: Particle, g: Growing | None) -> View:
     met = particle.view
     if g is None:
         return met
-    if g.view is None:
-        return View(met.factors, False)
-    return View({**met.factors, **g.view.factors}, g.view.is_over)
+    # Of a string that has ended, its potentials are those of the whole text.
+    ahead = (g.view, None if g.is_ended else g.potentials)
+    factors, is_over = dict(met.factors), False
+    for view in ahead:
+        if view is not None:
+            factors |= view.factors
+            is_over = is_over or view.is_over
+    return View(factors, is_over)
+
+
+def _bury(crowd: Crowd) -> None:
+    """Sets the `ratio` of dead particles alone."""
+    for particle in crowd.particles:
+        if particle.is_dead:
+            particle.ratio = -math.inf
 
 
 def _counted(views: Iterable[View]) -> set[str]:
@@ -317,7 +342,3 @@ def _counted(views: Iterable[View]) -> set[str]:
 
 def _sum(view: View, counted: set[str]) -> float:
     return float(sum(v for name, v in view.factors.items() if name in counted))
-
-
-def _has_potentials(program: Program) -> bool:
-    return any(isinstance(s.fn, Potential) for s in program.sites.values())

@@ -206,35 +206,112 @@ def factor(name: str, log_weight: torch.Tensor | float) -> None:
 
 
 class Potential(dist.Unit):
-    """A factor whose value on a part of a string says how promising that part is."""
+    """A factor whose value on a part of a string says how promising that part is.
+
+    Attributes:
+        has_prefix: whether it came with a `prefix`, whose −inf is final.
+    """
+
+    has_prefix: bool = False
 
 
-def potential(name: str, fn: Callable[[str], torch.Tensor | float], text: str) -> None:
+class Unfinished(Messenger):
+    """Around a run of a model on a string that still grows; it tells `potential` so.
+
+    A handler, and no variable of the context, as a model may infer within itself: the strings of
+    executions that it starts, whose stacks of handlers are their own, are whole.
+
+    Args:
+        evaluates: whether potentials are wanted at all.
+
+    Attributes:
+        error: what a `prefix` raised, or would not do as one; a model may catch it, and whoever
+            tries it on unfinished texts passes over all other errors.
+    """
+
+    def __init__(self, evaluates: bool) -> None:
+        super().__init__()
+        self.evaluates = evaluates
+        self.error: Exception | None = None
+
+    def weigh(
+        self, name: str, fn: Callable[[str], Any], prefix: Callable[[str], Any] | None, text: str
+    ) -> torch.Tensor:
+        """Log weight (nats) of a text so far; −inf where a plain function breaks on it."""
+        if not self.evaluates:
+            return torch.zeros((), dtype=torch.float64)
+        if prefix is None:
+            try:
+                return _log_weight(f"potential {name!r}", fn(text))
+            except Exception:  # whatever a function of whole texts makes of an unfinished one
+                return torch.tensor(-math.inf, dtype=torch.float64)
+        try:
+            return _log_weight(f"prefix of potential {name!r}", prefix(text))
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def potential(
+    name: str,
+    fn: Callable[[str], torch.Tensor | float],
+    text: str,
+    *,
+    prefix: Callable[[str], torch.Tensor | float] | bool | None = None,
+) -> None:
     """Multiplies an execution's weight by exp(fn(text)), and steers strings as they grow.
 
     To the posterior it is `factor(name, fn(text))`, counted once, of the whole text. Particles of
-    `method="smc"` are also weighed by it while the string is not finished: their values telescope,
-    so how often they are weighed never changes the posterior.
+    `method="smc"` are also weighed while the string is not finished, by `prefix` if there is one,
+    else by `fn`: their values telescope, so how often they are weighed never changes the posterior.
 
     Args:
         name: the site's name.
-        fn: log weight (nats) of a text; it should not fall to −inf for a text that may still
-            become one of weight (such a value is passed over while the text grows).
+        fn: log weight (nats) of a whole text. On an unfinished text −inf, and an error, are passed
+            over, for it may still become one of weight: what must not happen needs a `prefix`.
         text: the latent string, or a text made of it.
+        prefix: log weight (nats) of the text so far, in the place of `fn`. Its −inf is final: it
+            promises that no text that goes on so has weight, and the particle is dead. True for
+            `fn` itself. Other methods than `"smc"` make no use of it.
 
     Raises:
-        ValueError: if the weight is NaN, +inf, or not a scalar.
+        ValueError: if a weight is NaN, +inf, or not a scalar, or if `fn` gives weight to a whole
+            text that `prefix` promises has none.
+        TypeError: if a weight is no number, or `prefix` no function.
 
     Example:
         >>> def letter():
         ...     z = sample("z", LMString(lm, "Dear", max_tokens=20))
-        ...     potential("short", lambda text: -float(len(text) > 40), z)
+        ...     potential("no z", lambda text: -math.inf if "z" in text else 0.0, z, prefix=True)
         >>> posterior = infer(letter, method="smc", num_samples=8)
     """
     _check_name(name)
-    value = _log_weight(f"potential {name!r}", fn(text))
+    if prefix is not None and not isinstance(prefix, bool) and not callable(prefix):
+        raise TypeError(
+            f"potential {name!r}: prefix must be a function of the text so far, or True for "
+            f"the potential's own, got {prefix!r}"
+        )
+    early = (fn if prefix else None) if prefix is None or isinstance(prefix, bool) else prefix
+    reading = next((h for h in reversed(_PYRO_STACK) if isinstance(h, Unfinished)), None)
+    if reading is not None:
+        value = reading.weigh(name, fn, early, text)
+    else:
+        value = _log_weight(f"potential {name!r}", fn(text))
+        if early is not None and early is not fn and value > -math.inf:
+            _check_promise(name, early, text, float(value))
     unit: Any = Potential(value)  # type: ignore[no-untyped-call]
+    unit.has_prefix = early is not None
     pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True})
+
+
+def _check_promise(name: str, prefix: Callable[[str], Any], text: str, value: float) -> None:
+    """Raises ValueError where particles die that the posterior has."""
+    if _log_weight(f"prefix of potential {name!r}", prefix(text)) == -math.inf:
+        raise ValueError(
+            f"potential {name!r}: of the whole text {str(text)!r} prefix gives -inf, which "
+            f"promises that nothing that begins so has weight, and fn gives {value:g}; let fn be "
+            "-inf there too, or prefix finite"
+        )
 
 
 def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
@@ -330,6 +407,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     Raises:
         RuntimeError: if a tool that is not pure would be evaluated a second time.
+        ValueError: if it has sites; a model that it infers with `infer` may have them.
         TypeError: if it is no function, or returns an iterator.
     """
     _check_name(name)
@@ -364,7 +442,7 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
         token = _is_within.set(True)
         own = memo[key] = _Started(getcurrent())
         try:
-            with noted_by(asked.update):
+            with noted_by(asked.update), _Tool(name):
                 result = fn(*args, **kwargs)
             _check_result(name, fn, result)
             states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
@@ -380,6 +458,23 @@ def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwarg
 
     inputs = (*args, *kwargs.values(), *bound_to(fn))
     return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
+
+
+class _Tool(Messenger):
+    """Around a tool: its result is remembered, so what happens in it is met in one run alone.
+
+    A model that the tool infers has a stack of handlers of its own.
+    """
+
+    def __init__(self, tool: str) -> None:
+        super().__init__()
+        self.tool = tool
+
+    def _pyro_sample(self, msg: Any) -> None:
+        raise ValueError(
+            f"a tool has no sites: {msg['name']!r} is met inside the tool {self.tool!r}; call the "
+            "function itself in place of lp.call, or use lp.infer in it"
+        )
 
 
 def _check_result(name: str, fn: Any, result: Any) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
+import langppl as lp
 from langppl.distributions import LMChoice, LMString, sites
 from langppl.testing import tiny_lm
 
@@ -45,10 +47,27 @@ def test_bad_options(options: Any, kind: type[Exception], message: str) -> None:
 
 def test_an_option_that_begins_another_warns() -> None:
     with pytest.warns(UserWarning, match="the option 'a' begins the option 'ab'"):
-        LMChoice(TINY, " ", ["ab", "b", "a"])
+        LMChoice(TINY, " ", ["ab", "b", "a"]).log_probs()
     # The nearest neighbour in the sort is not the one that it begins with.
     with pytest.warns(UserWarning, match="the option 'a' begins the option 'a.'"):
-        LMChoice(TINY, " ", ["a", "a.", "ab"])
+        LMChoice(TINY, " ", ["a", "a.", "ab"]).log_probs()
+
+
+def test_options_that_nobody_drew_do_not_warn_and_a_site_warns_once() -> None:
+    def model() -> None:
+        a = lp.sample("a", lp.LMString(TINY, "a", max_tokens=2))
+        b = lp.sample("b", lp.LMString(TINY, "b", max_tokens=2))
+        if len(a) < 9:  # looks inside, so that its structure is found with made-up values
+            lp.sample("c", LMChoice(TINY, "a", [f"{a}", f"{b}aaaaab"]))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = lp.compile(model)
+        assert not [w for w in caught if "begins the option" in str(w.message)]
+        lp.infer(program, num_samples=64, progress=False)
+        lp.infer(program, num_samples=64, progress=False, seed=1)
+    found = [(w.lineno, str(w.message)) for w in caught if "begins the option" in str(w.message)]
+    assert len(found) == 1, found
 
 
 @pytest.mark.parametrize("option", ["xyz", "\ud800"])

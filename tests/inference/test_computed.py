@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,3 +235,23 @@ def test_the_guide_itself_is_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert lp.infer(counted, method="exact", progress=False).guide_object is None
     posterior.save(tmp_path / "p.json")
     assert lp.Posterior.load(tmp_path / "p.json").guide_object is None
+
+
+def test_numbers_and_truth_values_are_what_the_model_returned() -> None:
+    """As keys True and 1.0 are equal, so their types are compared."""
+
+    def model() -> Any:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+        lp.deterministic("array", np.int64(len(z)))
+        lp.deterministic("tensor", torch.tensor(len(z) > 1))
+        lp.deterministic("half", torch.tensor(0.5))
+        return "a" in z, len(z)
+
+    posterior = lp.infer(model, num_samples=16, progress=False)
+    kinds = {
+        name: {type(v) for v in posterior.probabilities(name)}
+        for name in ("array", "tensor", "half")
+    }
+    assert kinds == {"array": {int}, "tensor": {bool}, "half": {float}}
+    for returned in posterior.probabilities("_RETURN"):
+        assert [type(v) for v in returned] == [bool, int]

@@ -835,3 +835,33 @@ def computed() -> str:
 def test_the_value_of_a_deterministic_site_can_be_pickled() -> None:
     fn = lp.compile(computed).sites["d"].fn
     assert "!" in str(pickle.loads(pickle.dumps(fn))().value)
+
+
+def test_a_tool_has_no_sites() -> None:
+    def tool() -> str:
+        return str(lp.sample("inner", lp.LMString(LM, "a", max_tokens=2)))
+
+    def model() -> None:
+        lp.call("tool", tool)
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+
+    for run in (model, lambda: lp.infer(model, num_samples=2, progress=False)):
+        with pytest.raises(ValueError, match="a tool has no sites: 'inner' is met inside the tool"):
+            run()
+
+
+def test_a_tool_may_infer_a_model_that_has_sites() -> None:
+    def inner() -> None:
+        lp.sample("inner", lp.LMString(LM, "a", max_tokens=2))
+
+    def tool() -> float:
+        found = lp.infer(inner, method="exact", progress=False).log_evidence
+        assert found is not None
+        return found
+
+    def model() -> None:
+        lp.factor("f", lp.call("tool", tool))
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+
+    found = lp.infer(model, method="exact", progress=False).log_evidence
+    assert found == pytest.approx(0.0, abs=1e-5)

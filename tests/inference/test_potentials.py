@@ -1,0 +1,334 @@
+"""Potentials while strings grow: where they are asked, what is final, and right weights."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mixed import LM
+
+from langppl import (
+    GFlowNetGuide,
+    InferenceWarning,
+    LMString,
+    MaskedGuide,
+    Posterior,
+    factor,
+    infer,
+    potential,
+    regex,
+    sample,
+)
+from langppl.guides import PriorGuide
+from langppl.inference.conditional import smc_evidence
+from langppl.program import compile
+from langppl.testing import tiny_lm
+
+Model = Callable[[], Any]
+
+
+def short(text: str) -> float:
+    """No run of more than one "b"."""
+    return -math.inf if "bb" in text else 0.0
+
+
+def sorted_only(text: str) -> float:
+    """No "a" after a "b"."""
+    return -math.inf if "ba" in text else 0.0
+
+
+def few(text: str) -> float:
+    return -1.5 * text.count("a")
+
+
+def mild(text: str) -> float:
+    return -0.3 * text.count("a")
+
+
+def hard(**how: Any) -> Model:
+    def model() -> None:
+        z = sample("z", LMString(LM, "b", min_tokens=4, max_tokens=5, allow=["a", "b"]))
+        potential("sorted", sorted_only, z, **how)
+
+    return model
+
+
+def two_strings() -> None:
+    z = sample("z", LMString(LM, "ab", max_tokens=3, allow=["a", "b"]))
+    potential("short", lambda t: short(t) + mild(t), z, prefix=short)
+    y = sample("y", LMString(LM, f"b{z}", max_tokens=2, allow=["a", "b"]))
+    potential("both", mild, f"{z}{y}", prefix=True)
+    sample("seen", LMString(LM, f"{z}{y}."), obs="a")
+
+
+def under_a_grammar() -> None:
+    z = sample("z", LMString(LM, "ab", max_tokens=4, grammar=regex("[ab]{3}")))
+    potential("few", few, z)
+    y = sample("y", LMString(LM, f"b{z}", max_tokens=1, allow=["a", "b"]))
+    sample("seen", LMString(LM, f"{z}{y}."), obs="ab")
+
+
+def before_min_tokens() -> None:
+    z = sample("z", LMString(LM, "ab", min_tokens=2, max_tokens=3, stop="."))
+    potential("few", few, z)
+    if "bb" in z:
+        potential("more", lambda t: 0.5 * t.count("b"), z)
+    sample("seen", LMString(LM, f"a{z}."), obs="b")
+
+
+def run(model: Any, **options: Any) -> Posterior:
+    given = {"method": "smc", "every": 1, "num_samples": 8, "progress": False, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InferenceWarning)
+        return infer(model, **given)
+
+
+def ratios(model: Any, runs: int = 25, **options: Any) -> np.ndarray:
+    """Ẑ/Z of some runs."""
+    program = compile(model)
+    exact = infer(program, method="exact", progress=False).log_evidence
+    assert exact is not None
+    found = []
+    for seed in range(runs):
+        evidence = run(program, seed=seed, **{"ess_threshold": 0.95, **options}).log_evidence
+        assert evidence is not None
+        found.append(math.exp(evidence - exact))
+    return np.array(found)
+
+
+def check_unbiased(found: np.ndarray) -> None:
+    error = float(found.std(ddof=1)) / math.sqrt(len(found))
+    assert abs(float(found.mean()) - 1.0) < 3.5 * error + 1e-6, (found.mean(), error)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (hard(prefix=True), {}),
+        (hard(prefix=sorted_only), {"resampling": "multinomial"}),
+        (hard(prefix=True), {"twist": "lookahead"}),
+        (hard(prefix=True), {"twist": "flow"}),
+        (hard(prefix=True), {"twist": lambda site, text: 0.3 * text.count("a")}),
+        (hard(prefix=True), {"guide": "prompted"}),
+        (two_strings, {}),
+        (two_strings, {"twist": "lookahead", "resampling": "residual"}),
+        (two_strings, {"rejuvenation": 2}),
+        (under_a_grammar, {}),
+        (under_a_grammar, {"twist": "lookahead"}),
+        (before_min_tokens, {}),
+        (before_min_tokens, {"twist": "lookahead", "rejuvenation": 1}),
+    ],
+)
+def test_the_evidence_is_unbiased(model: Model, options: dict[str, Any]) -> None:
+    check_unbiased(ratios(model, **options))
+
+
+def test_flows_of_several_strings_bury_the_dead() -> None:
+    program = compile(two_strings)
+    guide = GFlowNetGuide(LM, rank=2, objective="subtb")
+    guide.fit(program, steps=2, batch=4, progress=False)
+    check_unbiased(ratios(two_strings, guide=guide, twist="flow"))
+
+
+def test_a_prefix_kills_and_the_dead_are_replaced() -> None:
+    plain = run(hard(), num_samples=64, ess_threshold=1.0)
+    final = run(hard(prefix=True), num_samples=64, ess_threshold=1.0)
+    assert plain.resampled == 0
+    assert final.resampled > 0
+    dead = [np.isneginf(p.log_weights).mean() for p in (plain, final)]
+    assert dead[0] > 0.8, dead
+    assert dead[1] < 0.6 * dead[0], dead
+    exact = infer(hard(), method="exact", progress=False).probabilities("z")
+    for text, p in final.probabilities("z").items():
+        assert p == pytest.approx(exact.get(text, 0.0), abs=0.2)
+
+
+def test_it_varies_less_than_importance_sampling() -> None:
+    assert ratios(hard(prefix=True), runs=40).std() < 0.8 * ratios(hard(), runs=40).std()
+
+
+def test_moves_keep_to_the_posterior() -> None:
+    exact = infer(two_strings, method="exact", progress=False).probabilities("z")
+    found: dict[Any, float] = {}
+    total = 0.0
+    for seed in range(8):
+        posterior = run(two_strings, num_samples=32, rejuvenation=2, seed=seed)
+        assert posterior.log_evidence is not None
+        weight = math.exp(posterior.log_evidence)
+        total += weight
+        for text, p in posterior.probabilities("z").items():
+            found[text] = found.get(text, 0.0) + weight * p
+    for text, p in exact.items():
+        assert found.get(text, 0.0) / total == pytest.approx(p, abs=0.08)
+
+
+def test_other_methods_make_no_use_of_it() -> None:
+    for options in ({"method": "importance", "num_samples": 64}, {"method": "exact"}):
+        one, other = (
+            infer(m, progress=False, **options)  # type: ignore[arg-type]
+            for m in (hard(), hard(prefix=sorted_only))
+        )
+        assert list(one.log_weights) == list(other.log_weights)
+
+
+def test_a_prefix_takes_the_place_of_the_potential() -> None:
+    """And it has the text so far as it is, with no stop that is not there yet."""
+    whole: set[str] = set()
+    parts: set[str] = set()
+
+    def fn(text: str) -> float:
+        whole.add(str(text))
+        return 0.0
+
+    def prefix(text: str) -> float:
+        if not text.endswith("."):
+            parts.add(str(text))
+        return -0.5 * text.count("a")
+
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", stop=".", max_tokens=5, truncate="reject"))
+        potential("p", fn, z, prefix=prefix)
+
+    program = compile(model)
+    whole.clear()
+    run(program, twist="lookahead")
+    ended = {t for t in whole if t.endswith(".")}
+    assert ended
+    assert all(len(LM.encode_text(t)) >= 3 for t in whole - ended), "whole ones alone"
+    assert "a" in parts
+
+
+def test_where_no_string_can_end_potentials_steer_too() -> None:
+    seen: set[int] = set()
+
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=9, grammar=regex("[ab]{8}")))
+        potential("few", lambda t: seen.add(len(t)) or -3.0 * t.count("a"), z)  # type: ignore[func-returns-value]
+
+    program = compile(model)
+    seen.clear()
+    posterior = run(program, ess_threshold=1.0)
+    assert {1, 2, 3, 4, 5, 6, 7} & seen
+    assert posterior.resampled > 1
+
+
+def test_a_half_character_waits_for_its_other_half() -> None:
+    lm = tiny_lm("a", seed=3, split=["é"])
+    seen: list[str] = []
+
+    def model() -> None:
+        z = sample("z", LMString(lm, "a", max_tokens=4))
+        potential("p", lambda t: float(seen.append(str(t)) or 0.2 * t.count("é")), z)  # type: ignore[func-returns-value]
+
+    check_unbiased(ratios(model, runs=30))
+    assert not any("\ufffd" in t for t in seen)
+
+
+def test_a_masked_guide_is_weighed_by_a_prefix_too() -> None:
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=4))
+        factor("form", 0.0 if re.fullmatch("[ab]*", z) else -math.inf)
+        potential("short", short, z, prefix=True)
+
+    check_unbiased(ratios(model, guide=MaskedGuide({"z": regex("[ab]*")})))
+
+
+def test_what_breaks_on_a_part_is_passed_over_and_blinds_no_other() -> None:
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=4))
+        potential("breaks", lambda t: 0.0 if len(LM.encode_text(t)) > 2 else 1 / 0, z, prefix=few)
+        potential("whole", lambda t: {True: 0.0}[len(t) > 3] if len(t) < 2 else -0.1 * len(t), z)
+        potential("short", short, z, prefix=True)
+
+    with pytest.raises(ZeroDivisionError):
+        run(model)
+
+    def mended() -> None:
+        z = sample("z", LMString(LM, "ab", min_tokens=3, max_tokens=4))
+        potential("breaks", lambda t: 0.0 if len(t) > 2 else 1 / 0, z)
+        potential("short", short, z, prefix=True)
+
+    assert run(mended, ess_threshold=1.0).resampled > 0
+
+
+def test_a_broken_promise_is_told() -> None:
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=3))
+        potential("p", lambda t: -1.0, z, prefix=lambda t: -math.inf if "b" in t else 0.0)
+
+    for method in ("smc", "exact", "importance"):
+        with pytest.raises(ValueError, match=r"potential 'p': of the whole text '.*b.*' prefix"):
+            infer(model, method=method, progress=False)
+
+
+def test_a_held_text_that_a_prefix_kills_is_told() -> None:
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", max_tokens=3))
+        potential("p", lambda t: 0.0, z, prefix=lambda t: -math.inf if len(t) == 1 else 0.0)
+
+    with pytest.raises(ValueError, match="potential 'p': prefix gives -inf of 'a', which"):
+        smc_evidence(compile(model), PriorGuide(), 4, 0, held={"z": "aaa"}, every=1)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "error", "message"),
+    [
+        (lambda t: math.nan, ValueError, "prefix of potential 'p' is nan"),
+        (lambda t: "a" in t, TypeError, "prefix of potential 'p' must be a log weight"),
+        ("b", TypeError, "potential 'p': prefix must be a function of the text so far, or True"),
+    ],
+)
+def test_bad_prefixes_are_told(prefix: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        potential("p", lambda t: 0.0, "x", prefix=prefix)
+
+
+def test_an_error_in_a_prefix_is_none_of_an_unfinished_text() -> None:
+    def prefix(text: str) -> float:
+        if len(text) == 1:
+            raise LookupError("a mistake")
+        return 0.0
+
+    def model() -> None:
+        z = sample("z", LMString(LM, "ab", min_tokens=2, max_tokens=4))
+        try:
+            potential("p", lambda t: 0.0, z, prefix=prefix)
+        except LookupError:
+            factor("caught", 0.0)
+
+    with pytest.raises(LookupError, match="a mistake"):
+        run(model)
+
+
+def test_a_model_within_a_model_has_whole_strings() -> None:
+    asked: list[str] = []
+
+    def inner() -> None:
+        z = sample("z", LMString(LM, "b", max_tokens=1))
+        potential("p", lambda t: float(asked.append(str(t)) or 0.0), z, prefix=lambda t: -9.0)  # type: ignore[func-returns-value]
+
+    def outer() -> None:
+        z = sample("y", LMString(LM, "ab", max_tokens=3))
+        potential("q", few, z)
+        evidence = infer(inner, method="exact", progress=False).log_evidence
+        assert evidence == pytest.approx(0.0, abs=1e-5)
+
+    run(outer, num_samples=4)
+    assert asked
+
+
+def test_a_plain_potential_that_was_passed_over_is_noted() -> None:
+    def model(**how: Any) -> None:
+        z = sample("z", LMString(LM, "ab", min_tokens=4, max_tokens=5))
+        potential("no b", lambda t: -math.inf if "b" in t else 0.0, z, **how)
+        sample("y", LMString(LM, "a", max_tokens=1))
+
+    (note,) = (n for n in run(model).notes if "no b" in n)
+    assert "it did not count" in note
+    assert "prefix" in note
+    assert not [n for n in run(lambda: model(prefix=True)).notes if "did not count" in n]
