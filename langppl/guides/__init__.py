@@ -1,6 +1,6 @@
 """Guides: what proposes values for the latents."""
 
-from langppl.guides.base import Guide, PriorGuide
+from langppl.guides.base import Guide, PriorGuide, raw_log_prob
 from langppl.guides.context import ContextInfo, default_context, observations_first
 from langppl.guides.function import FunctionGuide
 from langppl.guides.gflownet import GFlowNetGuide
@@ -28,4 +28,5 @@ __all__ = [
     "default_context",
     "draw_prior",
     "observations_first",
+    "raw_log_prob",
 ]
