@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import inspect
+import io
 import math
 import pkgutil
 import re
@@ -135,3 +136,13 @@ def test_control_characters_of_names_are_written_out() -> None:
         assert "EVIL" in text and "x1b[31m" in text
         assert all(c.isprintable() or c == "\n" for c in text)
     assert "end\\u202e" in str(graph)
+
+
+def test_a_comparison_on_a_terminal_writes_control_characters_of_names_out() -> None:
+    from rich.console import Console
+
+    posterior = Posterior([{"z": "a"}, {"z": "b"}], [0.0, 0.0])
+    console = Console(width=200, force_terminal=True, color_system=None, file=io.StringIO())
+    console.print(Comparison({HOSTILE: posterior}, {}))
+    shown_as = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\\x1b[31mEVIL" in shown_as and "\x1b[31mEVIL" not in shown_as and "\x07" not in shown_as

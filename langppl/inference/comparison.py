@@ -18,7 +18,7 @@ from langppl.diagnosis import Agreement, weights_of_samples
 from langppl.inference.rows import Row
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
-from langppl.tables import Report, moments, pandas_for, shown
+from langppl.tables import Report, escaped, moments, pandas_for, shown
 from langppl.values import is_number
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Comparison(Report):
         for head in (*heads, "time", "LM\ntokens"):
             table.add_column(head, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(rich.text.Text(row["name"]), *_cells(row))
+            table.add_row(rich.text.Text(escaped(row["name"])), *_cells(row))
         table.caption = (
             "nats; (?): not to be trusted (Pareto k; of chains R-hat); ELBO and sd: mean and "
             "spread of the log weights of the possible draws; impossible: share of the draws; "
@@ -186,7 +186,7 @@ class Comparison(Report):
                 if _is_spread(posterior, site):
                     cells = [("", _moments(posterior, site))]
                 shares, values = zip(*(cells or [("", "–")]), strict=True)
-                row = rich.text.Text(name), "\n".join(shares)
+                row = rich.text.Text(escaped(name)), "\n".join(shares)
                 table.add_row(*row, rich.text.Text("\n".join(values)))
             tables += ["", table]
         if len(sites) > MOST_SITES:
