@@ -133,7 +133,7 @@ class Claim:
             raise OSError(
                 errno.EBUSY,
                 "another training writes its checkpoints here; wait until it ends, or give "
-                "another folder",
+                f"another folder (if there is none any more, remove {path.name} in it)",
                 str(folder),
             ) from None
         except (OSError, NotImplementedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -160,13 +161,28 @@ class Keeper:
         """
         if self.folder is None:
             return 0
-        if self._is_first:
-            self._claim = checkpoints.Claim(self.folder)
+        self._take(trainer)
         found = checkpoints.read(self.folder)
         _forget_scores(trainer)
         if found is None:
             return 0
         return self._restored(trainer, *found)
+
+    def _take(self, trainer: Trainer) -> None:
+        """Claims the folder for all processes, of which the first does so.
+
+        Raises:
+            OSError: if another training has it, in each of them: none is to wait for the others.
+        """
+        assert self.folder is not None
+        said: list[str] = []
+        if self._is_first:
+            try:
+                self._claim = checkpoints.Claim(self.folder)
+            except OSError as error:
+                said = [str(error.strerror)]
+        for reason in trainer.workers.gather(said):
+            raise OSError(errno.EBUSY, reason, str(self.folder))
 
     def _restored(
         self,

@@ -68,12 +68,12 @@ def read(path: Path) -> LoraConfig:
     for name, value in record.items():
         if name in _IGNORED:
             continue
-        # Files of other versions have options that this peft does not know.
-        is_unset = value == unset[name] if name in unset else value in (None, False, {}, [])
         if name in _CHECKS:
-            if value is not None or not is_unset:
+            if value is not None or name in _NEEDED:
                 taken[name] = _checked(path, name, value)
-        elif not is_unset:
+        # Files of other versions have options that this peft does not know, or write another
+        # nothing.
+        elif value not in _NOTHING and not (name in unset and value == unset[name]):
             raise ValueError(
                 f"the adapter in {shown(path.parent)} is refused: its {name} is not plain LoRA, "
                 f"got {reprlib.repr(value)}; save it from a LoraConfig without this option"
@@ -174,5 +174,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "revision": (_is_text, "a text"),
 }
 """The options that are taken over: whether a value is good, and what it must be."""
-_IGNORED = ("peft_type", "peft_version", "auto_mapping", "task_type", "runtime_config")
+_NEEDED = ("r", "lora_alpha")
+_NOTHING: tuple[object, ...] = (None, False, {}, [])
+_IGNORED = (
+    *("peft_type", "peft_version", "auto_mapping", "task_type", "runtime_config"),
+    *("megatron_core", "qalora_group_size"),  # of `megatron_config` and `use_qalora`, refused
+)
 """What makes no difference to what an adapter computes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -42,9 +43,8 @@ def write_atomically(path: Path, content: str | bytes, what: str) -> None:
         temporary = _written_beside(target, data)
         try:
             os.replace(temporary, target)
-        except OSError:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         # Errors of the temporary file, or of a folder above, would not say what was to be written.
         mend = "give a file in a folder that can be written to"
@@ -97,15 +97,25 @@ def _written_beside(target: Path, data: bytes) -> Path:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            # Before there is anything in it that others must not read.
-            temporary.chmod(_mode_for(target))
+            # Before there is anything in it that others must not read. Not every file system has
+            # modes; what `mkstemp` gave is the safe side.
+            with contextlib.suppress(PermissionError, NotImplementedError):
+                temporary.chmod(_mode_for(target))
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _flush(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:  # of a file system that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def _mode_for(target: Path) -> int:

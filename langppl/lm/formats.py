@@ -51,9 +51,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
     # Lists within lists end Python's stack.
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(path)} is corrupt: {error}") from error
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError) -> ValueError:
+    """The error for a file that may well be whole, had one been let read it."""
+    return ValueError(f"{shown(path)} cannot be read: {error.strerror or error}")
 
 
 def check_digests(folder: Path, digests: Any, names: Iterable[str]) -> None:

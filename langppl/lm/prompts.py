@@ -95,8 +95,9 @@ def _check_texts(tokenizer: Any, messages: Chat) -> None:
                     f"a message's {name} must be valid Unicode, got {value!r}, which has a lone "
                     "surrogate"
                 ) from None
-            spelled = [m for m in marks if m in shown]
-            if name != "content" and spelled:
+            if name == "content":
+                continue
+            if spelled := [m for m in marks if m in shown]:
                 raise ValueError(
                     f"a message's {name} spells the special token {spelled[0]!r}: {value!r}; only "
                     "in its content are such read as plain text"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from langppl.lm.formats import shown
+from langppl.lm.formats import shown, unreadable
 
 
 def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -29,9 +29,13 @@ def unpacked(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         # By its name safetensors opens no file in a folder whose name is no Unicode.
-        return load(path.read_bytes())
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        return load(content)
     # Types of numbers that torch does not have are unknown keys to safetensors.
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{shown(path)} is corrupt: {error}") from error
 
 

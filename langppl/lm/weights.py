@@ -311,7 +311,8 @@ def embedded_adapter(what: str) -> str:
     """
     return (
         f"{what} holds a model and a PEFT adapter (adapter_config.json), which are read apart: "
-        "move the adapter's files to a folder of its own, make the LM of the model, and load the "
+        "move the adapter's files (of the hub's, download them first) to a folder of its own, make "
+        "the LM of the model, and load the "
         'adapter on it by lm.trainable("name").load(folder), or by GFlowNetGuide.load(folder, lm) '
         "if a guide wrote it"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import langppl as lp
 from langppl.guides import checkpoints
+from langppl.guides.keeping import Keeper
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab.", seed=2)
@@ -162,9 +164,9 @@ def test_a_step_beyond_the_training(whole: Any, tmp_path: Path) -> None:
 
 HOLDS = """
 import sys, time
-from pathlib import Path
-from langppl.guides.checkpoints import Claim
-claim = Claim(Path(sys.argv[1]))
+from filelock import FileLock
+lock = FileLock(sys.argv[1] + "/.lock")
+lock.acquire()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -187,6 +189,37 @@ def test_a_folder_that_another_process_trains_in_is_refused_until_it_dies(tmp_pa
             other.stdout.close()
     fit(guide, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [STEP]
+
+
+def test_all_processes_hear_of_another_training(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, None, is_first=False)
+
+    class Others:
+        """Two processes, of which this is the second."""
+
+        def gather(self, said: list[str]) -> list[str]:
+            assert said == []
+            return ["another training writes its checkpoints here"]
+
+    class Training:
+        workers = Others()
+
+    with pytest.raises(OSError, match="another training") as error:
+        keeper.resume(Training())  # type: ignore[arg-type]
+    assert error.value.errno == errno.EBUSY
+
+
+def test_a_disk_without_locks_takes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(handle: int, flags: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    fit(made(), tmp_path)
+    assert STEP in [p.name for p in tmp_path.iterdir()]
 
 
 def test_two_trainings_of_one_process_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -79,6 +79,24 @@ def test_what_peft_makes_is_loaded(tmp_path: Path, options: dict[str, Any]) -> N
     assert not torch.equal(logits(lm), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": [], "trainable_token_indices": {}, "layer_replication": []},
+        {"loftq_config": None, "megatron_core": None, "lora_bias": None},
+        {"rank_pattern": None, "use_dora": None, "fan_in_fan_out": None, "lora_dropout": None},
+        {"qalora_group_size": 32, "use_qalora": False},
+    ],
+)
+def test_what_is_unset_has_several_forms(tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = saved(tmp_path)
+    change(tmp_path, **options)
+    lm = tiny_lm("ab.", seed=1)
+    lm.load_adapter("new", tmp_path)
+    with lm.adapter("new"):
+        torch.testing.assert_close(logits(lm), expected)
+
+
 def test_what_other_versions_of_peft_write(tmp_path: Path) -> None:
     expected = saved(tmp_path)
     change(tmp_path, some_new_option=None, peft_version="9.9", init_lora_weights=True)
@@ -138,7 +156,7 @@ def test_a_config_that_asks_for_more_changes_nothing(
     change(tmp_path, **options)
     started = time.monotonic()
     check_refused(tmp_path, message)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("options", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}])

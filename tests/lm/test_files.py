@@ -37,6 +37,35 @@ def test_pipes_are_written_on() -> None:
     os.close(writing)
 
 
+def test_file_systems_without_modes_or_flushing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_modes(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def no_flushing(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(Path, "chmod", no_modes)
+    monkeypatch.setattr(os, "fsync", no_flushing)
+    write_atomically(tmp_path / "whole.json", "ab", "posterior")
+    write_folder(tmp_path / "guide", {"one": "a", "two": b"b"}, "guide")
+    assert (tmp_path / "whole.json").read_text() == "ab"
+    assert (tmp_path / "guide" / "two").read_bytes() == b"b"
+
+
+def test_an_interrupt_leaves_nothing_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(one: Path, two: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "whole.json", "ab", "posterior")
+    assert not os.listdir(tmp_path)
+
+
 def test_new_files_have_new_folders(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a" / "b.bin", b"\x00", "guide")
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00"
@@ -47,7 +76,7 @@ def test_threads_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None:
 
     def write(letter: str) -> None:
         try:
-            for _ in range(30):
+            for _ in range(8):
                 write_atomically(path, letter * 100_000, "posterior")
         except BaseException as error:
             errors.append(error)

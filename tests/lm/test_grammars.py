@@ -611,8 +611,8 @@ def test_a_schema_of_mappings_and_sequences_of_any_kind() -> None:
 def test_a_lark_regex_that_is_never_closed_is_no_long_search() -> None:
     began = time.process_time()
     with pytest.raises(ValueError, match="does not compile"):
-        lp.lark('start: "x"\nA: /' + "[a]" * 23)
-    assert time.process_time() - began < 1.0
+        lp.lark('start: "x"\nA: /' + "[a]" * 60)
+    assert time.process_time() - began < 20.0  # each class had doubled it, from 8.6 s at 24
     # A class may hold what would end the regex, or speak of tokens.
     assert lp.log_matches("/", lp.lark("start: /[<[1]>\\/]/")) == 0.0
 
