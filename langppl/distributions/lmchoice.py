@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -62,16 +63,21 @@ class LMChoice(StringDistribution):
     def _warn_of_prefixes(self) -> None:
         # When an LM is asked, not before: options may be made of latents, and while a program's
         # structure is searched these have values that nobody drew.
+        if self._prefixes is not None:
+            short, long = self._prefixes
+            warn(
+                f"{sites.where()}the option {short!r} begins the option {long!r}, so its "
+                "probability includes the other's; make the options end differently",
+                once=("begins", sites.current() or self.options),
+            )
+
+    @functools.cached_property
+    def _prefixes(self) -> tuple[str, str] | None:
+        """An option that begins another one, and the other."""
         # Sorted, an option that begins another one stands right before one that it begins.
         ordered = sorted(plain_text(o) for o in self.options)
-        for short, long in itertools.pairwise(ordered):
-            if long.startswith(short):
-                warn(
-                    f"{sites.where()}the option {short!r} begins the option {long!r}, so its "
-                    "probability includes the other's; make the options end differently",
-                    once=("begins", sites.current()) if sites.current() else None,
-                )
-                return
+        pairs = itertools.pairwise(ordered)
+        return next(((short, long) for short, long in pairs if long.startswith(short)), None)
 
     def with_prompt(self, prompt: Prompt, options: Sequence[str] | None = None) -> LMChoice:
         """The same choice after another prompt."""

@@ -52,10 +52,13 @@ class View:
     Attributes:
         factors: observed site or factor → nats.
         is_over: whether the program ended there, so that it will meet no more.
+        lacking: potentials that it will meet all the same, of which nothing is known yet that
+            counts.
     """
 
     factors: dict[str, float]
     is_over: bool
+    lacking: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class Particle:
         growing: the string that it is deciding.
         to_come: log of what a guide's learned flow says is to come, nats, at the last latent before
             which it was known.
+        killed: the potential whose `prefix` was −inf of an unfinished string, and the string.
     """
 
     known: dict[str, Choice]
@@ -161,6 +165,7 @@ class Particle:
     ratio: float = 0.0
     growing: Growing | None = None
     to_come: float = 0.0
+    killed: tuple[str, str] | None = None
 
     @property
     def log_weight(self) -> float:
@@ -525,8 +530,16 @@ class Crowd:
         with Unfinished(evaluates=False):
             return self.try_on(particle, g, value)
 
-    def try_on(self, particle: Particle, g: Growing, value: Text) -> Execution | None:
+    def try_on(
+        self, particle: Particle, g: Growing, value: Text, *, forgive: bool = False
+    ) -> Execution | None:
         """Runs the model as if an unfinished string had a value; to be called in a task.
+
+        Args:
+            particle: the particle.
+            g: its string.
+            value: what to take for the string.
+            forgive: whether what is impossible is returned also where the model then breaks.
 
         Returns:
             The run up to the next latent or tool call; None if the model breaks on the value.
@@ -542,7 +555,7 @@ class Crowd:
             return fn.sample()
 
         try:
-            return self.program.run_once(_to_next(known), know, forgive=False)
+            return self.program.run_once(_to_next(known), know, forgive=forgive)
         except Exception:  # whatever a model makes of an unfinished text
             return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from langppl.distributions import Text
@@ -58,6 +59,8 @@ def read_potentials(crowd: Crowd) -> None:
         if execution is None or particle.growing is None:
             continue
         dead = _dead_at(execution)
+        if dead is None and execution.error is not None:
+            continue  # broken on a text that is not finished, and nothing in it is final
         if dead is None:
             particle.growing = particle.growing.reading(_view(execution, particle.growing))
             continue
@@ -67,6 +70,7 @@ def read_potentials(crowd: Crowd) -> None:
                 "possible text begins with; let fn be -inf of such texts too, or prefix finite"
             )
         # It is dead at the text that killed it, which is what its sample shows.
+        particle.killed = (dead, str(particle.growing.text))
         particle.execution = execution
         particle.growing = None
 
@@ -82,7 +86,8 @@ def _text_so_far(g: Growing) -> Text | None:
 
 def _read(crowd: Crowd, particle: Particle, g: Growing, text: Text) -> Execution | None:
     with Unfinished(evaluates=True) as reading:
-        execution = crowd.try_on(particle, g, text)
+        # What a prefix has killed is dead, whatever the model makes of the text afterwards.
+        execution = crowd.try_on(particle, g, text, forgive=True)
     if reading.error is not None:
         raise reading.error
     return execution
@@ -99,6 +104,7 @@ def _dead_at(execution: Execution) -> str | None:
 def _view(execution: Execution, g: Growing) -> View:
     before = {} if g.potentials is None else g.potentials.factors
     factors: dict[str, float] = {}
+    lacking: set[str] = set()
     others = False
     for site in execution.sites.values():
         if not is_potential(site):
@@ -107,7 +113,9 @@ def _view(execution: Execution, g: Growing) -> View:
             factors[site.name] = site.log_prob
         elif site.name in before:
             factors[site.name] = before[site.name]
-    return View(factors, execution.pause is None and not others)
+        else:
+            lacking.add(site.name)
+    return View(factors, execution.pause is None and not others, frozenset(lacking))
 
 
 class Passed:
@@ -144,3 +152,18 @@ class Passed:
             for name, met in self.met.items()
             if self.impossible[name] > met / 2
         )
+
+
+def killing_notes(particles: Sequence[Particle]) -> tuple[str, ...]:
+    """For each potential whose `prefix` has killed particles, where most are dead by one."""
+    dead = [p.killed for p in particles if p.killed is not None]
+    if len(dead) <= len(particles) / 2:
+        return ()
+    examples = dict(reversed(dead))
+    counts = Counter(name for name, _ in dead)
+    return tuple(
+        f"potential {name!r}: its prefix was -inf of "
+        f"{'all' if count == len(particles) else f'{count} of {len(particles)}'} strings begun, "
+        f"e.g. {examples[name]!r}"
+        for name, count in counts.most_common()
+    )

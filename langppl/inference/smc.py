@@ -24,7 +24,7 @@ from langppl.guides.base import Guide
 from langppl.guides.function import FunctionGuide
 from langppl.inference.failures import failures
 from langppl.inference.particles import Crowd
-from langppl.inference.potentials import Passed
+from langppl.inference.potentials import Passed, killing_notes
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import resample, resample_conditionally
 from langppl.inference.settings import check_values
@@ -99,7 +99,7 @@ def smc(
         log_q=None if rejuvenation else [e.log_q for e in executions],
         elapsed=time.monotonic() - started,
         failed_sites=failed,
-        notes=(*notes, *course.passed.notes, *guide.remarks),
+        notes=(*notes, *killing_notes(crowd.particles), *course.passed.notes, *guide.remarks),
         ancestors=[p.ancestor for p in crowd.particles],
         resampled=course.resampled,
         moves=(course.moves, course.accepted),

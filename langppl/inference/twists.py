@@ -8,7 +8,8 @@ et al. 2024, arXiv 2404.17546).
 Evidence meets all particles at the same time. A string that ends early would otherwise pay for the
 ending that is observed after it (some −17 nats) while the unfinished ones still stand at 0, and be
 resampled away. So a factor counts once every particle has met it, would meet it if its string
-ended here, or has nothing more to meet.
+ended here, or has nothing more to meet. A potential that was passed over so far is still to be met:
+were it to count for the others, the particle that it says nothing of would outweigh them.
 """
 
 from __future__ import annotations
@@ -290,7 +291,8 @@ def _weigh(crowd: Crowd) -> set[str]:
     growing = crowd.growing()
     drawn = [(p, g) for p, g in growing if not g.is_prior]
     log_p = crowd.log_p() if drawn else {}
-    views = {id(p): _view(p, p.growing) for p in crowd.particles if not p.is_dead}
+    asks = has_potentials(crowd.program)
+    views = {id(p): _view(p, p.growing, asks) for p in crowd.particles if not p.is_dead}
     counted = _counted(views.values())
     for particle in crowd.particles:
         g = particle.growing
@@ -311,18 +313,22 @@ def _of_prior(g: Growing) -> float:
     return g.counted(-math.inf if is_impossible else g.log_q)
 
 
-def _view(particle: Particle, g: Growing | None) -> View:
+def _view(particle: Particle, g: Growing | None, has_potentials: bool) -> View:
     met = particle.view
     if g is None:
         return met
     # Of a string that has ended, its potentials are those of the whole text.
     ahead = (g.view, None if g.is_ended else g.potentials)
     factors, is_over = dict(met.factors), False
+    lacking: frozenset[str] = frozenset()
     for view in ahead:
         if view is not None:
             factors |= view.factors
             is_over = is_over or view.is_over
-    return View(factors, is_over)
+            lacking |= view.lacking
+    # Of a text that the model could not be asked of, nobody knows which potentials it has.
+    is_asked = g.is_ended or g.potentials is not None or not has_potentials
+    return View(factors, is_over and is_asked, lacking - factors.keys())
 
 
 def _bury(crowd: Crowd) -> None:
@@ -333,11 +339,12 @@ def _bury(crowd: Crowd) -> None:
 
 
 def _counted(views: Iterable[View]) -> set[str]:
-    """The factors that every particle has met, unless it will meet no more."""
+    """The factors that every particle has met or never will."""
     own = list(views)
     everything = {name for view in own for name in view.factors}
+    lacking = {name for view in own for name in view.lacking}
     open_ = [view.factors for view in own if not view.is_over]
-    return {name for name in everything if all(name in factors for factors in open_)}
+    return {name for name in everything - lacking if all(name in factors for factors in open_)}
 
 
 def _sum(view: View, counted: set[str]) -> float:

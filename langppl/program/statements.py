@@ -272,7 +272,9 @@ def potential(
         text: the latent string, or a text made of it.
         prefix: log weight (nats) of the text so far, in the place of `fn`. Its −inf is final: it
             promises that no text that goes on so has weight, and the particle is dead. True for
-            `fn` itself. Other methods than `"smc"` make no use of it.
+            `fn` itself. Other methods than `"smc"` weigh by `fn` alone. All of them ask a
+            `prefix` of its own too, wherever `fn` gives weight to a whole text, to hold it to its
+            promise.
 
     Raises:
         ValueError: if a weight is NaN, +inf, or not a scalar, or if `fn` gives weight to a whole

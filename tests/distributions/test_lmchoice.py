@@ -70,6 +70,15 @@ def test_options_that_nobody_drew_do_not_warn_and_a_site_warns_once() -> None:
     assert len(found) == 1, found
 
 
+def test_a_choice_outside_of_sites_warns_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            LMChoice(TINY, " ", ["b", "ba", "aa"]).log_probs()
+    found = [str(w.message) for w in caught if "begins the option" in str(w.message)]
+    assert len(found) == 1, found
+
+
 @pytest.mark.parametrize("option", ["xyz", "\ud800"])
 def test_an_option_that_cannot_be_written(option: str) -> None:
     with pytest.raises(ValueError, match="has probability zero"):

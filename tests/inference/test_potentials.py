@@ -88,22 +88,24 @@ def run(model: Any, **options: Any) -> Posterior:
         return infer(model, **given)
 
 
-def ratios(model: Any, runs: int = 25, **options: Any) -> np.ndarray:
+def ratios(model: Any, runs: int = 25, first: int = 0, **options: Any) -> np.ndarray:
     """Ẑ/Z of some runs."""
     program = compile(model)
     exact = infer(program, method="exact", progress=False).log_evidence
     assert exact is not None
     found = []
-    for seed in range(runs):
+    for seed in range(first, first + runs):
         evidence = run(program, seed=seed, **{"ess_threshold": 0.95, **options}).log_evidence
         assert evidence is not None
         found.append(math.exp(evidence - exact))
     return np.array(found)
 
 
-def check_unbiased(found: np.ndarray) -> None:
+def check_unbiased(found: np.ndarray, within: float) -> None:
+    """Also absolutely: an estimator that is broken may vary so much that its error excuses it."""
     error = float(found.std(ddof=1)) / math.sqrt(len(found))
-    assert abs(float(found.mean()) - 1.0) < 3.5 * error + 1e-6, (found.mean(), error)
+    bound = min(3.5 * error + 1e-6, within)
+    assert abs(float(found.mean()) - 1.0) < bound, (found.mean(), error)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def check_unbiased(found: np.ndarray) -> None:
         (hard(prefix=True), {"guide": "prompted"}),
         (two_strings, {}),
         (two_strings, {"twist": "lookahead", "resampling": "residual"}),
-        (two_strings, {"rejuvenation": 2}),
+        (two_strings, {"rejuvenation": 1}),
         (under_a_grammar, {}),
         (under_a_grammar, {"twist": "lookahead"}),
         (before_min_tokens, {}),
@@ -125,19 +127,22 @@ def check_unbiased(found: np.ndarray) -> None:
     ],
 )
 def test_the_evidence_is_unbiased(model: Model, options: dict[str, Any]) -> None:
-    check_unbiased(ratios(model, **options))
+    is_slow = model is under_a_grammar
+    found = ratios(model, first=100, num_samples=8 if is_slow else 32, **options)
+    check_unbiased(found, within=0.25 if is_slow else 0.15)
 
 
 def test_flows_of_several_strings_bury_the_dead() -> None:
     program = compile(two_strings)
     guide = GFlowNetGuide(LM, rank=2, objective="subtb")
     guide.fit(program, steps=2, batch=4, progress=False)
-    check_unbiased(ratios(two_strings, guide=guide, twist="flow"))
+    found = ratios(two_strings, guide=guide, twist="flow", num_samples=16)
+    check_unbiased(found, within=0.3)
 
 
 def test_a_prefix_kills_and_the_dead_are_replaced() -> None:
-    plain = run(hard(), num_samples=64, ess_threshold=1.0)
-    final = run(hard(prefix=True), num_samples=64, ess_threshold=1.0)
+    plain = run(hard(), num_samples=256, ess_threshold=1.0)
+    final = run(hard(prefix=True), num_samples=256, ess_threshold=1.0)
     assert plain.resampled == 0
     assert final.resampled > 0
     dead = [np.isneginf(p.log_weights).mean() for p in (plain, final)]
@@ -145,7 +150,7 @@ def test_a_prefix_kills_and_the_dead_are_replaced() -> None:
     assert dead[1] < 0.6 * dead[0], dead
     exact = infer(hard(), method="exact", progress=False).probabilities("z")
     for text, p in final.probabilities("z").items():
-        assert p == pytest.approx(exact.get(text, 0.0), abs=0.2)
+        assert p == pytest.approx(exact.get(text, 0.0), abs=0.07)
 
 
 def test_it_varies_less_than_importance_sampling() -> None:
@@ -165,6 +170,44 @@ def test_moves_keep_to_the_posterior() -> None:
             found[text] = found.get(text, 0.0) + weight * p
     for text, p in exact.items():
         assert found.get(text, 0.0) / total == pytest.approx(p, abs=0.08)
+
+
+def most_b(text: str) -> float:
+    return -3.0 if "b" in text else -math.inf
+
+
+def plain_and_passed_over() -> None:
+    z = sample("z", LMString(LM, "ab", max_tokens=4, allow=["a", "b"]))
+    potential("score", most_b, z)
+
+
+def passed_over_before_evidence() -> None:
+    z = sample("z", LMString(LM, "ab", max_tokens=4, allow=["a", "b"]))
+    potential("score", most_b, z)
+    sample("seen", LMString(LM, f"{z}."), obs="a")
+
+
+def passed_over_beside_another() -> None:
+    z = sample("z", LMString(LM, "ab", max_tokens=4, allow=["a", "b"]))
+    potential("score", most_b, z)
+    potential("mild", mild, z)
+
+
+@pytest.mark.parametrize("twist", [None, "lookahead"])
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        (plain_and_passed_over, 0.15),
+        (passed_over_before_evidence, 0.2),
+        (passed_over_beside_another, 0.15),
+    ],
+)
+def test_what_a_potential_says_nothing_of_yet_does_not_outweigh_the_rest(
+    model: Model, most: float, twist: Any
+) -> None:
+    found = ratios(model, runs=40, num_samples=16, ess_threshold=0.5, twist=twist)
+    check_unbiased(found, within=0.1)
+    assert found.std() < most, found.std()
 
 
 def test_other_methods_make_no_use_of_it() -> None:
@@ -225,7 +268,7 @@ def test_a_half_character_waits_for_its_other_half() -> None:
         z = sample("z", LMString(lm, "a", max_tokens=4))
         potential("p", lambda t: float(seen.append(str(t)) or 0.2 * t.count("é")), z)  # type: ignore[func-returns-value]
 
-    check_unbiased(ratios(model, runs=30))
+    check_unbiased(ratios(model, runs=30), within=0.1)
     assert not any("\ufffd" in t for t in seen)
 
 
@@ -235,7 +278,8 @@ def test_a_masked_guide_is_weighed_by_a_prefix_too() -> None:
         factor("form", 0.0 if re.fullmatch("[ab]*", z) else -math.inf)
         potential("short", short, z, prefix=True)
 
-    check_unbiased(ratios(model, guide=MaskedGuide({"z": regex("[ab]*")})))
+    found = ratios(model, guide=MaskedGuide({"z": regex("[ab]*")}), num_samples=16)
+    check_unbiased(found, within=0.2)
 
 
 def test_what_breaks_on_a_part_is_passed_over_and_blinds_no_other() -> None:
@@ -254,6 +298,41 @@ def test_what_breaks_on_a_part_is_passed_over_and_blinds_no_other() -> None:
         potential("short", short, z, prefix=True)
 
     assert run(mended, ess_threshold=1.0).resampled > 0
+
+
+def digits(text: str) -> float:
+    return 0.0 if re.fullmatch("[0-9]*", text) else -math.inf
+
+
+@pytest.mark.parametrize("twist", [None, "lookahead"])
+def test_a_prefix_kills_where_the_model_breaks_on_the_text_afterwards(twist: Any) -> None:
+    lm = tiny_lm("12x", seed=4)
+
+    def model() -> None:
+        z = sample("z", LMString(lm, "1", min_tokens=2, max_tokens=4))
+        potential("digits", digits, z, prefix=True)
+        factor("small", -0.2 * int(z[:1]) - 0.001 * int(z))
+
+    assert run(model, num_samples=16, ess_threshold=1.0, twist=twist).resampled > 0
+    check_unbiased(ratios(model, num_samples=16, twist=twist), within=0.2)
+
+
+def test_where_a_prefix_kills_all_a_note_names_it() -> None:
+    def model(prefix: Any) -> None:
+        z = sample("z", LMString(LM, "b", min_tokens=4, max_tokens=5, allow=["a", "b"]))
+        potential("all", lambda t: -math.inf, z, prefix=prefix)
+
+    def begins(text: str) -> float:
+        return -math.inf if len(text) > 1 else 0.0
+
+    (note,) = (n for n in run(lambda: model(begins)).notes if "'all'" in n)
+    assert re.fullmatch(
+        r"potential 'all': its prefix was -inf of all strings begun, e\.g\. '[ab]{2,}'", note
+    )
+    found = run(hard(prefix=True), num_samples=32, ess_threshold=0.0)
+    (note,) = (n for n in found.notes if "strings begun" in n)
+    assert re.search(r"'sorted': its prefix was -inf of \d+ of 32 strings", note)
+    assert not [n for n in run(two_strings).notes if "strings begun" in n]
 
 
 def test_a_broken_promise_is_told() -> None:
