@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ WAYS: dict[str, list[tuple[str, float]]] = {
     "reverse_kl": [("reverse_kl", 1.0)],
     "rao_blackwell": [("rao_blackwell", 1.0)],
     "rao_blackwell and pairs": [("rao_blackwell", 1.0)],
+    "rao_blackwell, from the prior": [("rao_blackwell", 1.0)],
     "reward": [("reward", 1.0)],
     "rws": [("rws", 1.0)],
     "mle": [("mle", 1.0)],
@@ -52,6 +54,9 @@ WAYS: dict[str, list[tuple[str, float]]] = {
 
 SIMULATED = {"rao_blackwell and pairs": 0.25}
 """Share of each batch that is simulated from the model, latents and data."""
+
+FROM_PRIOR = ("rao_blackwell, from the prior",)
+"""Ways whose untrained guide is the prior."""
 
 CHUNK = 128
 """Draws at once."""
@@ -183,7 +188,10 @@ def train(
     story = make_story(lm)
     pairs = [(b, e) for b, _, e in rows]
     context = CONTEXTS[args.context]
-    guide = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed)
+    # What the LM makes of the context by itself is taken away again; what the adapter makes is not.
+    guidance = lp.Guidance(1.0, without=context) if way in FROM_PRIOR else None
+    made = partial(lp.GFlowNetGuide, lm, rank=args.rank, context=context, guidance=guidance)
+    guide = made(seed=args.seed)
     total = 0
     for k, (objective, share) in enumerate(WAYS[way]):
         options: dict[str, Any] = {
@@ -205,7 +213,7 @@ def train(
             steps = json.loads(known.read_text())["steps"]
         else:
             # How long a step takes is seen on a guide that is thrown away.
-            trial = lp.GFlowNetGuide(lm, rank=args.rank, context=context, seed=args.seed + 1)
+            trial = made(seed=args.seed + 1)
             trial.fit(story, pairs, steps=2, progress=False, **options)
             started = time.monotonic()
             trial.fit(story, pairs, steps=args.trial, progress=False, **options)

@@ -106,6 +106,10 @@ impossible, on the same stories (commit 5b12d8a).""",
     "objectives_contexts": """What guides read, without training: the default context
 (prompted), the story with a gap (whole story) and the ending alone (`observations_first`), on 40
 stories.""",
+    "objectives_prior": """A guide that begins at the prior: `guidance=lp.Guidance(1.0,
+without=whole_story)`, with the guide's own context once more, takes away what the untrained LM
+makes of it. A step takes three readings, so there are fewer; other work ran beside both, and more
+beside the second. The code was that of the commit named, and the second way, which was new.""",
     "objectives_gpu": """A guide that was trained on an H200, on all 1,500 stories: 79 steps of
 sixteen with sixteen draws, `schedule=RewardSchedule(start=1.5)`, learning rate 1e-3,
 TensorFloat-32; at first with eight other trainings on the device (9 s a step), then with one (3 s).

@@ -132,6 +132,17 @@ def kl(program: Program, guide: GFlowNetGuide) -> float:
     return float((np.exp(log_q) * (log_q - log_p)).sum())
 
 
+def test_guided_by_its_own_context_alone_an_untrained_guide_is_the_prior() -> None:
+    program = compile(story, LM_, "aab.")
+    guide = GFlowNetGuide(LM_, rank=2, context=own, guidance=Guidance(1.0, without=own))
+    found = infer(program, guide=guide, num_samples=16, progress=False)
+    assert found.log_q is not None
+    for sample_, log_q in zip(found.samples, found.log_q, strict=True):
+        prior = program.sites["middle"].fn.log_prob(sample_["middle"])
+        assert log_q == pytest.approx(float(prior), abs=1e-5)
+    check_guide(guide, program)
+
+
 @pytest.mark.parametrize("objective", ["subtb", "vargrad"])
 def test_training_leads_to_the_posterior(objective: str) -> None:
     lm = make_lm(5)
