@@ -8,6 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -814,10 +815,11 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
 def test_a_folder_that_may_not_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(self: Path, *args: Any, **kwargs: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def denied(**options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(options["dir"]))
 
-    monkeypatch.setattr(Path, "open", denied)
+    # Nobody forbids root anything.
+    monkeypatch.setattr(tempfile, "mkstemp", denied)
     path = tmp_path / "p.json"
     with pytest.raises(PermissionError) as caught:
         one_to_three().save(path)
