@@ -293,7 +293,8 @@ def potential(
             f"potential {name!r}: prefix must be a function of the text so far, or True for "
             f"the potential's own, got {prefix!r}"
         )
-    early = (fn if prefix else None) if prefix is None or isinstance(prefix, bool) else prefix
+    own = fn if prefix else None
+    early = prefix if callable(prefix) else own
     reading = next((h for h in reversed(_PYRO_STACK) if isinstance(h, Unfinished)), None)
     if reading is not None:
         value = reading.weigh(name, fn, early, text)
