@@ -12,6 +12,7 @@ from langppl.guides.function import GuideLike, as_guide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
+from langppl.inference.screening import REJECTIONS
 from langppl.inference.settings import METHODS, OPTIONS, check_values, names_of
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
@@ -44,6 +45,7 @@ def infer(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    rejections: int = REJECTIONS,
     rejuvenation: int = 0,
     chains: int = CHAINS,
     warmup: int | None = None,
@@ -92,6 +94,9 @@ def infer(
         ess_threshold: for `method="smc"`, the share of the particles below which their effective
             number has them resampled.
         every: for `method="smc"`, tokens of a string between two looks at the weights.
+        rejections: for `method="smc"`, at each place of a string, most tokens that are drawn anew
+            because the `prefix` of a potential is −inf after them, with the weight that is due
+            (see `langppl.inference.screening`); 0 for none, whose particles are then dead.
         rejuvenation: for `method="smc"`, Metropolis–Hastings moves of each particle after each
             latent, which make copies different again; 0 for none.
         **named: the model's arguments by their names. One that is called as an argument above
@@ -123,6 +128,7 @@ def infer(
         "resampling": resampling,
         "ess_threshold": ess_threshold,
         "every": every,
+        "rejections": rejections,
         "rejuvenation": rejuvenation,
         "chains": chains,
         "warmup": warmup,

@@ -9,7 +9,7 @@ Copying a particle copies references; the keys and values of its tokens are in o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -73,7 +73,9 @@ class Growing:
         mask: Pyro's mask there.
         ids: the tokens so far.
         text: their text.
-        log_q: nats, with which they were drawn; of the whole string when it has ended.
+        log_q: nats, of the guide's own law for them; of the whole string when it has ended.
+        log_accepted: log of an unbiased estimate of the probability, under that law, of not being
+            turned down on the way, nats; see `langppl.inference.screening`.
         is_ended: whether it is whole.
         view: the evidence as if it ended here, at the last place where it could.
         potentials: the potentials of the text so far, each where it was last a number.
@@ -89,6 +91,7 @@ class Growing:
     ids: tuple[int, ...] = ()
     text: str = ""
     log_q: float = 0.0
+    log_accepted: float = 0.0
     is_ended: bool = False
     view: View | None = None
     potentials: View | None = None
@@ -99,6 +102,11 @@ class Growing:
     def value(self) -> Text:
         """The string so far."""
         return self.fn.text_of(DrawReply(self.ids, self.text, self.log_q))
+
+    @property
+    def log_drawn(self) -> float:
+        """What stands for the log-probability (nats) of having been drawn, in weights."""
+        return self.log_q - self.log_accepted
 
     def reading(self, potentials: View) -> Growing:
         """The same string with what its potentials say by now."""
@@ -318,16 +326,23 @@ class Crowd:
 
         return choose
 
-    def grow(self, stage: int, turn: int, every: int | None) -> None:
-        """Draws some more tokens of each string that is not whole; None for all of them."""
+    def grow(self, stage: int, turn: int, every: int | None, besides: Collection[int] = ()) -> None:
+        """Draws some more tokens of each string that is not whole; None for all of them.
+
+        Args:
+            stage: how many latents were decided before.
+            turn: which draw of these strings it is.
+            every: how many tokens.
+            besides: particles, by their numbers, to leave as they are.
+        """
         growing = [
             (i, p, p.growing)
             for i, p in enumerate(self.particles)
-            if p.growing is not None and not p.growing.is_ended
+            if p.growing is not None and not p.growing.is_ended and i not in besides
         ]
         kept = [(p, g, held) for i, p, g in growing if (held := self.held_by(i)) is not None]
         for particle, g, held in kept:
-            particle.growing = _followed(g, held, every)
+            particle.growing = followed(g, held, every)
         growing = [(i, p, g) for i, p, g in growing if self.held_by(i) is None]
         requests = [
             replace(
@@ -368,7 +383,7 @@ class Crowd:
                 if g.is_prior:
                     impossible = g.fn.why_impossible(g.value) is not None
                     log_prob = -math.inf if impossible else g.log_q
-            particle.known = {**particle.known, g.name: Choice(g.value, g.log_q, log_prob)}
+            particle.known = {**particle.known, g.name: Choice(g.value, g.log_drawn, log_prob)}
             particle.growing = None
         self._go_on(moving, [_to_next(p.known) for p in moving])
 
@@ -567,7 +582,7 @@ def _no_further(room: int | None, ids: Sequence[int], every: int | None) -> int 
     return len(ids) + every if room is None else min(room, len(ids) + every)
 
 
-def _followed(g: Growing, held: Held, every: int | None) -> Growing:
+def followed(g: Growing, held: Held, every: int | None) -> Growing:
     """A string after some more tokens of the value that it is held to; None for all of them."""
     if g.name not in held.latents:
         raise ValueError(f"latent site {g.name!r} has no value to be held to")

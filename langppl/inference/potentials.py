@@ -41,7 +41,7 @@ def read_potentials(crowd: Crowd) -> None:
     runs: dict[tuple[int, tuple[int, ...]], tuple[Particle, Growing, Text]] = {}
     keys: dict[int, tuple[int, tuple[int, ...]]] = {}
     for particle, g in crowd.growing():
-        text = None if g.is_ended else _text_so_far(g)
+        text = None if g.is_ended else text_so_far(g)
         if text is not None:
             # Copies that have not grown apart share their run.
             key = (id(particle.execution), g.ids)
@@ -58,7 +58,7 @@ def read_potentials(crowd: Crowd) -> None:
         execution = found.get(keys[id(particle)]) if id(particle) in keys else None
         if execution is None or particle.growing is None:
             continue
-        dead = _dead_at(execution)
+        dead = dead_at(execution)
         if dead is None and execution.error is not None:
             continue  # broken on a text that is not finished, and nothing in it is final
         if dead is None:
@@ -75,7 +75,7 @@ def read_potentials(crowd: Crowd) -> None:
         particle.growing = None
 
 
-def _text_so_far(g: Growing) -> Text | None:
+def text_so_far(g: Growing) -> Text | None:
     """None inside of a character."""
     try:
         text = g.fn.lm.vocabulary.join(g.ids).decode("utf-8")
@@ -93,7 +93,7 @@ def _read(crowd: Crowd, particle: Particle, g: Growing, text: Text) -> Execution
     return execution
 
 
-def _dead_at(execution: Execution) -> str | None:
+def dead_at(execution: Execution) -> str | None:
     """The potential whose −inf is final, if there is one."""
     for site in execution.sites.values():
         if is_potential(site) and site.fn.has_prefix and site.log_prob == -math.inf:

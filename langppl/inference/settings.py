@@ -23,6 +23,7 @@ OPTIONS = {
         "resampling",
         "ess_threshold",
         "every",
+        "rejections",
         "rejuvenation",
         "tail_share",
     ),
@@ -31,7 +32,7 @@ OPTIONS = {
 }
 """The arguments of `infer` that belong to some methods alone."""
 
-_LEAST = {"every": 1, "rejuvenation": 0, "chains": 1, "warmup": 0, "thin": 1}
+_LEAST = {"every": 1, "rejections": 0, "rejuvenation": 0, "chains": 1, "warmup": 0, "thin": 1}
 
 
 def check_values(**options: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from langppl.inference.particles import Crowd
 from langppl.inference.potentials import Passed, killing_notes
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import resample, resample_conditionally
+from langppl.inference.screening import REJECTIONS, Screen
 from langppl.inference.settings import check_values
 from langppl.inference.sites import kept_of
 from langppl.inference.twists import UserTwist, make_twist
@@ -49,6 +50,7 @@ def smc(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    rejections: int = REJECTIONS,
     rejuvenation: int = 0,
     tail_share: float = 0.5,
 ) -> Posterior:
@@ -67,6 +69,8 @@ def smc(
         ess_threshold: particles are resampled when their effective number is below this share of
             their number; 0 for never, 1 for whenever their weights differ.
         every: tokens of a string between two looks at the weights.
+        rejections: at each place of a string, most tokens that are drawn anew because the `prefix`
+            of a potential is −inf after them; see `langppl.inference.screening`.
         rejuvenation: Metropolis–Hastings moves of each particle after each latent; see
             `langppl.inference.rejuvenation`.
         tail_share: of these, see `langppl.inference.kernels.move`.
@@ -87,6 +91,7 @@ def smc(
         resampling=resampling,
         ess_threshold=ess_threshold,
         every=every,
+        rejections=rejections,
         rejuvenation=rejuvenation,
         tail_share=tail_share,
     )
@@ -95,8 +100,9 @@ def smc(
     return Posterior(
         log_weights=[p.log_weight for p in crowd.particles],
         method="smc",
-        # A particle that has moved was not drawn by its guide.
-        log_q=None if rejuvenation else [e.log_q for e in executions],
+        # A particle that has moved was not drawn by its guide; of one that was screened, what it
+        # was drawn with is estimated.
+        log_q=None if rejuvenation or course.is_screened else [e.log_q for e in executions],
         elapsed=time.monotonic() - started,
         failed_sites=failed,
         notes=(*notes, *killing_notes(crowd.particles), *course.passed.notes, *guide.remarks),
@@ -116,12 +122,14 @@ class Course:
         moves: Metropolis–Hastings moves of all of them.
         accepted: of these.
         passed: how often potentials without `prefix` were −inf.
+        is_screened: whether tokens were drawn that might have been rejected.
     """
 
     resampled: int = 0
     moves: int = 0
     accepted: int = 0
     passed: Passed = field(default_factory=Passed)
+    is_screened: bool = False
 
 
 def run_crowd(
@@ -133,6 +141,7 @@ def run_crowd(
     resampling: str = "systematic",
     ess_threshold: float = 0.5,
     every: int = 5,
+    rejections: int = REJECTIONS,
     rejuvenation: int = 0,
     tail_share: float = 0.5,
 ) -> Course:
@@ -142,6 +151,7 @@ def run_crowd(
         resampling=resampling,
         ess_threshold=ess_threshold,
         every=every,
+        rejections=rejections,
         rejuvenation=rejuvenation,
         tail_share=tail_share,
     )
@@ -165,6 +175,7 @@ def run_crowd(
     crowd.guide.check(program)
     twisted = make_twist(twist, program, crowd.guide, twist_power)
     course = Course()
+    screen = Screen(crowd, rejections)
 
     def look(*key: int | str) -> None:
         rng = generator((seed, "smc", "resample", *key))
@@ -188,7 +199,7 @@ def run_crowd(
             turns = every if twisted.needs_turns(crowd) else None
             turn = 0
             while crowd.is_growing:
-                crowd.grow(stage, turn, turns)
+                screen.grow(stage, turn, turns)
                 turn += 1
                 if crowd.is_growing and twisted.weigh(crowd):
                     look(stage, turn)
@@ -201,6 +212,7 @@ def run_crowd(
             stage += 1
             advance(1)
         move_all(None)
+    course.is_screened = screen.is_active
     return course
 
 

@@ -222,7 +222,7 @@ class Flow(Twist):
             known, view = particle.of_latents, g.view
             if g.is_ended:
                 rest = 0.0 if view is None else sum(view.factors.values())
-                particle.ratio = known + of_text - g.log_q + rest
+                particle.ratio = known + of_text - g.log_drawn + rest
                 continue
             can_end = g.ended_here() is not None and view is not None and view.is_over
             if can_end and view is not None:
@@ -233,7 +233,7 @@ class Flow(Twist):
         growing = crowd.growing()
         for particle, g in growing:
             if not g.is_ended and g.flow is not None:
-                particle.ratio = g.flow
+                particle.ratio = g.flow + g.log_accepted
         return all(g.is_ended or g.flow is not None for _, g in growing)
 
 
@@ -302,7 +302,7 @@ def _weigh(crowd: Crowd) -> set[str]:
         own = 0.0
         if g is not None:
             of_text = _of_prior(g) if g.is_prior else log_p[id(particle)][0]
-            own = g.twist + (of_text - g.log_q)
+            own = g.twist + (of_text - g.log_drawn)
         particle.ratio = particle.of_latents + own + _sum(views[id(particle)], counted)
     return counted
 

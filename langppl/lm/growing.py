@@ -6,6 +6,7 @@ token's place alone.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from langppl.lm import caches, packed
 from langppl.lm.inverse_cdf import by_inverse_cdf
 from langppl.lm.kept import Tree
-from langppl.lm.requests import DrawReply, DrawRequest
+from langppl.lm.requests import Candidates, DrawReply, DrawRequest
 from langppl.lm.rules import COLDEST, State, Step
 from langppl.lm.seeds import generator
 
@@ -39,6 +40,7 @@ class Draft:
         self.kept = b""
         self.is_dead = False
         self.is_ended = False
+        self.candidates: Candidates | None = None
         self._begin(request.begun)
 
     def _begin(self, begun: tuple[int, ...]) -> None:
@@ -63,26 +65,73 @@ class Draft:
         """The actions that are legal next."""
         return self.request.rules.step(self.state)
 
-    def take(self, token: int, log_prob: float, step: Step, logits: torch.Tensor) -> bool:
-        """Takes the drawn token; True while the string goes on."""
+    def log_prob_of(self, token: int, log_prob: float, step: Step, logits: torch.Tensor) -> float:
+        """Log-probability (nats) of the action that a token, with its own, stands for."""
+        if token in step.kept:
+            members = step.groups[step.kept[token]]
+        elif token in self.request.rules.vocabulary.end_ids:
+            members = step.end_ids
+        else:
+            return log_prob
+        return float(logits.log_softmax(-1)[members].logsumexp(-1))
+
+    def take(self, token: int, log_prob: float, step: Step) -> bool:
+        """Takes an action, which a token of it stands for; True while the string goes on."""
         rules = self.request.rules
+        self.log_prob += log_prob
         if token in step.kept:
             kept = step.kept[token]
-            members = step.groups[kept]
-            self.log_prob += float(logits.log_softmax(-1)[members].logsumexp(-1))
-            self.ids.append(rules.representative(kept, members.tolist()))
+            self.ids.append(rules.representative(kept, step.groups[kept].tolist()))
             self.kept = kept
             self.is_ended = True
             return False
         if token in rules.vocabulary.end_ids:
-            self.log_prob += float(logits.log_softmax(-1)[step.end_ids].logsumexp(-1))
             self.is_ended = True
             return False
-        self.log_prob += log_prob
         self.ids.append(token)
         self.state = rules.advance(self.state, token)
         self.is_ended = self.state.remaining == 0
         return not self.is_ended and len(self.ids) != self.request.length
+
+    def line_up(self, shares: torch.Tensor, step: Step) -> None:
+        """Draws the actions that may come next without replacement, and takes none of them.
+
+        Args:
+            shares: probability of each token, shape [vocabulary].
+            step: the actions that are legal next.
+        """
+        masses = shares.double().cpu().numpy()
+        # One action of several tokens goes by the first.
+        endings = [ids.numpy() for ids in (*step.groups.values(), step.end_ids) if len(ids)]
+        for ids in endings:
+            whole = masses[ids].sum()
+            masses[ids] = 0.0
+            masses[ids[0]] = whole
+        masses /= masses.sum()
+        # The first of independent exponential times is that of each with its share.
+        times = self.uniforms.standard_exponential(len(masses), dtype=np.float32)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            times = np.where(masses > 0.0, times / masses, np.inf)
+        most = min(self.request.candidates, len(times))
+        first = np.argpartition(times, most - 1)[:most]
+        first = first[np.argsort(times[first], kind="stable")]
+        first = first[np.isfinite(times[first])]
+        lined_up = masses[first]
+        masses[first] = 0.0
+        left = np.append(lined_up, masses.sum())[::-1].cumsum()[::-1]
+        log_probs = np.log(lined_up)
+
+        def take(k: int) -> DrawReply:
+            return self._after(int(first[k]), float(log_probs[k]), step)
+
+        self.candidates = Candidates(log_probs, left, take)
+
+    def _after(self, token: int, log_prob: float, step: Step) -> DrawReply:
+        """The string after one more action, which is not taken."""
+        draft = copy.copy(self)
+        draft.ids, draft.log_prob, draft.candidates = list(self.ids), 0.0, None
+        draft.take(token, log_prob, step)
+        return draft.reply()
 
     @property
     def is_paused(self) -> bool:
@@ -94,7 +143,9 @@ class Draft:
         join = self.request.rules.vocabulary.join
         data = join(self.ids[:-1]) + self.kept if self.kept else join(self.ids)
         text = data.decode("utf-8", errors="replace")
-        return DrawReply(tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended)
+        return DrawReply(
+            tuple(self.ids), text, self.log_prob, self.is_dead, self.is_ended, self.candidates
+        )
 
 
 def choose(rows: Sequence[Draft], logits: torch.Tensor) -> list[int | None]:
@@ -125,7 +176,8 @@ def choose(rows: Sequence[Draft], logits: torch.Tensor) -> list[int | None]:
     # Read for all rows at once: on an accelerator each read waits for it.
     tokens, numbers = drawn[:, 0].tolist(), of_drawn.tolist()
     chosen: list[int | None] = []
-    for row, step, token, log_prob, line in zip(rows, steps, tokens, numbers, scaled, strict=True):
+    found = zip(rows, steps, tokens, numbers, scaled, shares, strict=True)
+    for row, step, token, log_prob, line, share in found:
         if step.is_dead:
             row.is_dead = True
             chosen.append(None)
@@ -134,7 +186,10 @@ def choose(rows: Sequence[Draft], logits: torch.Tensor) -> list[int | None]:
                 f"{row.request.lm!r} gives logits that are not numbers (NaN), so nothing can be "
                 "drawn from it: its weights or its adapter's are not finite, or overflow"
             )
-        elif row.take(token, log_prob, step, line):
+        elif row.request.candidates:
+            row.line_up(share, step)
+            chosen.append(None)
+        elif row.take(token, row.log_prob_of(token, log_prob, step, line), step):
             chosen.append(token)
         else:
             chosen.append(None)

@@ -241,6 +241,8 @@ class DrawRequest:
             depends on its place in the whole string, so a string drawn in pieces is the string
             drawn at once.
         beside: what guides the string; None for the LM's own probabilities.
+        candidates: how many actions to draw without replacement for the next place, of which none
+            is taken; 0 to draw the string.
     """
 
     lm: LM
@@ -253,6 +255,7 @@ class DrawRequest:
     length: int | None = None
     begun: tuple[int, ...] = ()
     beside: Beside | None = None
+    candidates: int = 0
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -282,6 +285,7 @@ class DrawReply:
         log_prob: log-probability of what was drawn, nats.
         is_dead: whether it stopped where no action was legal.
         is_ended: whether an ending action or its limit ended it, not the `length` asked for.
+        candidates: what may come next, where that was asked for.
     """
 
     ids: tuple[int, ...]
@@ -289,6 +293,26 @@ class DrawReply:
     log_prob: float
     is_dead: bool = False
     is_ended: bool = False
+    candidates: Candidates | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The next actions of a string, in the order in which they are drawn without replacement.
+
+    Attributes:
+        log_probs: shape [n], nats; with which each is the next action.
+        left: shape [n + 1]; the probability of all actions but the first k.
+        take: the string after one of them, by its number; its `log_prob` is the action's own.
+    """
+
+    log_probs: np.ndarray
+    left: np.ndarray
+    take: Callable[[int], DrawReply]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.log_probs)
 
 
 @dataclass(frozen=True, eq=False)

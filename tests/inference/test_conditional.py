@@ -96,11 +96,11 @@ def _uncounted(g: Any, held: Any, every: int | None) -> Any:
     return replace(followed(g, held, every), log_q=0.0)
 
 
-followed = particles._followed
+followed = particles.followed
 WRONG: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "uncounted": (
         particles,
-        "_followed",
+        "followed",
         _uncounted,
         ("infilling", "prompted", "lookahead", "systematic", 6),
     ),
