@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from langppl.distributions import LMChoice, StringDistribution, Text
@@ -510,13 +511,13 @@ def check_same_sites(first: Execution, second: Execution) -> None:
         "sites in the same order. Randomness belongs into lp.sample, and state that changes "
         "between runs out of the model"
     )
-    for one, two in zip(before, after, strict=False):
+    for one, two in zip_longest(before, after):
+        if one is None or two is None:
+            moved = two if one is None else one
+            raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
         if one != two:
             raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {rule}")
         if before[one] != after[two]:
             raise ValueError(
                 f"run again, site {one!r} had another distribution or observed value; {rule}"
             )
-    if len(before) != len(after):
-        moved = (set(before) ^ set(after)).pop()
-        raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
