@@ -227,6 +227,7 @@ class _Search:
         self.watched = Watched(model)
         self.observe = observe
         self.looked_inside = False
+        self.is_broken = False
         self.literals: list[str] = []
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
@@ -244,23 +245,32 @@ class _Search:
 
     def trace(self) -> Execution | None:
         """A run with placeholders; None if the program does not go through with them."""
+        has_met = False
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
             self.literals += [a for a in args if isinstance(a, str) and "\ue000" not in a]
 
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            nonlocal has_met
+            has_met = True
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(marker(name), report))
             return self._numeric(name, fn)
 
         def know(name: str, fn: Known) -> Any:
+            nonlocal has_met
+            has_met = True
             return _Boxed(Placeholder.make(marker(name), report))
 
         try:
             return self._run(choose, know)
-        except Exception:
-            # Whatever a program does with a marker in place of text, real values will tell.
+        except Exception as error:
+            # What is raised before there is any value, and a name that is missing where none was
+            # looked into, other values do not mend.
+            own = isinstance(error, NameError) or not has_met
+            self.is_broken = own and not self.looked_inside
+            # Whatever else a program does with a marker in place of text, real values will tell.
             self.looked_inside = True
             return None
 
@@ -367,6 +377,9 @@ class _Search:
                 return fn()  # it is no tool: its value is there already
             raise _ToolNeeded
 
+        if self.is_broken and not self.drawn:
+            # An error of a draw is the model's own, and is not swallowed.
+            self._run(self._drawn(0), forgive=True)
         for value in () if self.drawn else self._pool():
             try:
                 return [self._run(self._made_up(value), no_tools)]
