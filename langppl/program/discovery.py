@@ -22,6 +22,7 @@ from itertools import zip_longest
 from typing import Any
 
 from langppl.distributions import LMChoice, StringDistribution, Text
+from langppl.program.calls import Memo
 from langppl.program.execution import (
     Choice,
     Execution,
@@ -38,7 +39,7 @@ from langppl.program.keys import hashable
 from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in, strings_in
 from langppl.program.randomness import Watched, check_randomness
-from langppl.program.statements import Known, Memo, Model, _Boxed
+from langppl.program.statements import Known, Model, _Boxed
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
