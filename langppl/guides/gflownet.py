@@ -366,6 +366,13 @@ class GFlowNetGuide(Guide):
         buffers, the warm-up of the learning rate and the reward schedule begin anew; a second
         training has no use for tempering as a rule: `schedule=RewardSchedule(start=1.0)`.
 
+        The arguments come in groups: what is learned from (`model`, `data`); how long, on how much
+        and by what (`steps` to `objective`); the optimiser (`learning_rate` to `clip`); the loss
+        (`lam`, `schedule`); where the guide's own draws come from (`tempered_share` to `every`);
+        what else is learned from, and how often (`given` to `weights`); when it ends, and with
+        which weights (`validation` to `average`); machines (`accumulate`, `accelerator`); and what
+        is written and told meanwhile (`checkpoint` to `progress`).
+
         Args:
             model: a model function, a compiled `Program` (then without data), or, for a guide that
                 several programs share, a list of programs and of (model, data) pairs.
@@ -383,7 +390,7 @@ class GFlowNetGuide(Guide):
             head_rate: factor on it for the heads.
             betas: AdamW's; training of few steps gains from a shorter memory, such as (0.8, 0.95),
                 which forgets the large gradients of the beginning.
-            warmup: steps over which it rises.
+            warmup: steps over which the learning rate rises.
             clip: largest norm of the gradient, of the adapter and of the heads each.
             lam: SubTB's λ.
             schedule: how much of the reward counts when. None for `RewardSchedule()`: a power of
@@ -437,7 +444,7 @@ class GFlowNetGuide(Guide):
                 steps. Called again with the same arguments, on a guide made like this one, `fit`
                 goes on from there; on the CPU the result is, bit for bit, that of a run which was
                 never killed.
-            checkpoint_every: how many steps.
+            checkpoint_every: steps from one such writing to the next.
             tensorboard: a folder for TensorBoard's scalars.
             callback: called after each step with its row of the history, as for another logger; if
                 it returns True, the training ends there, also for a checkpoint that is gone on
@@ -514,7 +521,7 @@ class GFlowNetGuide(Guide):
         if settings.lengths:
             firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
             check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
-        capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
+        capacity = min(settings.replay_size, max(settings.batch, REPLAYED // len(rows)))
         prepared = rows_of(pairs, lambda: ReplayBuffer(capacity, settings.replay_distance), latents)
         if patience is not None and validation is None:
             raise ValueError(f"patience={patience} counts validations, and validation is None")
