@@ -45,7 +45,7 @@ from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm import adapters
-from langppl.lm.counts import as_count, as_number, as_pair
+from langppl.lm.counts import as_betas, as_count, as_part
 from langppl.lm.files import write_folder
 from langppl.lm.formats import check_digests, digest
 from langppl.lm.model import LM
@@ -236,10 +236,7 @@ class GFlowNetGuide(Guide):
 
     @defensive.setter
     def defensive(self, share: float) -> None:
-        share = as_number("defensive", share)
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
-        self._defensive = share
+        self._defensive = as_part("defensive", share)
 
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]
@@ -484,7 +481,7 @@ class GFlowNetGuide(Guide):
             objective=objective,
             learning_rate=learning_rate,
             head_rate=head_rate,
-            betas=as_pair("betas", betas),
+            betas=as_betas(betas),
             warmup=warmup,
             clip=clip,
             lam=lam,

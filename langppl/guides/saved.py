@@ -16,7 +16,7 @@ from langppl.guides.guidance import Guidance
 from langppl.guides.heads import specification_of
 from langppl.guides.history import History
 from langppl.guides.settings import check_objective
-from langppl.lm.counts import as_number
+from langppl.lm.counts import as_part
 from langppl.lm.formats import check_format, read_json, shown
 from langppl.lm.seeds import as_seed
 from langppl.records import floats
@@ -81,7 +81,7 @@ def read(path: Path) -> Saved:
             without=None if without is None else _text("without", without),
             # The first version drew numbers from the prior.
             numeric=_numeric(record.get("numeric", "prior")),
-            defensive=_share("defensive", record.get("defensive", 0.0)),
+            defensive=as_part("defensive", record.get("defensive", 0.0)),
             learned=_names("sites", record.get("sites", [])),
             flows=_names("flows", record.get("flows", [])),
             heads=specification_of(record.get("heads", {})),
@@ -105,13 +105,6 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
-
-
-def _share(name: str, value: Any) -> float:
-    found = as_number(name, value)
-    if not 0.0 <= found < 1.0:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-    return found
 
 
 def _names(name: str, value: Any) -> set[str]:
