@@ -14,7 +14,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from langppl.distributions.sites import pattern
 from langppl.guides import saved
 from langppl.guides.base import Guide, Key, Scorer
 from langppl.guides.context import ContextFunction, context_ids, default_context
@@ -246,7 +246,7 @@ class GFlowNetGuide(Guide):
     def sites_of(self, program: Program) -> set[str]:
         """The latents of a program that this guide covers, by name, with "#" for numbers."""
         covers = self.proposer.covers
-        return {_pattern(n) for n in program.latents if covers(program.sites[n].fn)}
+        return {pattern(n) for n in program.latents if covers(program.sites[n].fn)}
 
     def check_lm(self, program: Program) -> None:
         """Raises ValueError if the guide's LM draws none of the program's latent strings."""
@@ -302,7 +302,7 @@ class GFlowNetGuide(Guide):
     def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
         """See `Guide.log_flow`."""
         own = self.proposer
-        if _pattern(name) not in self.flows or not own.covers(fn):
+        if pattern(name) not in self.flows or not own.covers(fn):
             return None
         # What it learned reads the context itself, guidance or none.
         prompt = context_ids(program, name, fn, execution, self.context, own.lm)
@@ -641,8 +641,3 @@ class GFlowNetGuide(Guide):
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self
-
-
-def _pattern(name: str) -> str:
-    """A site's name with its numbers left open: the turns of a loop are one site to a guide."""
-    return re.sub(r"\d+", "#", name)
