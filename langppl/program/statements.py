@@ -421,16 +421,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments.
     """
     _check_changeable(model, "condition", "give the model, or take program.observing(...)")
-    observed = dict(data)
-    named = Named("condition", frozenset(data))
-
-    @functools.wraps(model)
-    def conditioned(*args: Any, **kwargs: Any) -> Any:
-        with _Condition(observed), _Meeting(named):
-            return model(*args, **kwargs)
-
-    conditioned.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
-    return conditioned
+    return _changed(model, dict(data), Named("condition", frozenset(data)), _Condition)
 
 
 def do(model: Model, data: Mapping[str, Any]) -> Model:
@@ -444,16 +435,21 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments, in which those sites do not exist.
     """
     _check_changeable(model, "do", "give the model")
-    fixed = dict(data)
-    named = Named("do", frozenset(data))
+    return _changed(model, dict(data), Named("do", frozenset(data)), _Do)
+
+
+def _changed(
+    model: Model, data: dict[str, Any], named: Named, handler: Callable[[dict[str, Any]], Messenger]
+) -> Model:
+    """A model under a handler of its own in each run."""
 
     @functools.wraps(model)
-    def intervened(*args: Any, **kwargs: Any) -> Any:
-        with _Do(fixed), _Meeting(named):
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with handler(data), _Meeting(named):
             return model(*args, **kwargs)
 
-    intervened.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
-    return intervened
+    changed.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
+    return changed
 
 
 @dataclass(frozen=True)
