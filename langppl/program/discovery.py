@@ -214,7 +214,16 @@ def _graph(traced: Execution) -> ProgramGraph:
 
 
 class _Search:
-    """Runs a model in all the ways that show its structure."""
+    """Runs a model in all the ways that show its structure.
+
+    Attributes:
+        watched: the model, and what it draws from generators of its own accord.
+        looked_inside: whether it looked into a placeholder, or did not go through with them.
+        is_broken: whether the placeholder run raised what no other values would mend.
+        literals: what it compared placeholders with.
+        drawn: whether experiments begin with draws, as made-up values will not do.
+        nodes: each site as the first run of the experiments that has it met it.
+    """
 
     def __init__(
         self,
@@ -230,6 +239,9 @@ class _Search:
         self.looked_inside = False
         self.is_broken = False
         self.literals: list[str] = []
+        self.drawn = False
+        self.nodes: dict[str, Site] = {}
+        self._seen: list[Execution] = []
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
@@ -331,7 +343,6 @@ class _Search:
         _check_has_sites(base)
         self._check_repeats(base)
         graph = ProgramGraph()
-        changes: dict[str, list[Any]] = {}
         nodes = self.nodes = dict[str, Site]()
         for execution in runs:
             for name, site in execution.sites.items():
@@ -343,20 +354,8 @@ class _Search:
             for name in waiting:
                 examined.add(name)
                 start = next(r for r in [*runs, *self._seen] if name in r.sites)
-                changes[name] = self._alternatives(nodes[name], runs)
-                before = signatures(start)
-                for after in self._changed(start, name, changes[name]):
-                    if after is None:
-                        continue
-                    self._seen.append(after)
-                    now = signatures(after)
-                    # In the order of a run: that of a set differs from process to process.
-                    for other in dict.fromkeys([*before, *now]):
-                        if other == name:
-                            continue
-                        nodes.setdefault(other, (after if other in now else start).sites[other])
-                        if before.get(other) != now.get(other):
-                            edges.add((name, other))
+                values = self._alternatives(nodes[name], runs)
+                edges |= {(name, other) for other in self._moved(start, name, values)}
         order = _merged_order([*runs, *self._seen])
         for name in order:
             graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
@@ -370,8 +369,26 @@ class _Search:
         )
         return graph
 
+    def _moved(self, start: Execution, name: str, values: Sequence[Any]) -> set[str]:
+        """The sites that come out different where one site's value is changed; notes new ones."""
+        moved: set[str] = set()
+        before = signatures(start)
+        for after in self._changed(start, name, values):
+            if after is None:
+                continue
+            self._seen.append(after)
+            now = signatures(after)
+            # In the order of a run: that of a set differs from process to process.
+            for other in dict.fromkeys([*before, *now]):
+                if other == name:
+                    continue
+                self.nodes.setdefault(other, (after if other in now else start).sites[other])
+                if before.get(other) != now.get(other):
+                    moved.add(other)
+        return moved
+
     def _base_runs(self) -> list[Execution]:
-        self._seen: list[Execution] = []
+        self._seen = []
 
         def no_tools(name: str, fn: Known) -> Any:
             if fn.family == "deterministic":
