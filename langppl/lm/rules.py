@@ -29,6 +29,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -83,6 +84,21 @@ def _as_filter(name: str, value: object) -> TokenFilter | None:
     return strings
 
 
+def _as_stops(value: object) -> tuple[str, ...]:
+    given = () if value is None else value
+    stops = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"a stop must be a non-empty string, got {value!r}")
+    texts = tuple(map(plain_text, stops))
+    for text in texts:
+        if (size := len(text.encode("utf-8", "surrogatepass"))) > STOP_BYTES:
+            raise ValueError(
+                f"a stop has at most {STOP_BYTES} bytes, and {text[:20]!r}… has {size}; give "
+                "the beginning of it, if that is enough to end a string"
+            )
+    return texts
+
+
 def check_temperature(value: object) -> None:
     """Raises ValueError unless a temperature is a number above 0 by which logits can be divided."""
     value = unwrapped(value)
@@ -126,26 +142,15 @@ class StringRules:
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a tokenizer."""
-        stop: object = self.stop
-        if stop is None:
-            stop = ()
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"a stop must be a non-empty string, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(map(plain_text, stops)))
-        for text in self.stop:
-            if (size := len(text.encode("utf-8", "surrogatepass"))) > STOP_BYTES:
-                raise ValueError(
-                    f"a stop has at most {STOP_BYTES} bytes, and {text[:20]!r}… has {size}; give "
-                    "the beginning of it, if that is enough to end a string"
-                )
-        object.__setattr__(self, "allow", _as_filter("allow", self.allow))
-        object.__setattr__(self, "ban", _as_filter("ban", self.ban))
+        put = partial(object.__setattr__, self)
+        put("stop", _as_stops(self.stop))
+        put("allow", _as_filter("allow", self.allow))
+        put("ban", _as_filter("ban", self.ban))
         # A predicate that is written inside of a model is another object in every execution.
-        object.__setattr__(self, "filters", (content_of(self.allow), content_of(self.ban)))
-        object.__setattr__(self, "min_tokens", as_count("min_tokens", self.min_tokens, 0))
+        put("filters", (content_of(self.allow), content_of(self.ban)))
+        put("min_tokens", as_count("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None:
-            object.__setattr__(self, "max_tokens", as_count("max_tokens", self.max_tokens, 1))
+            put("max_tokens", as_count("max_tokens", self.max_tokens, 1))
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
@@ -159,25 +164,29 @@ class StringRules:
                 f"{self.grammar!r}"
             )
         if self.truncate == "reject":
-            if self.is_open:
-                raise ValueError(
-                    'truncate="reject" needs max_tokens or a stop: an open string never ends'
-                )
-            if self.min_tokens == self.max_tokens and self.grammar is not None:
-                raise ValueError(
-                    f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
-                    "action, and with a grammar an unfinished string is rejected; raise max_tokens"
-                )
-            if self.min_tokens == self.max_tokens:
-                raise ValueError(
-                    f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
-                    'action, so truncate="reject" rejects every string; use truncate="keep" '
-                    "for strings of a fixed length"
-                )
+            self._check_can_end()
         check_temperature(self.temperature)
-        object.__setattr__(self, "temperature", unwrapped(self.temperature))
+        put("temperature", unwrapped(self.temperature))
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
+
+    def _check_can_end(self) -> None:
+        """Raises ValueError for rules under which every string is rejected."""
+        if self.is_open:
+            raise ValueError(
+                'truncate="reject" needs max_tokens or a stop: an open string never ends'
+            )
+        if self.min_tokens == self.max_tokens and self.grammar is not None:
+            raise ValueError(
+                f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
+                "action, and with a grammar an unfinished string is rejected; raise max_tokens"
+            )
+        if self.min_tokens == self.max_tokens:
+            raise ValueError(
+                f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
+                'action, so truncate="reject" rejects every string; use truncate="keep" '
+                "for strings of a fixed length"
+            )
 
     @property
     def is_open(self) -> bool:
