@@ -39,7 +39,7 @@ from langppl.program.keys import hashable
 from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in, strings_in
 from langppl.program.randomness import Watched, check_randomness
-from langppl.program.statements import Known, Model, _Boxed
+from langppl.program.statements import Boxed, Known, Model
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
@@ -274,7 +274,7 @@ class _Search:
         def know(name: str, fn: Known) -> Any:
             nonlocal has_met
             has_met = True
-            return _Boxed(Placeholder.make(marker(name), report))
+            return Boxed(Placeholder.make(marker(name), report))
 
         try:
             return self._run(choose, know)
@@ -441,7 +441,7 @@ class _Search:
             # Experiments hold its value, and it shows what it would have been.
             met += [s.fn.inputs[0] for s in found if isinstance(s.fn, Known)]
         # Every experiment is a run that the later ones could repeat; a loop has many of them.
-        different = {hashable(v.value if isinstance(v, _Boxed) else v): v for v in met}
+        different = {hashable(v.value if isinstance(v, Boxed) else v): v for v in met}
         drawn = list(different.values())[:_MOST_DRAWN]
         if isinstance(site.fn, Known):
             return drawn

@@ -316,8 +316,8 @@ def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
     return value.reshape(())
 
 
-class _Boxed:
-    """A tool's result as a site's value; Pyro takes no None."""
+class Boxed:
+    """The value of a tool call or of a deterministic site; Pyro takes no None."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -340,13 +340,13 @@ class Known(dist.Distribution):
         self.inputs = inputs
         self.family = family
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Boxed:
+    def __call__(self, *args: Any, **kwargs: Any) -> Boxed:
         """The value, boxed."""
         return self.sample()
 
-    def sample(self, *args: Any, **kwargs: Any) -> _Boxed:
+    def sample(self, *args: Any, **kwargs: Any) -> Boxed:
         """Evaluates."""
-        return _Boxed(self.evaluate())
+        return Boxed(self.evaluate())
 
     def log_prob(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """0 nats: nothing is random here."""
@@ -385,12 +385,12 @@ def meet_known(name: str, fn: Known) -> Any:
     """The value of a site that is a function of others."""
     # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
     result: Any = pyro.sample(name, cast(Any, fn), infer={"is_auxiliary": True})
-    return result.value if isinstance(result, _Boxed) else result
+    return result.value if isinstance(result, Boxed) else result
 
 
 def unboxed(value: Any) -> Any:
     """What a tool call or a deterministic site came to, for whoever may change it."""
-    return own_copy(value.value if isinstance(value, _Boxed) else value)
+    return own_copy(value.value if isinstance(value, Boxed) else value)
 
 
 def own_copy(result: Any) -> Any:
