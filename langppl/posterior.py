@@ -34,30 +34,18 @@ import rich.table
 import rich.text
 import torch
 
-from langppl import diagnosis, diagnostics, summary
+from langppl import diagnosis, diagnostics, posterior_files, prediction, summary
 from langppl.chains import Chains
 from langppl.diagnosis import Diagnosis
 from langppl.diagnostics import Array, InferenceWarning, LogWeights
-from langppl.distributions import LMString
-from langppl.distributions.base import Key
-from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count
 from langppl.lm.files import write_atomically
 from langppl.lm.seeds import as_seed
 from langppl.parts import Part
 from langppl.program import Program
 from langppl.program.arguments import arguments_by_place
-from langppl.program.execution import Choice, Execution, draw_prior, given, run_many, run_once
-from langppl.program.lengths import (
-    MOST_ATTEMPTS,
-    EndedEarly,
-    RejectedDraw,
-    as_lengths,
-    draw_open,
-    too_short,
-)
+from langppl.program.lengths import as_lengths
 from langppl.program.statements import Model
-from langppl.records import check_fields, decode, encode, floats, numbers, optional
 from langppl.tables import Report, pandas_for
 from langppl.values import (
     ABSENT,
@@ -74,9 +62,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ABSENT", "Absent", "Posterior", "UnknownSiteError"]
-
-_FORMAT = "langppl-posterior"
-_VERSION = 1
 
 
 class Posterior(Report):
@@ -522,54 +507,8 @@ class Posterior(Report):
         seed, known = as_seed(seed), as_lengths(lengths)
         count = self.num_samples if num_samples is None else num_samples
         chosen = self._draw(as_count("num_samples", count, 1), seed)
-        draws = [dict(self.samples[i]) for i in chosen]
-
-        def task(i: int, values: dict[str, Any]) -> dict[str, Any]:
-            rejected: set[str] = set()
-            for attempt in range(MOST_ATTEMPTS):
-                try:
-                    return run_on(values, (seed, "predict", i, *([attempt] if attempt else [])))
-                except RejectedDraw as early:
-                    rejected.add(str(early))
-                except EndedEarly:
-                    pass
-            if rejected:
-                raise ValueError(
-                    f"{MOST_ATTEMPTS} runs on one posterior draw came to nothing: "
-                    f"{' or '.join(sorted(rejected))}; give strings that are rejected more "
-                    "max_tokens"
-                )
-            raise too_short(known)
-
-        def run_on(values: dict[str, Any], key: Key) -> dict[str, Any]:
-            def prior(name: str, fn: Any, execution: Execution) -> Choice:
-                if isinstance(fn, LMString) and fn.is_open:
-                    return Choice(draw_open(name, fn, (*key, name), known, "predict"))
-                choice = draw_prior(fn, (*key, name))
-                if choice.log_prob == -math.inf:
-                    raise RejectedDraw(name)
-                return choice
-
-            choose = given(values, prior)
-            if isinstance(model, Program):
-                execution = model.run_once(choose, forgive=False)
-            else:
-                execution = run_once(model, args, choose)
-            if not any(name in execution.sites for name in self.sites):
-                raise ValueError(
-                    f"the model has none of this posterior's sites ({', '.join(self.sites)}), so "
-                    "there is nothing to predict from"
-                )
-            met.update(execution.sites)
-            new = {s.name: s.content for s in execution.sites.values() if s.name not in self.sites}
-            return {**new, RETURN: execution.returned}
-
-        met: set[str] = set()
-        found = run_many([functools.partial(task, i, v) for i, v in enumerate(draws)], {})
-        for name in sorted(known.keys() - met):
-            hint = did_you_mean(name, met)
-            warn(f"lengths name {name!r}, and no run of the model has met that site{hint}")
-        return found
+        draws = [self.samples[i] for i in chosen]
+        return prediction.predict(model, args, draws, self.sites, seed, known)
 
     def diagnose(self, *others: Posterior) -> Diagnosis:
         """What these samples are worth, in words and figures, and what to do about it.
@@ -661,56 +600,8 @@ class Posterior(Report):
             TypeError: if a sample holds a value that is not a string, a number, a tensor, None or
                 a list, tuple or dict of these.
         """
-        notes = list(self.notes)
-        returns = self.returns
-        try:
-            encoded_returns = None if returns is None else [encode(value) for value in returns]
-        except TypeError as error:
-            encoded_returns = None
-            notes.append(f"The return values were not saved: {error}.")
-        computed = self._encoded_computed(notes)
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "method": self.method,
-            "guide": self.guide,
-            "sites": list(self.sites),
-            "log_evidence": optional(self.log_evidence),
-            "log_evidence_error": optional(self.log_evidence_error),
-            "elapsed": self.elapsed,
-            "failed_sites": self.failed_sites,
-            "notes": notes,
-            "ancestors": self.ancestors,
-            "resampled": self.resampled,
-            "moves": list(self.moves),
-            "chains": None if self.chains is None else self.chains.to_json(),
-            "log_weights": numbers(self.log_weights),
-            "log_joint": numbers(self.log_joint),
-            "log_q": numbers(self.log_q),
-            "site_log_probs": {k: numbers(v) for k, v in self.site_log_probs.items()},
-            "returns": encoded_returns,
-            # Files of posteriors that have none are as they were before there were any.
-            **({"parts": [part.to_json() for part in self.parts]} if self.parts else {}),
-            **({"computed": computed} if self.computed_sites else {}),
-            "samples": [
-                {site: encode(value) for site, value in sample.items()} for sample in self.samples
-            ],
-        }
-        text = json.dumps(content, allow_nan=False, indent=1) + "\n"
+        text = json.dumps(posterior_files.content_of(self), allow_nan=False, indent=1) + "\n"
         write_atomically(Path(path).expanduser(), text, "posterior")
-
-    def _encoded_computed(self, notes: list[str]) -> list[dict[str, Any]]:
-        """The computed values in strict JSON, a note for each name that it cannot hold."""
-        rows: list[dict[str, Any]] = [{} for _ in self.computed]
-        for name in self.computed_sites:
-            try:
-                column = {k: encode(v[name]) for k, v in enumerate(self.computed) if name in v}
-            except TypeError as error:
-                notes.append(f"The computed values {name!r} were not saved: {error}.")
-                continue
-            for k, value in column.items():
-                rows[k][name] = value
-        return rows
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Posterior:
@@ -727,60 +618,7 @@ class Posterior(Report):
             ValueError: if the file is not a langppl posterior, is damaged, or was written by a
                 later version.
         """
-        try:
-            content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a langppl posterior: not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f'{path} is not a langppl posterior: no "format": "{_FORMAT}" in it')
-        if content.get("version") != _VERSION:
-            raise ValueError(
-                f"{path} has version {content.get('version')!r} of the format; "
-                f"this langppl reads version {_VERSION}"
-            )
-        try:
-            check_fields(content, len(content["samples"]))
-            chains, computed = content.get("chains"), content.get("computed")
-            evidence, spread = content["log_evidence"], content["log_evidence_error"]
-            fields = dict(
-                samples=[
-                    {site: decode(value) for site, value in sample.items()}
-                    for sample in content["samples"]
-                ],
-                log_weights=floats(content["log_weights"]),
-                log_evidence=math.nan if evidence is None else float(evidence),
-                log_evidence_error=None if spread is None else float(spread),
-                method=content["method"],
-                guide=content["guide"],
-                sites=content["sites"],
-                returns=None
-                if content["returns"] is None
-                else [decode(value) for value in content["returns"]],
-                computed=None
-                if computed is None
-                else [{name: decode(value) for name, value in row.items()} for row in computed],
-                log_joint=floats(content["log_joint"]),
-                log_q=floats(content["log_q"]),
-                site_log_probs={
-                    site: [float(v) for v in values]
-                    for site, values in content.get("site_log_probs", {}).items()
-                },
-                elapsed=content["elapsed"],
-                failed_sites=content["failed_sites"],
-                notes=content["notes"],
-                ancestors=content.get("ancestors"),
-                resampled=content.get("resampled", 0),
-                moves=tuple(content.get("moves", (0, 0))),
-                chains=None if chains is None else Chains.from_json(chains),
-                parts=[Part.from_json(part) for part in content.get("parts", ())],
-            )
-            return cls(**fields)
-        except (
-            *(KeyError, TypeError, AttributeError, ValueError),
-            # Of numbers beyond a type's range, types that torch cannot make, and nested values.
-            *(OverflowError, RuntimeError, RecursionError),
-        ) as error:
-            raise ValueError(f"{path} is a damaged langppl posterior: {error!r}") from error
+        return posterior_files.read(path, cls)
 
     def __len__(self) -> int:
         """The number of samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -31,51 +31,6 @@ def numbers(values: Iterable[float] | None) -> list[float | str] | None:
 def floats(values: Iterable[float | str] | None) -> list[float] | None:
     """The inverse of `numbers`."""
     return None if values is None else [float(value) for value in values]
-
-
-def check_fields(content: Mapping[str, Any], samples: int) -> None:
-    """Checks those fields of a posterior's file that would fail only where they are used.
-
-    Args:
-        content: the file's.
-        samples: how many samples it has.
-
-    Raises:
-        ValueError: for a field of another form; names it, its value and its form.
-    """
-
-    def is_count(value: Any, below: float = math.inf) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
-
-    def are_texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-    def are_counts(value: Any, number: int, below: float = math.inf) -> bool:
-        is_whole = isinstance(value, list) and len(value) == number
-        return is_whole and all(is_count(entry, below) for entry in value)
-
-    failed, elapsed = content["failed_sites"], content["elapsed"]
-    ancestors, seconds = content.get("ancestors"), (int, float, type(None))
-    forms = {
-        "method": ("a text", isinstance(content["method"], str)),
-        "guide": ("a text", isinstance(content["guide"], str)),
-        "sites": ("a list of texts", are_texts(content["sites"])),
-        "notes": ("a list of texts", are_texts(content["notes"])),
-        "elapsed": ("a number or null", isinstance(elapsed, seconds)),
-        "failed_sites": (
-            "an object of counts",
-            isinstance(failed, dict) and all(map(is_count, failed.values())),
-        ),
-        "moves": ("two counts", are_counts(content.get("moves", [0, 0]), 2)),
-        "resampled": ("a count", is_count(content.get("resampled", 0))),
-        "ancestors": (
-            f"null or {samples} numbers of samples",
-            ancestors is None or are_counts(ancestors, samples, samples),
-        ),
-    }
-    for name, (form, holds) in forms.items():
-        if not holds:
-            raise ValueError(f"{name} is {str(content.get(name))[:80]}, and should be {form}")
 
 
 def encode(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""The name of the site that is being worked on, for error messages."""
+"""Names of sites: that of the one at hand, for error messages, and what those of a loop share."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -30,3 +31,8 @@ def where() -> str:
 def current() -> str | None:
     """The site at hand."""
     return _site.get()
+
+
+def pattern(name: str) -> str:
+    """A site's name with its numbers left open, as the turns of a loop have it in common."""
+    return re.sub(r"\d+", "#", name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
 from pyro.distributions import Delta
 
 from langppl.diagnostics import InferenceWarning
+from langppl.distributions.sites import pattern
 from langppl.keywords import did_you_mean
 from langppl.program import Program
 from langppl.program.execution import Execution, is_plain
@@ -88,8 +88,7 @@ def check_run(guide: str, program: Program, execution: Execution, told: set[str]
 
 def _is_of_loop(name: str, program: Program) -> bool:
     """Whether it is a latent's name but for numbers: a loop may meet more than compiling did."""
-    plain = re.sub(r"\d+", "0", name)
-    return any(re.sub(r"\d+", "0", latent) == plain for latent in program.latents)
+    return pattern(name) in map(pattern, program.latents)
 
 
 def _is_point(fn: Any) -> bool:

@@ -14,54 +14,51 @@ import importlib.metadata
 import itertools
 import json
 import os
-import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
+from langppl.distributions.sites import pattern
 from langppl.guides import saved
 from langppl.guides.base import Guide, Key, Scorer
-from langppl.guides.context import ContextFunction, context_ids, default_context, observations_first
+from langppl.guides.context import ContextFunction, context_ids, default_context
+from langppl.guides.data import (
+    given_latents,
+    held_out_rows,
+    observations_in_a_step,
+    rows_of,
+    shares_of,
+)
 from langppl.guides.guidance import Guidance, Reader, check_guidance
 from langppl.guides.heads import FLOW, HEADS_FILE, Heads
 from langppl.guides.history import History
 from langppl.guides.identity import of_adapter, of_function, of_guidance, of_tensors
 from langppl.guides.keeping import Keeper
-from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import REPLAYED, ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
-from langppl.guides.settings import ON_POLICY, Settings, as_temperature, check_objective
+from langppl.guides.settings import Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
-from langppl.guides.trajectories import Draw
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
 from langppl.lm import adapters
-from langppl.lm.counts import as_count, as_number, as_pair
+from langppl.lm.counts import as_betas, as_count, as_part
 from langppl.lm.files import write_folder
 from langppl.lm.formats import check_digests, digest
 from langppl.lm.model import LM
 from langppl.lm.requests import Reading, StateReply, StateRequest, alone, perform
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
-from langppl.posterior import Posterior
 from langppl.program import Program, compile
-from langppl.program.arguments import ModelOrProgram, pairs_of, rows_in
+from langppl.program.arguments import ModelOrProgram, pairs_of
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
 from langppl.records import numbers
-from langppl.warn import warn
 
 GUIDE_FILE = "guide.json"
-_FORM_OF_GIVEN = (
-    'given must be a list of mappings (latent → value), such as [{"middle": " of"}], or a '
-    "posterior; for several observations a list of such, one for each"
-)
-
 _numbers = itertools.count()
 
 
@@ -239,10 +236,7 @@ class GFlowNetGuide(Guide):
 
     @defensive.setter
     def defensive(self, share: float) -> None:
-        share = as_number("defensive", share)
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"defensive must be at least 0 and below 1, got {share}")
-        self._defensive = share
+        self._defensive = as_part("defensive", share)
 
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]
@@ -252,7 +246,7 @@ class GFlowNetGuide(Guide):
     def sites_of(self, program: Program) -> set[str]:
         """The latents of a program that this guide covers, by name, with "#" for numbers."""
         covers = self.proposer.covers
-        return {_pattern(n) for n in program.latents if covers(program.sites[n].fn)}
+        return {pattern(n) for n in program.latents if covers(program.sites[n].fn)}
 
     def check_lm(self, program: Program) -> None:
         """Raises ValueError if the guide's LM draws none of the program's latent strings."""
@@ -308,7 +302,7 @@ class GFlowNetGuide(Guide):
     def log_flow(self, program: Program, name: str, fn: Any, execution: Execution) -> float | None:
         """See `Guide.log_flow`."""
         own = self.proposer
-        if _pattern(name) not in self.flows or not own.covers(fn):
+        if pattern(name) not in self.flows or not own.covers(fn):
             return None
         # What it learned reads the context itself, guidance or none.
         prompt = context_ids(program, name, fn, execution, self.context, own.lm)
@@ -369,6 +363,13 @@ class GFlowNetGuide(Guide):
         buffers, the warm-up of the learning rate and the reward schedule begin anew; a second
         training has no use for tempering as a rule: `schedule=RewardSchedule(start=1.0)`.
 
+        The arguments come in groups: what is learned from (`model`, `data`); how long, on how much
+        and by what (`steps` to `objective`); the optimiser (`learning_rate` to `clip`); the loss
+        (`lam`, `schedule`); where the guide's own draws come from (`tempered_share` to `every`);
+        what else is learned from, and how often (`given` to `weights`); when it ends, and with
+        which weights (`validation` to `average`); machines (`accumulate`, `accelerator`); and what
+        is written and told meanwhile (`checkpoint` to `progress`).
+
         Args:
             model: a model function, a compiled `Program` (then without data), or, for a guide that
                 several programs share, a list of programs and of (model, data) pairs.
@@ -386,7 +387,7 @@ class GFlowNetGuide(Guide):
             head_rate: factor on it for the heads.
             betas: AdamW's; training of few steps gains from a shorter memory, such as (0.8, 0.95),
                 which forgets the large gradients of the beginning.
-            warmup: steps over which it rises.
+            warmup: steps over which the learning rate rises.
             clip: largest norm of the gradient, of the adapter and of the heads each.
             lam: SubTB's λ.
             schedule: how much of the reward counts when. None for `RewardSchedule()`: a power of
@@ -440,7 +441,7 @@ class GFlowNetGuide(Guide):
                 steps. Called again with the same arguments, on a guide made like this one, `fit`
                 goes on from there; on the CPU the result is, bit for bit, that of a run which was
                 never killed.
-            checkpoint_every: how many steps.
+            checkpoint_every: steps from one such writing to the next.
             tensorboard: a folder for TensorBoard's scalars.
             callback: called after each step with its row of the history, as for another logger; if
                 it returns True, the training ends there, also for a checkpoint that is gone on
@@ -475,12 +476,12 @@ class GFlowNetGuide(Guide):
             steps=steps,
             batch=batch,
             observations=(
-                _default_observations(len(rows), weights) if observations is None else observations
+                observations_in_a_step(len(rows), weights) if observations is None else observations
             ),
             objective=objective,
             learning_rate=learning_rate,
             head_rate=head_rate,
-            betas=as_pair("betas", betas),
+            betas=as_betas(betas),
             warmup=warmup,
             clip=clip,
             lam=lam,
@@ -513,18 +514,16 @@ class GFlowNetGuide(Guide):
                 f"weights need at least two rows for each of observations={settings.observations}, "
                 f"got {len(rows)} rows; take fewer observations in a step"
             )
-        latents = _given(_latents_in(given), objective, len(rows))
+        latents = given_latents(given, objective, len(rows))
         if settings.lengths:
             firsts = [m if isinstance(m, Program) else compile(m, *own[0]) for m, own in pairs]
             check_lengths(firsts, settings.lengths, loosely=len(rows) > len(pairs))
-        capacity = min(replay_size, max(batch, REPLAYED // len(rows)))
-        prepared = _observations(
-            pairs, lambda: ReplayBuffer(capacity, settings.replay_distance), latents
-        )
+        capacity = min(settings.replay_size, max(settings.batch, REPLAYED // len(rows)))
+        prepared = rows_of(pairs, lambda: ReplayBuffer(capacity, settings.replay_distance), latents)
         if patience is not None and validation is None:
             raise ValueError(f"patience={patience} counts validations, and validation is None")
-        held_out = _held_out(pairs, validation)
-        trainer = Trainer(self, prepared, _shares(pairs, weights), settings, workers, held_out)
+        held_out = held_out_rows(pairs, validation)
+        trainer = Trainer(self, prepared, shares_of(pairs, weights), settings, workers, held_out)
         trainer.run(Keeper(checkpoint, tensorboard, workers.is_first), progress, callback)
         return self
 
@@ -559,10 +558,10 @@ class GFlowNetGuide(Guide):
             "base_model": self.lm.name,
             "base_fingerprint": self.lm.weights_fingerprint,
             "objective": self.objective,
-            "context": _name_of(self.context),
+            "context": saved.name_of(self.context),
             "default_context": self.context is default_context,
             "guidance": None if self.guidance is None else self.guidance.scale,
-            "without": _name_of(without) if without is not None else None,
+            "without": saved.name_of(without) if without is not None else None,
             "numeric": self.numeric if isinstance(self.numeric, str) else "pyro",
             "sites": sorted(self.learned),
             "flows": sorted(self.flows),
@@ -626,8 +625,8 @@ class GFlowNetGuide(Guide):
             )
         used = (adapters.WEIGHTS, *([HEADS_FILE] if own.heads else []))
         check_digests(path.parent, own.digests, used)
-        context = _context_of(folder, own.context, own.is_default, context)
-        guidance = _guidance_of(path, own.scale, own.without, without)
+        context = saved.context_of(folder, own.context, own.is_default, context)
+        guidance = saved.guidance_of(path, own.scale, own.without, without)
         if own.numeric == "pyro" and numeric is None:
             raise ValueError(
                 f"the guide in {folder} was made with a Pyro guide for numbers; give it to load"
@@ -642,183 +641,3 @@ class GFlowNetGuide(Guide):
         self.heads.to(lm.device)
         lm.load_adapter(self.adapter, folder)
         return self
-
-
-def _default_observations(rows: int, weights: Any) -> int:
-    # With one row for each place in a step there would be nothing to weight.
-    return max(1, min(4, rows if weights is None else rows // 2))
-
-
-def _pattern(name: str) -> str:
-    """A site's name with its numbers left open: the turns of a loop are one site to a guide."""
-    return re.sub(r"\d+", "#", name)
-
-
-def _name_of(function: Any) -> str:
-    module = getattr(function, "__module__", "?")
-    return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def _context_of(
-    folder: str | os.PathLike[str],
-    named: str,
-    is_default: bool,
-    context: ContextFunction | None,
-) -> ContextFunction | None:
-    """The context that a saved guide is to read: what is given, or langppl's own of its name."""
-    if context is None:
-        if is_default:
-            return None
-        own = {_name_of(f): f for f in (default_context, observations_first)}
-        if named in own:
-            return own[named]
-        raise ValueError(
-            f"the guide in {folder} was trained with a context function of its own, {named}; give "
-            "it to load"
-        )
-    _warn_of_another(folder, "context", named, context)
-    return context
-
-
-def _guidance_of(
-    path: Path, scale: Any, named: str | None, without: ContextFunction | None
-) -> Guidance | None:
-    """The guidance of a saved guide, with its function if it had one of its own."""
-    if scale is None:
-        if without is not None:
-            raise ValueError(
-                f"the guide in {path.parent} has no guidance, so load takes no without"
-            )
-        return None
-    if named is not None and without is None:
-        raise ValueError(
-            f"the guide in {path.parent} was trained with a guidance by a function of its own, "
-            f"{named}; give it to load as without"
-        )
-    if named is None and without is not None:
-        raise ValueError(
-            f"the guidance of the guide in {path.parent} is by its context function, so load takes "
-            "no without"
-        )
-    if without is not None and named is not None:
-        _warn_of_another(path.parent, "context without observations", named, without)
-    try:
-        return Guidance(scale, without)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is corrupt: {error}") from error
-
-
-def _warn_of_another(
-    folder: str | os.PathLike[str], what: str, named: str, function: ContextFunction
-) -> None:
-    """Warns of a function of another name than a guide was trained with."""
-    # What was a script's own function then may be a module's now; the first version has no name.
-    if named and _name_of(function).partition(":")[2] != named.partition(":")[2]:
-        warn(
-            f"the guide in {folder} was trained with the {what} {named}, and reads "
-            f"{_name_of(function)} now",
-        )
-
-
-def _given(given: Any, objective: str, count: int) -> list[GivenLatents]:
-    """The given latents of each observation."""
-    if given is None:
-        given = ()
-    if isinstance(given, Posterior):
-        found: list[GivenLatents] = [given]
-    else:
-        several = _rows("given", given)
-        if several and all(isinstance(g, Mapping) for g in several) and count == 1:
-            found = [several]
-        else:
-            found = [_given_row(k, g) for k, g in enumerate(several)]
-    if not found:
-        if objective == "mle":
-            raise ValueError('objective="mle" learns from given latents: fit(..., given=...)')
-        return [()] * count
-    if len(found) != count:
-        raise ValueError(
-            f"given latents belong to one observation each: data has {count}, and given has "
-            f"{len(found)}"
-        )
-    if objective in ON_POLICY or objective == "forward_kl":
-        raise ValueError(
-            f"objective={objective!r} learns from the guide's own draws, and given latents are "
-            'none; use a balance loss, or "mle"'
-            if objective in ON_POLICY
-            else 'objective="forward_kl" learns from simulated latents; give none, or use "mle"'
-        )
-    return found
-
-
-def _latents_in(given: Any) -> Any:
-    """Given latents; the rows of a `DataFrame`."""
-    if not hasattr(given, "columns"):
-        return given
-    if "log_weight" in given.columns:
-        raise TypeError(
-            "given is a table of weighted samples, and of a table each row counts alike; give the "
-            "posterior itself, whose weights count"
-        )
-    return rows_in(given)
-
-
-def _given_row(number: int, given: Any) -> GivenLatents:
-    """The given latents of one of several observations."""
-    if isinstance(given, Posterior):
-        return given
-    if isinstance(given, Mapping):
-        return [given]
-    rows = _rows(f"given[{number}]", given)
-    for k, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TypeError(f"given[{number}][{k}] is {row!r}; {_FORM_OF_GIVEN}")
-    return rows
-
-
-def _rows(what: str, given: Any) -> list[Any]:
-    if isinstance(given, Mapping | str) or not isinstance(given, Iterable):
-        raise TypeError(f"{what} is {given!r}; {_FORM_OF_GIVEN}")
-    return list(given)
-
-
-def _held_out(
-    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]], validation: Any
-) -> list[Observation]:
-    if validation is None:
-        return []
-    models = [m for m, _ in pairs]
-    if len(models) == 1 and not isinstance(models[0], Program):
-        validation = [(models[0], validation)]
-    found = pairs_of(list(validation), None)
-    return _observations(found, lambda: ReplayBuffer(0), itertools.repeat(()))
-
-
-def _observations(
-    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]],
-    buffer: Callable[[], ReplayBuffer[Draw]],
-    latents: Iterable[GivenLatents],
-) -> list[Observation]:
-    """A row of the training for each row of the data, with a buffer of its own."""
-    given, made = iter(latents), []
-    for model, rows in pairs:
-        first: Observation | None = None
-        for row in rows:
-            made.append(Observation(model, row, buffer(), next(given), first))
-            first = first or made[-1]
-    return made
-
-
-def _shares(
-    pairs: Sequence[tuple[ModelOrProgram, list[tuple[Any, ...]]]],
-    weights: Sequence[float] | None,
-) -> np.ndarray | None:
-    """How often each observation is to be taken; None for equally often."""
-    if weights is None:
-        return None
-    if len(weights) != len(pairs):
-        raise ValueError(f"there are {len(pairs)} programs, and {len(weights)} weights")
-    if not all(0.0 < as_number("each of weights", w) < float("inf") for w in weights):
-        raise ValueError(f"weights must be above 0, got {list(weights)}")
-    each = [[w / len(rows)] * len(rows) for w, (_, rows) in zip(weights, pairs, strict=True)]
-    return np.array([w for own in each for w in own])

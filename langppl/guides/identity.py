@@ -12,7 +12,7 @@ import torch
 from langppl.guides.checkpoints import name_of, plain
 from langppl.guides.guidance import Guidance
 from langppl.lm import LM, adapters
-from langppl.program.statements import bound_to
+from langppl.program.calls import bound_to
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 

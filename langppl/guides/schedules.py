@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from langppl.lm.counts import as_number
+from langppl.lm.counts import as_number, as_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +39,12 @@ class RewardSchedule:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("start", "until", "end"):
-            object.__setattr__(self, name, as_number(name, getattr(self, name)))
+        object.__setattr__(self, "until", as_share("until", self.until))
         for name in ("start", "end"):
-            value = getattr(self, name)
+            value = as_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-        if not 0.0 <= self.until <= 1.0:
-            raise ValueError(f"until must be between 0 and 1, got {self.until}")
 
     def __str__(self) -> str:
         """The schedule in words, on one line."""

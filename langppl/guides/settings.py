@@ -10,7 +10,7 @@ from typing import Any
 
 from langppl.guides import objectives
 from langppl.guides.schedules import RewardSchedule
-from langppl.lm.counts import as_count, as_number, as_pair
+from langppl.lm.counts import as_count, as_number, as_pair, as_part, as_share
 from langppl.program.lengths import as_lengths
 
 OBJECTIVES = (
@@ -59,12 +59,8 @@ _NUMBERS = (
     "lam",
     "clip",
     "given_share",
-    "average",
-    "tempered_share",
-    "replay_share",
-    "replay_distance",
-    "simulated_share",
 )
+_PARTS = ("tempered_share", "replay_share", "replay_distance", "simulated_share")
 
 
 def check_objective(objective: str) -> None:
@@ -125,10 +121,11 @@ class Settings:
             self._put(name, as_count(name, getattr(self, name), least))
         for name in _NUMBERS:
             self._put(name, as_number(name, getattr(self, name)))
+        for name in _PARTS:
+            self._put(name, as_part(name, getattr(self, name)))
+        self._put("average", as_share("average", self.average))
         if self.lengths is not None:
             self._put("lengths", as_lengths(self.lengths))
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")
         for name in ("learning_rate", "head_rate", "lam"):
             value = getattr(self, name)
             if not 0.0 < value < math.inf:
@@ -137,13 +134,6 @@ class Settings:
             raise ValueError(f"clip must be above 0 (math.inf for none), got {self.clip!r}")
         if not 0.0 < self.given_share <= 1.0:
             raise ValueError(f"given_share must be above 0 and at most 1, got {self.given_share}")
-        if not 0.0 <= self.average <= 1.0:
-            raise ValueError(f"average must be between 0 and 1, got {self.average}")
-        for name in ("tempered_share", "replay_share", "simulated_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
         own = self.batch - round(self.batch * self.simulated_share)
         # Maximum likelihood compares no draws with each other.
         least = {"mle": 1, "forward_kl": 0}.get(self.objective, LEAST_NEW)

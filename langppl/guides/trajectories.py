@@ -523,6 +523,34 @@ def actions_of(
                 assert request is not None  # the policy drew it under the same rules
                 at[k, n] = len(known)
                 known.append((found[n][0], request))
+    of_strings = _actions_of_strings(known, lm)
+    actions = []
+    for k, (draw, own_log_q) in enumerate(zip(draws, log_qs, strict=True)):
+        parts = [
+            of_strings[at[k, n]] if (k, n) in at else _action_of(part, own_log_q[n : n + 1])
+            for n, part in enumerate(draw.parts)
+        ]
+        actions.append(Actions(*(torch.cat(rows) for rows in zip(*parts, strict=True))))
+    return actions
+
+
+_Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""What `Actions` has of a part of a draw, in its order."""
+
+
+def _action_of(part: Part, log_q: torch.Tensor) -> _Rows:
+    """A part that is one action, of which only the draw tells how far it is from the prior."""
+    sampled = log_q.detach() - (part.site.log_prob or 0.0)
+    return log_q, torch.zeros_like(log_q), sampled, sampled
+
+
+def _actions_of_strings(known: Sequence[tuple[PathLogProbs, ScoreRequest]], lm: LM) -> list[_Rows]:
+    """Strings action by action.
+
+    Args:
+        known: of each, what the policy said of it, with states, and what to ask the prior.
+        lm: the guide's LM.
+    """
     priors: dict[int, PathLogProbs] = {}
     for adapter in {r.adapter for _, r in known}:  # a view's strings have a prior of their own
         own_prior = [i for i, (_, r) in enumerate(known) if r.adapter == adapter]
@@ -540,34 +568,14 @@ def actions_of(
         pieces = kls.split([len(known[i][1].path.steps) for i in members])
         for i, piece in zip(members, pieces, strict=True):
             divergences[i] = piece
-    actions = []
-    for k, (draw, own_log_q) in enumerate(zip(draws, log_qs, strict=True)):
-        log_q: list[torch.Tensor] = []
-        divergence: list[torch.Tensor] = []
-        sampled: list[torch.Tensor] = []
-        cost: list[torch.Tensor] = []
-        for n, part in enumerate(draw.parts):
-            if (k, n) in at:
-                i = at[k, n]
-                path = known[i][0]
-                ends = len(divergences[i]) > len(path.tokens)
-                of_q, of_p = (
-                    torch.cat([p.tokens, *([p.ending[None]] if ends else [])])
-                    for p in (path, priors[i])
-                )
-                log_q.append(of_q)
-                cost.append(of_q.detach() - of_p)
-                divergence.append(divergences[i])
-                sampled.append(torch.zeros_like(divergences[i]))
-            else:
-                log_q.append(own_log_q[n : n + 1])
-                divergence.append(torch.zeros_like(own_log_q[n : n + 1]))
-                log_p = part.site.log_prob or 0.0
-                sampled.append(own_log_q[n : n + 1].detach() - log_p)
-                cost.append(sampled[-1])
-        pieces_of = (log_q, divergence, sampled, cost)
-        actions.append(Actions(*(torch.cat(rows) for rows in pieces_of)))
-    return actions
+    found = []
+    for i, ((path, _), divergence) in enumerate(zip(known, divergences, strict=True)):
+        ends = len(divergence) > len(path.tokens)
+        of_q, of_p = (
+            torch.cat([p.tokens, *([p.ending[None]] if ends else [])]) for p in (path, priors[i])
+        )
+        found.append((of_q, divergence, torch.zeros_like(divergence), of_q.detach() - of_p))
+    return found
 
 
 def log_q(draw: Draw, found: Found, heads: Heads | None) -> torch.Tensor:

@@ -19,8 +19,8 @@ from langppl.lm.seeds import as_seed
 from langppl.lm.tally import Tally
 from langppl.posterior import Posterior
 from langppl.program import Program
+from langppl.program.calls import Memo, forget_since, remembered
 from langppl.program.program import as_program, lms_of
-from langppl.program.statements import Memo, forget_since, remembered
 from langppl.progress import say
 
 DEFAULT_GUIDES = ("prior", "prompted", "gflownet")

@@ -87,46 +87,9 @@ def _support(latent: Pause, room: int, limit: int) -> list[Any]:
     if isinstance(fn, LMChoice):
         found: list[Any] = [fn.text(k) for k in range(len(fn.options))]
     elif isinstance(fn, LMString):
-        with naming(name):
-            most = None if fn.is_open else fn.limit(len(fn.prompt_ids()))
-        if most is None or fn.rules.max_tokens is None:
-            raise ValueError(f"site {name!r} has no max_tokens, so its strings cannot be listed")
-        number = enumeration.count(fn.bound, most, room)
-        if number > room:
-            has = f"{Decimal(number):.4g} strings"
-            if fn.rules.grammar is not None:
-                has = f"more than {room} strings, or texts that they begin with"
-            left = "" if room == limit else f", of which {limit - room} are there already"
-            raise ValueError(
-                f"site {name!r} alone has {has}, and the limit of exact inference is {limit} "
-                f"executions{left}; shorten it, raise the limit, or use another method"
-            )
-        # Under a mask a rejected string counts as any other does.
-        with_rejected = counted(-math.inf, latent.scale, latent.mask) > -math.inf
-        found, first = [], None
-        for ids, text, rejected in enumeration.strings(fn.bound, most):
-            value = Text(text, ids, fn.lm.fingerprint)
-            if with_rejected or not rejected:
-                found.append(value)
-            else:
-                first = first or value
-        # Where nothing is possible, one of them tells why.
-        if not found and first is not None:
-            found = [first]
+        found = _strings(latent, fn, room, limit)
     elif getattr(fn, "has_enumerate_support", False):
-        each = fn.enumerate_support(expand=False)
-        each = each.reshape(len(each), *fn.event_shape)
-        cells = fn.batch_shape.numel()
-        if len(each) ** cells > room:
-            raise ValueError(
-                f"exact inference would list more than {limit} executions: site {name!r} has "
-                f"{len(each)} values in each of {cells} places; raise the limit, or use another "
-                "method"
-            )
-        found = [
-            torch.stack(cell).reshape(fn.batch_shape + fn.event_shape)
-            for cell in itertools.product(each, repeat=cells)
-        ]
+        found = _numbers(name, fn, room, limit)
     else:
         raise ValueError(
             f"site {name!r} is {type(fn).__name__}, which has no list of values; exact inference "
@@ -138,3 +101,50 @@ def _support(latent: Pause, room: int, limit: int) -> list[Any]:
             f"{len(found)}; raise the limit, shorten the strings, or use another method"
         )
     return found
+
+
+def _strings(latent: Pause, fn: LMString, room: int, limit: int) -> list[Text]:
+    """All strings, counted before they are listed."""
+    name = latent.name
+    with naming(name):
+        most = None if fn.is_open else fn.limit(len(fn.prompt_ids()))
+    if most is None or fn.rules.max_tokens is None:
+        raise ValueError(f"site {name!r} has no max_tokens, so its strings cannot be listed")
+    number = enumeration.count(fn.bound, most, room)
+    if number > room:
+        has = f"{Decimal(number):.4g} strings"
+        if fn.rules.grammar is not None:
+            has = f"more than {room} strings, or texts that they begin with"
+        left = "" if room == limit else f", of which {limit - room} are there already"
+        raise ValueError(
+            f"site {name!r} alone has {has}, and the limit of exact inference is {limit} "
+            f"executions{left}; shorten it, raise the limit, or use another method"
+        )
+    # Under a mask a rejected string counts as any other does.
+    with_rejected = counted(-math.inf, latent.scale, latent.mask) > -math.inf
+    found, first = [], None
+    for ids, text, rejected in enumeration.strings(fn.bound, most):
+        value = Text(text, ids, fn.lm.fingerprint)
+        if with_rejected or not rejected:
+            found.append(value)
+        else:
+            first = first or value
+    # Where nothing is possible, one of them tells why.
+    return [first] if not found and first is not None else found
+
+
+def _numbers(name: str, fn: Any, room: int, limit: int) -> list[torch.Tensor]:
+    """All values of a discrete distribution, each of its places having any."""
+    each = fn.enumerate_support(expand=False)
+    each = each.reshape(len(each), *fn.event_shape)
+    cells = fn.batch_shape.numel()
+    if len(each) ** cells > room:
+        raise ValueError(
+            f"exact inference would list more than {limit} executions: site {name!r} has "
+            f"{len(each)} values in each of {cells} places; raise the limit, or use another "
+            "method"
+        )
+    return [
+        torch.stack(cell).reshape(fn.batch_shape + fn.event_shape)
+        for cell in itertools.product(each, repeat=cells)
+    ]

@@ -40,7 +40,7 @@ from langppl.learning.likelihood import Factor, factors, views_of
 from langppl.learning.maximiser import Maximiser
 from langppl.learning.settings import Settings
 from langppl.lm import TrainableLM
-from langppl.lm.counts import as_pair
+from langppl.lm.counts import as_betas
 from langppl.lm.seeds import as_seed
 from langppl.posterior import Posterior
 from langppl.program import Program
@@ -206,7 +206,7 @@ def em(
             min(DEFAULT_OBSERVATIONS, len(programs)) if observations is None else observations
         ),
         learning_rate=learning_rate,
-        betas=as_pair("betas", betas),
+        betas=as_betas(betas),
         weight_decay=weight_decay,
         clip=clip,
     )

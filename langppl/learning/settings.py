@@ -49,5 +49,3 @@ class Settings:
             raise ValueError(f"clip must be above 0, got {self.clip}")
         if not self.weight_decay >= 0.0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}")

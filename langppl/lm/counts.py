@@ -61,6 +61,22 @@ def as_share(name: str, value: Any) -> float:
     return number
 
 
+def as_part(name: str, value: Any) -> float:
+    """A share that leaves something: at least 0 and below 1, of any real type.
+
+    Args:
+        name: what it is called in the error.
+        value: the number.
+
+    Raises:
+        ValueError: if it is none, or out of range.
+    """
+    number = as_number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+    return number
+
+
 def as_pair(name: str, value: Any, said: str = "two numbers") -> tuple[float, float]:
     """Two numbers, in any sequence.
 
@@ -79,3 +95,15 @@ def as_pair(name: str, value: Any, said: str = "two numbers") -> tuple[float, fl
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be {said}, got {value!r}") from None
     return first, second
+
+
+def as_betas(value: Any) -> tuple[float, float]:
+    """AdamW's betas, in any sequence.
+
+    Raises:
+        ValueError: if it is none of two numbers, or one is out of range.
+    """
+    betas = as_pair("betas", value)
+    if not all(0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+    return betas

@@ -2,10 +2,9 @@
 
 A pass over a few tokens is bound by how fast its weights come from memory, and by what lies
 between the products. `native.cpp` has both for layers of Llama's form: weights in panels that are
-read in one stream, and everything between them in one go. It is compiled at first use, in a second,
-by the GCC of the machine (`$CXX`, or `g++`) for the machine's own instructions, AVX2 or AVX-512,
-and kept in the cache folder. Where that fails, or where `LANGPPL_NATIVE=0` says so, torch's own
-products run.
+read in one stream, and everything between them in one go. It is compiled at first use (see
+`langppl.lm.compiling`). Where that fails, or where `LANGPPL_NATIVE=0` says so, torch's own products
+run.
 
 A row's numbers do not depend on the other rows: products go through their terms in one order.
 
@@ -18,29 +17,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from langppl.lm.weights import cache_dir
-
-SOURCE = Path(__file__).with_name("native.cpp")
-
-OPTIONS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fno-math-errno")
-
-PATIENCE = 120
-"""Seconds that the compiler may take."""
+from langppl.lm.compiling import OPTIONS, built, processor
 
 _TOLERANCE = 1e-5
 """How far its product may be from torch's, relative."""
@@ -135,7 +123,7 @@ def _loaded() -> tuple[Any, str]:
     # An assembler may not know the newest instructions.
     for options in (OPTIONS, (*OPTIONS, "-mno-avx512bf16")):
         try:
-            found = _declared(ctypes.CDLL(str(_built(options))))
+            found = _declared(ctypes.CDLL(str(built(options))))
             if _agrees(found):
                 return found, ""
             why = why or "its products are not torch's"
@@ -145,79 +133,6 @@ def _loaded() -> tuple[Any, str]:
         except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
             return None, f"{type(error).__name__}: {error}"
     return None, why
-
-
-def _built(options: tuple[str, ...]) -> Path:
-    """The library's file, compiled unless it is there."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise OSError("no g++ was found")
-    # A second pool of OpenMP's threads would fight with torch's, so its own is linked.
-    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    if not threads:
-        raise OSError("torch brings no libgomp")
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE
-    ).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update(version)
-    for part in (*options, str(threads[0]), _processor()):
-        digest.update(part.encode() + b"\n")
-    name = f"{digest.hexdigest()[:32]}.so"
-    folder = _folder()
-    target = folder / name
-    if target.is_file() and _is_own(target):
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        code, whole = Path(room, "native.o"), Path(room, name)
-        own = [compiler, *options, "-fopenmp", "-c", str(SOURCE), "-o", str(code)]
-        linked = [compiler, "-shared", str(code), str(threads[0]), "-o", str(whole)]
-        linked += [f"-Wl,-rpath,{threads[0].parent}"]
-        for command in (own, linked):
-            subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
-        whole.chmod(0o700)  # whatever the umask, or it would be compiled anew every time
-        os.replace(whole, target)
-    return target
-
-
-def _folder() -> Path:
-    """Where the library is kept: nobody else may write there what this process then runs."""
-    try:
-        folder = cache_dir() / "native"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A link of somebody else's may lead to another folder later.
-        if _is_own(folder):
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-    except (OSError, RuntimeError):  # of a user without a home
-        pass
-    return _own_folder()
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a file or folder is this user's, who alone may write to it; so no link is."""
-    found = path.lstat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
-
-
-@functools.cache
-def _own_folder() -> Path:
-    """A folder of this process alone."""
-    folder = tempfile.TemporaryDirectory(prefix="langppl-native-")
-    _held.append(folder)
-    return Path(folder.name)
-
-
-_held: list[Any] = []
-"""Folders that are removed when the process ends."""
-
-
-def _processor() -> str:
-    """What tells machines apart whose instructions differ."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line
-    raise OSError("/proc/cpuinfo names no instructions")
 
 
 def _declared(found: Any) -> Any:
@@ -296,7 +211,7 @@ def takes(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_tiles() -> bool:
-    return "amx_bf16" in _processor()
+    return "amx_bf16" in processor()
 
 
 def _is_brief(dtype: torch.dtype) -> bool:

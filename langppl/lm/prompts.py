@@ -159,59 +159,76 @@ def encode_chat(tokenizer: Any, messages: Chat) -> tuple[int, ...]:
             "a chat prompt needs a tokenizer with a chat template, and this one has none; "
             "give the prompt as a string"
         )
-    from jinja2 import TemplateError  # as of transformers' chat templates
-
     _check_texts(tokenizer, messages)
     _check_roles(str(tokenizer.chat_template), messages)
     _warn_of_control(tokenizer, messages)
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    goes_on = messages[-1]["role"] == "assistant"
-
-    def render(contents: Sequence[str]) -> str:
-        chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        try:
-            text: str = tokenizer.apply_chat_template(
-                chat,
-                tokenize=False,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-            )
-        except TemplateError as error:
-            said = error.message or type(error).__name__
-            raise ValueError(f"the tokenizer's chat template refuses the chat: {said}") from error
-        except ValueError as error:
-            if not goes_on:
-                raise
-            raise ValueError(
-                f"the chat template changes the assistant's message {messages[-1]['content']!r}, "
-                "so the string cannot go on from it; end the chat with the user's message"
-            ) from error
-        return text
-
-    def encode(text: str, split: bool) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=split)[
-            "input_ids"
-        ]
-        return ids
-
     contents = [m["content"] for m in messages]
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     if not any(s in c for s in special for c in contents):
-        return tuple(encode(render(contents), split=False))
-    # Rendered with marks in their place, each message can be tokenised apart from the template.
-    parts = _MARK.split(render([f"\ue000{k}\ue001" for k in range(len(contents))]))
+        return _encoded(tokenizer, _rendered(tokenizer, messages, contents), split=False)
+    return _encoded_apart(tokenizer, messages, contents)
+
+
+def _encoded(tokenizer: Any, text: str, split: bool) -> tuple[int, ...]:
+    """Token ids of a text; `split` reads special tokens that it spells as plain text."""
+    found = tokenizer(text, add_special_tokens=False, split_special_tokens=split)
+    return tuple(found["input_ids"])
+
+
+def _rendered(tokenizer: Any, messages: Chat, contents: Sequence[str]) -> str:
+    """What the chat template makes of messages with other contents.
+
+    Raises:
+        ValueError: if it refuses them, or changes the message that is to go on.
+    """
+    from jinja2 import TemplateError  # as of transformers' chat templates
+
+    goes_on = messages[-1]["role"] == "assistant"
+    chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+    try:
+        text: str = tokenizer.apply_chat_template(
+            chat,
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+        )
+    except TemplateError as error:
+        said = error.message or type(error).__name__
+        raise ValueError(f"the tokenizer's chat template refuses the chat: {said}") from error
+    except ValueError as error:
+        if not goes_on:
+            raise
+        raise ValueError(
+            f"the chat template changes the assistant's message {messages[-1]['content']!r}, "
+            "so the string cannot go on from it; end the chat with the user's message"
+        ) from error
+    return text
+
+
+def _encoded_apart(tokenizer: Any, messages: Chat, contents: Sequence[str]) -> tuple[int, ...]:
+    """Token ids of a chat, each message tokenised apart from the template, as plain text.
+
+    Raises:
+        ValueError: if the template drops a message, or changes one that spells a special token.
+    """
+    # Rendered with marks in their place, the messages are told from what stands around them.
+    marked = [f"\ue000{k}\ue001" for k in range(len(contents))]
+    parts = _MARK.split(_rendered(tokenizer, messages, marked))
     places = [int(k) for k in parts[1::2]]
     dropped = set(range(len(contents))).difference(places)
     if dropped:
         raise ValueError(f"the chat template drops the message {contents[min(dropped)]!r}")
-    whole = render(contents)
+    whole = _rendered(tokenizer, messages, contents)
     for shown in (contents, [c.strip() for c in contents]):
         pieces = [p if i % 2 == 0 else shown[int(p)] for i, p in enumerate(parts)]
         if "".join(pieces) == whole:
-            return tuple(i for k, p in enumerate(pieces) for i in encode(p, split=k % 2 == 1))
+            return tuple(
+                i for k, p in enumerate(pieces) for i in _encoded(tokenizer, p, split=k % 2 == 1)
+            )
     marks = _marks(tokenizer)
     spelled = next((c for c in contents if any(s in c for s in marks)), None)
     if spelled is None:
-        return tuple(encode(whole, split=False))
+        return _encoded(tokenizer, whole, split=False)
     raise ValueError(
         f"the message {spelled!r} spells a special token, and the chat template changes messages, "
         "so it cannot be told which part of the prompt is its text; leave the token out"

@@ -29,25 +29,34 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from langppl.lm.counts import as_count, unwrapped
-from langppl.lm.filters import let_through
 from langppl.lm.functions import content_of
 from langppl.lm.grammars import Grammar
+from langppl.lm.layouts import NEVER, Kind, Layout, Step, layout_of
 from langppl.lm.matcher import tokenizer_of, walking
 from langppl.lm.texts import plain_text
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
 
+__all__ = [
+    "COLDEST",
+    "BoundRules",
+    "Path",
+    "State",
+    "Step",
+    "StringRules",
+    "TokenFilter",
+    "Violation",
+    "check_temperature",
+]
+
 TokenFilter = tuple[str, ...] | Callable[[str], bool]
 EndingKind = Literal["end", "stop", "cut", "dead", "open"]
-
-_NO_TEXT = b"\xff"  # in no stop, which is UTF-8
-_NEVER = 99  # more tokens than any UTF-8 fragment needs
 
 COLDEST = 1e-30
 """Least temperature: logits over less are no numbers in float32."""
@@ -60,7 +69,6 @@ STEP_BYTES = 64 * 2**20
 
 _STATE_BYTES = 1024
 _MOST_TRIED, _MOST_FOLLOWERS = 256, 64
-_Kind = tuple[bool, int, bytes, bytes]
 
 
 def _as_filter(name: str, value: object) -> TokenFilter | None:
@@ -74,6 +82,21 @@ def _as_filter(name: str, value: object) -> TokenFilter | None:
             f"{name} must be non-empty strings or a predicate on a token's text, got {value!r}"
         )
     return strings
+
+
+def _as_stops(value: object) -> tuple[str, ...]:
+    given = () if value is None else value
+    stops = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"a stop must be a non-empty string, got {value!r}")
+    texts = tuple(map(plain_text, stops))
+    for text in texts:
+        if (size := len(text.encode("utf-8", "surrogatepass"))) > STOP_BYTES:
+            raise ValueError(
+                f"a stop has at most {STOP_BYTES} bytes, and {text[:20]!r}… has {size}; give "
+                "the beginning of it, if that is enough to end a string"
+            )
+    return texts
 
 
 def check_temperature(value: object) -> None:
@@ -119,26 +142,15 @@ class StringRules:
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a tokenizer."""
-        stop: object = self.stop
-        if stop is None:
-            stop = ()
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"a stop must be a non-empty string, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(map(plain_text, stops)))
-        for text in self.stop:
-            if (size := len(text.encode("utf-8", "surrogatepass"))) > STOP_BYTES:
-                raise ValueError(
-                    f"a stop has at most {STOP_BYTES} bytes, and {text[:20]!r}… has {size}; give "
-                    "the beginning of it, if that is enough to end a string"
-                )
-        object.__setattr__(self, "allow", _as_filter("allow", self.allow))
-        object.__setattr__(self, "ban", _as_filter("ban", self.ban))
+        put = partial(object.__setattr__, self)
+        put("stop", _as_stops(self.stop))
+        put("allow", _as_filter("allow", self.allow))
+        put("ban", _as_filter("ban", self.ban))
         # A predicate that is written inside of a model is another object in every execution.
-        object.__setattr__(self, "filters", (content_of(self.allow), content_of(self.ban)))
-        object.__setattr__(self, "min_tokens", as_count("min_tokens", self.min_tokens, 0))
+        put("filters", (content_of(self.allow), content_of(self.ban)))
+        put("min_tokens", as_count("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None:
-            object.__setattr__(self, "max_tokens", as_count("max_tokens", self.max_tokens, 1))
+            put("max_tokens", as_count("max_tokens", self.max_tokens, 1))
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
@@ -152,25 +164,29 @@ class StringRules:
                 f"{self.grammar!r}"
             )
         if self.truncate == "reject":
-            if self.is_open:
-                raise ValueError(
-                    'truncate="reject" needs max_tokens or a stop: an open string never ends'
-                )
-            if self.min_tokens == self.max_tokens and self.grammar is not None:
-                raise ValueError(
-                    f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
-                    "action, and with a grammar an unfinished string is rejected; raise max_tokens"
-                )
-            if self.min_tokens == self.max_tokens:
-                raise ValueError(
-                    f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
-                    'action, so truncate="reject" rejects every string; use truncate="keep" '
-                    "for strings of a fixed length"
-                )
+            self._check_can_end()
         check_temperature(self.temperature)
-        object.__setattr__(self, "temperature", unwrapped(self.temperature))
+        put("temperature", unwrapped(self.temperature))
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
+
+    def _check_can_end(self) -> None:
+        """Raises ValueError for rules under which every string is rejected."""
+        if self.is_open:
+            raise ValueError(
+                'truncate="reject" needs max_tokens or a stop: an open string never ends'
+            )
+        if self.min_tokens == self.max_tokens and self.grammar is not None:
+            raise ValueError(
+                f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
+                "action, and with a grammar an unfinished string is rejected; raise max_tokens"
+            )
+        if self.min_tokens == self.max_tokens:
+            raise ValueError(
+                f"min_tokens=max_tokens={self.max_tokens} leaves no room for an ending "
+                'action, so truncate="reject" rejects every string; use truncate="keep" '
+                "for strings of a fixed length"
+            )
 
     @property
     def is_open(self) -> bool:
@@ -200,45 +216,6 @@ class State(NamedTuple):
     """The unfinished UTF-8 character at the end of the text."""
     text: bytes = b""
     """The whole text under a grammar, else empty."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The legal actions of a state.
-
-    Attributes:
-        legal: bool tensor [vocabulary]; end tokens included where the text may end.
-        kept: for each legal token that completes a stop, the bytes up to and including the stop.
-        groups: for each such text, the ids that make it one ending action.
-        end_ids: the end tokens, empty where the text may not end.
-        canonical: ids of the canonical ending action, empty where no string can end: the first
-            stop that one token can complete, else the end of the text.
-        canonical_token: the id that stands for it in a value, or None for the end of the text.
-        is_dead: whether nothing is legal.
-        name: under a grammar, a digest of all of this: such steps are made anew when they were
-            forgotten. None for a step that lives as long as its rules.
-    """
-
-    legal: torch.Tensor
-    kept: dict[int, bytes]
-    groups: dict[bytes, torch.Tensor]
-    end_ids: torch.Tensor
-    canonical: torch.Tensor
-    canonical_token: int | None
-    is_dead: bool
-    name: bytes | None = None
-    _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def legal_array(self) -> np.ndarray:
-        """`legal` in NumPy, which gives single items many times faster."""
-        return self.legal.numpy()
-
-    def legal_on(self, device: torch.device) -> torch.Tensor:
-        """`legal` on a device, kept there."""
-        if device not in self._moved:
-            self._moved[device] = self.legal.to(device)
-        return self._moved[device]
 
 
 @dataclass(frozen=True)
@@ -273,244 +250,6 @@ class Violation:
     """Why the rules could not have produced a value."""
 
     reason: str
-
-
-_Groups = dict[bytes, tuple[np.ndarray, dict[bytes, np.ndarray]]]
-_grouped: weakref.WeakKeyDictionary[Vocabulary, _Groups] = weakref.WeakKeyDictionary()
-
-
-def _by_head(vocabulary: Vocabulary) -> _Groups:
-    """Tokens by the continuation bytes they begin with, made once.
-
-    For each head: the tokens that are nothing else, and the others by the fragment they leave.
-    """
-    if vocabulary not in _grouped:
-        found: dict[bytes, tuple[list[int], dict[bytes, list[int]]]] = {}
-        for i, data in enumerate(vocabulary.bytes):
-            head, leaves = vocabulary.heads[i], vocabulary.leaves[i]
-            if leaves is None:
-                continue
-            bare, others = found.setdefault(head, ([], {}))
-            if len(head) == len(data):
-                bare.append(i)
-            else:
-                others.setdefault(leaves, []).append(i)
-        _grouped[vocabulary] = {
-            head: (_ids(bare), {leaves: _ids(own) for leaves, own in others.items()})
-            for head, (bare, others) in found.items()
-        }
-    return _grouped[vocabulary]
-
-
-def _ids(tokens: list[int]) -> np.ndarray:
-    return np.array(tokens, dtype=np.int32)
-
-
-class Layout:
-    """What the legal actions of all rules with the same stops and filters have in common.
-
-    The other rules say which of its steps a state has. Rules that differ in lengths, truncation or
-    temperature share it, for such may come from data: each has its own, and none is worth a layout.
-
-    Args:
-        stops: the stops.
-        vocabulary: the tokens.
-        allowed: those that the filters let through, bool [vocabulary].
-
-    Raises:
-        ValueError: if a stop can never be produced.
-    """
-
-    def __init__(
-        self, stops: tuple[bytes, ...], vocabulary: Vocabulary, allowed: np.ndarray
-    ) -> None:
-        self.stops, self.vocabulary, self.allowed = stops, vocabulary, allowed
-        self._steps: dict[_Kind, Step] = {}
-        self._cost: dict[bytes, int] = {b"": 0}
-        self._check_stops()
-
-    def _check_stops(self) -> None:
-        if not self.stops:
-            return
-        tokens = {self.vocabulary.bytes[i] for i in np.flatnonzero(self.allowed)}
-        within = _NO_TEXT.join(tokens)
-        for stop in self.stops:
-            if stop not in within and not _can_spell(stop, tokens, self.vocabulary, self.allowed):
-                raise ValueError(
-                    f"stop={stop.decode()!r} can never be produced: the tokens that would "
-                    "spell it are banned, not allowed, or not in this LM's vocabulary"
-                )
-
-    def step(self, kind: _Kind) -> Step:
-        """The legal actions of a state."""
-        if kind not in self._steps:
-            self._steps[kind] = self._make_step(*kind)
-        return self._steps[kind]
-
-    @cached_property
-    def _by_head(self) -> _Groups:
-        """Allowed tokens by the continuation bytes they begin with."""
-
-        def own(ids: np.ndarray) -> np.ndarray:
-            kept: np.ndarray = ids[self.allowed[ids]]
-            return kept
-
-        found: _Groups = {}
-        for head, (bare, others) in _by_head(self.vocabulary).items():
-            left = {leaves: kept for leaves, ids in others.items() if len(kept := own(ids))}
-            if len(kept := own(bare)) or left:
-                found[head] = (kept, left)
-        return found
-
-    def _followers(self, fragment: bytes) -> dict[bytes, np.ndarray]:
-        """Tokens that may follow a fragment, by the fragment they leave."""
-        if not fragment:
-            return self._by_head[b""][1] if b"" in self._by_head else {}
-        found: dict[bytes, list[np.ndarray]] = {}
-        for head, (bare, others) in self._by_head.items():
-            joined = utf8_fragment(fragment + head) if head else None
-            if joined is None:
-                continue
-            if len(bare):
-                found.setdefault(joined, []).append(bare)
-            if joined == b"":
-                for leaves, ids in others.items():
-                    found.setdefault(leaves, []).append(ids)
-        return {leaves: np.concatenate(ids) for leaves, ids in found.items()}
-
-    def tokens_to_finish(self, fragment: bytes) -> int:
-        """Fewest tokens that finish an unfinished character; 99 if none do."""
-        fragment = _short(fragment)
-        if fragment not in self._cost:
-            edges: dict[bytes, set[bytes]] = {}
-            pending = [fragment]
-            while pending:
-                at = pending.pop()
-                if at in self._cost or at in edges:
-                    continue
-                edges[at] = {_short(left) for left in self._followers(at)}
-                if b"" not in edges[at]:
-                    pending.extend(edges[at])
-            cost = {at: _NEVER for at in edges}
-            for _ in edges:
-                for at, lefts in edges.items():
-                    known = [cost.get(left, self._cost.get(left, _NEVER)) for left in lefts]
-                    cost[at] = min([cost[at], *(1 + c for c in known)])
-            self._cost.update({at: min(c, _NEVER) for at, c in cost.items()})
-        return self._cost[fragment]
-
-    def completions(self, tail: bytes) -> dict[int, bytes]:
-        """Allowed tokens that complete a stop after `tail`, with the bytes that are kept."""
-        found: dict[int, bytes] = {}
-        for token in self._candidates(tail):
-            data = self.vocabulary.bytes[token]
-            text = tail + data
-            ends = [
-                at + len(stop)
-                for stop in self.stops
-                if (at := text.find(stop, max(len(tail) - len(stop) + 1, 0))) >= 0
-            ]
-            if ends:
-                found[token] = data[: min(ends) - len(tail)]
-        return found
-
-    def _candidates(self, tail: bytes) -> set[int]:
-        candidates = set(self._containing_stop)
-        for stop in self.stops:
-            for k in range(1, len(stop)):
-                if tail.endswith(stop[:k]):
-                    candidates.update(
-                        i for i in self.vocabulary.starting_with(stop[k:]) if self.allowed[i]
-                    )
-        return candidates
-
-    @cached_property
-    def _containing_stop(self) -> list[int]:
-        data, allowed = self.vocabulary.bytes, np.flatnonzero(self.allowed)
-        within = _NO_TEXT.join(data[i] for i in allowed)
-        # Of many stops few are in any token, and each search through all takes milliseconds.
-        stops = [stop for stop in self.stops if stop in within]
-        return [int(i) for i in allowed if any(stop in data[i] for stop in stops)]
-
-    def _make_step(self, may_end: bool, remaining: int, tail: bytes, fragment: bytes) -> Step:
-        vocabulary = self.vocabulary
-        legal = np.zeros(vocabulary.size, dtype=bool)
-        for left, ids in self._followers(fragment).items():
-            if self.tokens_to_finish(left) <= remaining - 1:
-                legal[ids] = True
-        completing = self.completions(tail)
-        legal[list(completing)] = False
-        whole = {k for k in completing.values() if utf8_fragment(fragment + k) == b""}
-        kept = {token: k for token, k in completing.items() if may_end and k in whole}
-        groups: dict[bytes, list[int]] = {}
-        legal[list(kept)] = True
-        for token in sorted(kept):
-            groups.setdefault(kept[token], []).append(token)
-        ends = vocabulary.end_ids if may_end and not fragment else ()
-        legal[list(ends)] = True
-
-        as_tensors = {text: torch.tensor(ids) for text, ids in groups.items()}
-        end_ids = torch.tensor(ends, dtype=torch.long)
-        return self.step_of(legal, kept, as_tensors, end_ids, tail)
-
-    def step_of(
-        self,
-        legal: np.ndarray,
-        kept: dict[int, bytes],
-        groups: dict[bytes, torch.Tensor],
-        end_ids: torch.Tensor,
-        tail: bytes,
-        name: bytes | None = None,
-    ) -> Step:
-        """A step with its canonical ending action; see `Step`."""
-        canonical, token_of = end_ids, None
-        for stop in self.stops:
-            endings = [stop[k:] for k in range(len(stop)) if k == 0 or tail.endswith(stop[:k])]
-            text = next((text for text in endings if text in groups), None)
-            if text is not None:
-                canonical = groups[text]
-                token_of = self.representative(text, canonical.tolist())
-                break
-        return Step(
-            legal=torch.from_numpy(legal),
-            kept=kept,
-            groups=groups,
-            end_ids=end_ids,
-            canonical=canonical,
-            canonical_token=token_of,
-            is_dead=not legal.any(),
-            name=name,
-        )
-
-    def representative(self, kept: bytes, ids: Iterable[int]) -> int:
-        """The token that stands for an ending action in a value: the exact one if there is one."""
-        exact = self.vocabulary.exact.get(kept)
-        members = list(ids)
-        return exact if exact in members else min(members)
-
-
-_layouts: weakref.WeakKeyDictionary[Vocabulary, weakref.WeakValueDictionary[Any, Layout]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def layout_of(rules: StringRules, vocabulary: Vocabulary) -> Layout:
-    """The layout of rules over a vocabulary; of equal ones there is one as long as it is in use.
-
-    Raises:
-        ValueError: see `Layout` and `langppl.lm.filters.let_through`.
-    """
-    known = _layouts.setdefault(vocabulary, weakref.WeakValueDictionary())
-    key = (rules.stop, rules.filters)
-    found = known.get(key)
-    if found is not None and not callable(rules.allow) and not callable(rules.ban):
-        return found
-    allowed = ~vocabulary.special & let_through(rules, vocabulary)
-    # What a predicate reads may have changed, though it is the same.
-    if found is None or not np.array_equal(found.allowed, allowed):
-        stops = tuple(s.encode("utf-8") for s in rules.stop)
-        found = known[key] = Layout(stops, vocabulary, allowed)
-    return found
 
 
 class _Masks:
@@ -647,9 +386,9 @@ class BoundRules:
                 self._masks.texts -= len(text)
         return step
 
-    def _kind(self, state: State) -> _Kind:
+    def _kind(self, state: State) -> Kind:
         """All that the legal actions depend on, but for a grammar."""
-        remaining = _NEVER if state.remaining is None else min(state.remaining, 8)
+        remaining = NEVER if state.remaining is None else min(state.remaining, 8)
         return (state.count >= self.rules.min_tokens, remaining, state.tail, state.fragment)
 
     def advance(self, state: State, token: int) -> State:
@@ -833,41 +572,3 @@ class BoundRules:
         if grammar is not None and self._free.step(state).legal[token]:
             return f"{shown} breaks the grammar {grammar.shown}"
         return f"{shown} leaves bytes that are not valid UTF-8 in the tokens that remain"
-
-
-def _can_spell(
-    stop: bytes, tokens: set[bytes], vocabulary: Vocabulary, allowed: np.ndarray
-) -> bool:
-    """Whether several tokens in a row spell `stop`, which may begin and end inside of one.
-
-    Args:
-        stop: the stop.
-        tokens: the bytes of the allowed tokens.
-        vocabulary: all tokens.
-        allowed: which of them are allowed, bool [vocabulary].
-    """
-    size, longest = len(stop), vocabulary.longest
-    # No part of the stop that is longer than every token is looked for.
-    reached = [
-        k <= longest and any(allowed[i] for i in vocabulary.ending_with(stop[:k]))
-        for k in range(1, size)
-    ]
-    for k in range(1, size):
-        if reached[k - 1]:
-            begun = vocabulary.starting_with(stop[k:]) if size - k <= longest else ()
-            if any(allowed[i] for i in begun):
-                return True
-            for m in range(k + 1, min(size, k + longest + 1)):
-                reached[m - 1] = reached[m - 1] or stop[k:m] in tokens
-    return False
-
-
-def _short(fragment: bytes) -> bytes:
-    """A shorter fragment that the same bytes finish, so that there are some dozens in all.
-
-    Beyond the second byte of a character any continuation bytes may follow, as many as are missing.
-    """
-    if len(fragment) < 2:
-        return fragment
-    missing = (3 if fragment[0] < 0xF0 else 4) - len(fragment)
-    return b"\xc3" if missing == 1 else b"\xe1"

@@ -199,6 +199,98 @@ def _states_beside(
     return states
 
 
+class _Asked:
+    """What some strings ask of the states before their actions.
+
+    What several ask of one state under the same rules is there once.
+    """
+
+    def __init__(self) -> None:
+        # (row, step, temperature) → number: what tokens and endings are read from.
+        self._slots: dict[tuple[int, int, float], int] = {}
+        self._steps: dict[int, Step] = {}
+        # (slot, ids of an ending action) → its place among the ends.
+        self._ends: dict[tuple[int, int], int] = {}
+        self._ids: dict[int, torch.Tensor] = {}
+        self._token_slots: list[int] = []
+        self._tokens: list[int] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked."""
+        return not self._slots
+
+    def add(
+        self, at: int, request: ScoreRequest | StateRequest, rows: list[int], state: int | None
+    ) -> _Member:
+        """Adds a string.
+
+        Args:
+            at: its number.
+            request: the string.
+            rows: of the states before its actions.
+            state: row of the state after its prompt, None if it was not asked for.
+        """
+        first = len(self._tokens)
+        if isinstance(request, StateRequest):
+            return _Member(at, first, 0, None, [-1], state, [])
+        path = request.path
+        mine = []
+        for row, step in zip(rows, path.steps, strict=True):
+            self._steps[id(step)] = step
+            key = (row, id(step), request.temperature)
+            mine.append(self._slots.setdefault(key, len(self._slots)))
+        canonical = [
+            self._end(slot, step.canonical) if len(step.canonical) else -1
+            for slot, step in zip(mine, path.steps, strict=True)
+        ]
+        canonical += [-1] * (len(path.tokens) + 1 - len(canonical))
+        ending = self._end(mine[-1], path.ending_ids) if path.ending in ("end", "stop") else None
+        self._token_slots += mine[: len(path.tokens)]
+        self._tokens += path.tokens
+        return _Member(at, first, len(path.tokens), ending, canonical, state, rows)
+
+    def _end(self, slot: int, ids: torch.Tensor) -> int:
+        self._ids[id(ids)] = ids
+        return self._ends.setdefault((slot, id(ids)), len(self._ends))
+
+    def _by_set(self) -> dict[int, list[int]]:
+        """For each set of ids, the places of its ends."""
+        found: dict[int, list[int]] = {key: [] for key in self._ids}
+        for place, (_, key) in enumerate(self._ends):
+            found[key].append(place)
+        return found
+
+    def wanted(self, device: torch.device) -> Wanted:
+        """All of it, as it is read."""
+
+        def numbers(values: Sequence[float], kind: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.tensor(values, dtype=kind, device=device)
+
+        number = {key: k for k, key in enumerate(self._steps)}
+        of_end = [slot for slot, _ in self._ends]
+        return Wanted(
+            rows=numbers([row for row, _, _ in self._slots]),
+            legal=torch.stack([s.legal_on(device) for s in self._steps.values()]),
+            kinds=numbers([number[key] for _, key, _ in self._slots]),
+            temperatures=numbers([t for _, _, t in self._slots], torch.float32),
+            token_slots=numbers(self._token_slots),
+            tokens=numbers(self._tokens),
+            sets=[
+                (self._ids[key].to(device), numbers([of_end[k] for k in places]))
+                for key, places in self._by_set().items()
+            ],
+        )
+
+    def in_order(self, of_sets: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The ends in the order of their places, of what was read for each set."""
+        place = torch.empty(len(self._ends), dtype=torch.long)
+        places = [k for own in self._by_set().values() for k in own]
+        place[torch.tensor(places)] = torch.arange(len(self._ends))
+        found = torch.cat(list(of_sets))
+        return found[place.to(found.device)]
+
+
 def _read(
     lm: LM,
     requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
@@ -215,69 +307,15 @@ def _read(
         rows: the same among the states to read.
         states: shape [n, width].
     """
-    device = states.device
-    # What several strings ask of one position under the same rules is computed once.
-    slots: dict[tuple[int, int, float], int] = {}
-    steps: dict[int, Step] = {}
-    sums: dict[tuple[int, int], int] = {}  # (slot, ids of an ending action) → place among the ends
-    sets: dict[int, torch.Tensor] = {}
-    token_slots: list[int] = []
-    tokens: list[int] = []
-    members = []
-
-    def end(slot: int, ids: torch.Tensor) -> int:
-        sets[id(ids)] = ids
-        return sums.setdefault((slot, id(ids)), len(sums))
-
-    for at, own in rows.items():
-        request = requests[at]
-        after_prompt = int(prompted[at][0]) if len(own) else None
-        if isinstance(request, StateRequest):
-            members.append(_Member(at, len(tokens), 0, None, [-1], after_prompt, []))
-            continue
-        path = request.path
-        mine = []
-        for row, step in zip(own.tolist(), path.steps, strict=True):
-            steps[id(step)] = step
-            mine.append(slots.setdefault((row, id(step), request.temperature), len(slots)))
-        canonical = [
-            end(slot, step.canonical) if len(step.canonical) else -1
-            for slot, step in zip(mine, path.steps, strict=True)
-        ]
-        canonical += [-1] * (len(path.tokens) + 1 - len(canonical))
-        ending = end(mine[-1], path.ending_ids) if path.ending in ("end", "stop") else None
-        first, count = len(tokens), len(path.tokens)
-        members.append(_Member(at, first, count, ending, canonical, after_prompt, own.tolist()))
-        token_slots += mine[: len(path.tokens)]
-        tokens += path.tokens
-    never = torch.full((1,), -torch.inf, dtype=torch.float32, device=device)
-    if not slots:
+    asked = _Asked()
+    members = [
+        asked.add(at, requests[at], own.tolist(), int(prompted[at][0]) if len(own) else None)
+        for at, own in rows.items()
+    ]
+    never = torch.full((1,), -torch.inf, dtype=torch.float32, device=states.device)
+    if asked.is_empty:
         return members, never[:0], never
-
-    number = {key: k for k, key in enumerate(steps)}
-    by_set: dict[int, list[int]] = {key: [] for key in sets}
-    for k, (_, key) in enumerate(sums):
-        by_set[key].append(k)
-    of_end = [slot for slot, _ in sums]
-
-    def numbers(values: Sequence[float], kind: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.tensor(values, dtype=kind, device=device)
-
-    wanted = Wanted(
-        rows=numbers([row for row, _, _ in slots]),
-        legal=torch.stack([s.legal_on(device) for s in steps.values()]),
-        kinds=numbers([number[key] for _, key, _ in slots]),
-        temperatures=numbers([t for _, _, t in slots], torch.float32),
-        token_slots=numbers(token_slots),
-        tokens=numbers(tokens),
-        sets=[
-            (sets[key].to(device), numbers([of_end[k] for k in places]))
-            for key, places in by_set.items()
-        ],
-    )
-    of_tokens, of_sets = log_probs(lm, states, wanted)
+    of_tokens, of_sets = log_probs(lm, states, asked.wanted(states.device))
     if not of_sets:
         return members, of_tokens, never
-    place = torch.empty(len(sums), dtype=torch.long)
-    place[torch.tensor([k for places in by_set.values() for k in places])] = torch.arange(len(sums))
-    return members, of_tokens, torch.cat([torch.cat(of_sets)[place.to(device)], never])
+    return members, of_tokens, torch.cat([asked.in_order(of_sets), never])

@@ -18,9 +18,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from langppl.distributions import LMChoice, StringDistribution, Text
+from langppl.program.calls import Memo
 from langppl.program.execution import (
     Choice,
     Execution,
@@ -37,7 +39,7 @@ from langppl.program.keys import hashable
 from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in, strings_in
 from langppl.program.randomness import Watched, check_randomness
-from langppl.program.statements import Known, Memo, Model, _Boxed
+from langppl.program.statements import Boxed, Known, Model
 from langppl.program.templates import fill_all, signature, signatures
 
 _VALUES = (
@@ -212,7 +214,16 @@ def _graph(traced: Execution) -> ProgramGraph:
 
 
 class _Search:
-    """Runs a model in all the ways that show its structure."""
+    """Runs a model in all the ways that show its structure.
+
+    Attributes:
+        watched: the model, and what it draws from generators of its own accord.
+        looked_inside: whether it looked into a placeholder, or did not go through with them.
+        is_broken: whether the placeholder run raised what no other values would mend.
+        literals: what it compared placeholders with.
+        drawn: whether experiments begin with draws, as made-up values will not do.
+        nodes: each site as the first run of the experiments that has it met it.
+    """
 
     def __init__(
         self,
@@ -226,7 +237,11 @@ class _Search:
         self.watched = Watched(model)
         self.observe = observe
         self.looked_inside = False
+        self.is_broken = False
         self.literals: list[str] = []
+        self.drawn = False
+        self.nodes: dict[str, Site] = {}
+        self._seen: list[Execution] = []
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
@@ -243,23 +258,32 @@ class _Search:
 
     def trace(self) -> Execution | None:
         """A run with placeholders; None if the program does not go through with them."""
+        has_met = False
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
             self.literals += [a for a in args if isinstance(a, str) and "\ue000" not in a]
 
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            nonlocal has_met
+            has_met = True
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(marker(name), report))
             return self._numeric(name, fn)
 
         def know(name: str, fn: Known) -> Any:
-            return _Boxed(Placeholder.make(marker(name), report))
+            nonlocal has_met
+            has_met = True
+            return Boxed(Placeholder.make(marker(name), report))
 
         try:
             return self._run(choose, know)
-        except Exception:
-            # Whatever a program does with a marker in place of text, real values will tell.
+        except Exception as error:
+            # What is raised before there is any value, and a name that is missing where none was
+            # looked into, other values do not mend.
+            own = isinstance(error, NameError) or not has_met
+            self.is_broken = own and not self.looked_inside
+            # Whatever else a program does with a marker in place of text, real values will tell.
             self.looked_inside = True
             return None
 
@@ -319,7 +343,6 @@ class _Search:
         _check_has_sites(base)
         self._check_repeats(base)
         graph = ProgramGraph()
-        changes: dict[str, list[Any]] = {}
         nodes = self.nodes = dict[str, Site]()
         for execution in runs:
             for name, site in execution.sites.items():
@@ -331,20 +354,8 @@ class _Search:
             for name in waiting:
                 examined.add(name)
                 start = next(r for r in [*runs, *self._seen] if name in r.sites)
-                changes[name] = self._alternatives(nodes[name], runs)
-                before = signatures(start)
-                for after in self._changed(start, name, changes[name]):
-                    if after is None:
-                        continue
-                    self._seen.append(after)
-                    now = signatures(after)
-                    # In the order of a run: that of a set differs from process to process.
-                    for other in dict.fromkeys([*before, *now]):
-                        if other == name:
-                            continue
-                        nodes.setdefault(other, (after if other in now else start).sites[other])
-                        if before.get(other) != now.get(other):
-                            edges.add((name, other))
+                values = self._alternatives(nodes[name], runs)
+                edges |= {(name, other) for other in self._moved(start, name, values)}
         order = _merged_order([*runs, *self._seen])
         for name in order:
             graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
@@ -358,14 +369,35 @@ class _Search:
         )
         return graph
 
+    def _moved(self, start: Execution, name: str, values: Sequence[Any]) -> set[str]:
+        """The sites that come out different where one site's value is changed; notes new ones."""
+        moved: set[str] = set()
+        before = signatures(start)
+        for after in self._changed(start, name, values):
+            if after is None:
+                continue
+            self._seen.append(after)
+            now = signatures(after)
+            # In the order of a run: that of a set differs from process to process.
+            for other in dict.fromkeys([*before, *now]):
+                if other == name:
+                    continue
+                self.nodes.setdefault(other, (after if other in now else start).sites[other])
+                if before.get(other) != now.get(other):
+                    moved.add(other)
+        return moved
+
     def _base_runs(self) -> list[Execution]:
-        self._seen: list[Execution] = []
+        self._seen = []
 
         def no_tools(name: str, fn: Known) -> Any:
             if fn.family == "deterministic":
                 return fn()  # it is no tool: its value is there already
             raise _ToolNeeded
 
+        if self.is_broken and not self.drawn:
+            # An error of a draw is the model's own, and is not swallowed.
+            self._run(self._drawn(0), forgive=True)
         for value in () if self.drawn else self._pool():
             try:
                 return [self._run(self._made_up(value), no_tools)]
@@ -409,7 +441,7 @@ class _Search:
             # Experiments hold its value, and it shows what it would have been.
             met += [s.fn.inputs[0] for s in found if isinstance(s.fn, Known)]
         # Every experiment is a run that the later ones could repeat; a loop has many of them.
-        different = {hashable(v.value if isinstance(v, _Boxed) else v): v for v in met}
+        different = {hashable(v.value if isinstance(v, Boxed) else v): v for v in met}
         drawn = list(different.values())[:_MOST_DRAWN]
         if isinstance(site.fn, Known):
             return drawn
@@ -510,13 +542,13 @@ def check_same_sites(first: Execution, second: Execution) -> None:
         "sites in the same order. Randomness belongs into lp.sample, and state that changes "
         "between runs out of the model"
     )
-    for one, two in zip(before, after, strict=False):
+    for one, two in zip_longest(before, after):
+        if one is None or two is None:
+            moved = two if one is None else one
+            raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
         if one != two:
             raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {rule}")
         if before[one] != after[two]:
             raise ValueError(
                 f"run again, site {one!r} had another distribution or observed value; {rule}"
             )
-    if len(before) != len(after):
-        moved = (set(before) ^ set(after)).pop()
-        raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")

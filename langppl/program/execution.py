@@ -20,6 +20,7 @@ from langppl.distributions.sites import current, naming, where
 from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.requests import Reply, Request, perform
 from langppl.lm.seeds import generator, seeded
+from langppl.program.calls import Memo, memo_of_calls
 from langppl.program.contents import is_users_own, parameters
 from langppl.program.densities import drawing, is_outside, log_density
 from langppl.program.pyros import (
@@ -33,13 +34,11 @@ from langppl.program.statements import (
     BadNumber,
     Constant,
     Known,
-    Memo,
     Model,
     as_value,
     check_observation,
     check_string_site,
     factor_of_tempered,
-    memo_of_calls,
     plate_error,
     unboxed,
 )

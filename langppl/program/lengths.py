@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langppl.distributions import LMString, Text
 from langppl.distributions.base import Key
+from langppl.distributions.sites import pattern
 from langppl.lm.counts import as_count
 from langppl.warn import warn
 
@@ -101,16 +101,12 @@ def check_lengths(
     """
     sites = {n: s for p in programs for n, s in p.sites.items()}
     opens = [n for n, s in sites.items() if isinstance(s.fn, LMString) and s.fn.is_open]
-    patterns = {_pattern(n) for n in opens} if loosely else set(opens)
+    patterns = {pattern(n) for n in opens} if loosely else set(opens)
     for name in lengths or ():
-        if (_pattern(str(name)) if loosely else name) in patterns:
+        if (pattern(str(name)) if loosely else name) in patterns:
             continue
         said = f"lengths name {name!r}, which is no open string; these are: "
         said += ", ".join(map(repr, opens)) or "none"
         if name in sites or all(p.is_static for p in programs):
             raise ValueError(said)
         warn(f"{said}, as far as runs of the model have met them")
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "#", name)

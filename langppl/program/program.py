@@ -18,6 +18,7 @@ from langppl.lm.model import LM
 from langppl.lm.seeds import as_seed
 from langppl.lm.texts import plain_text
 from langppl.program.arguments import arguments_by_place
+from langppl.program.calls import Memo, memo_of_calls
 from langppl.program.discovery import discover, retrace, take_over
 from langppl.program.execution import (
     Chooser,
@@ -45,11 +46,9 @@ from langppl.program.lengths import (
 from langppl.program.scheduler import run
 from langppl.program.statements import (
     Known,
-    Memo,
     Model,
     as_value,
     check_observation,
-    memo_of_calls,
     named_in,
 )
 from langppl.program.templates import fill_all, signatures

@@ -1,4 +1,4 @@
-"""The statements of a program: `sample`, `factor`, `call`, and what changes a model.
+"""The statements of a program: `sample`, `factor`, `potential`, and what changes a model.
 
 A site is a Pyro site. This module is the one typed door between strings and Pyro, whose types
 speak of tensors only, and completes what Pyro cannot do with text.
@@ -10,11 +10,7 @@ import copy
 import functools
 import math
 import numbers
-import types
-import weakref
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
 
@@ -22,7 +18,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from greenlet import getcurrent, greenlet
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
@@ -32,27 +27,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from langppl.distributions import StringDistribution, Tempered, Text
 from langppl.distributions.sites import naming
 from langppl.distributions.tempered import TemperedFactor
-from langppl.lm.functions import content_of_cell
-from langppl.lm.model import LM
-from langppl.lm.requests import Asked, noted_by, tell, undone_after, wait, weights_of
 from langppl.lm.texts import plain_text
-from langppl.program.keys import MUTABLE, hashable, is_function, shortened, size_of, tool_key
+from langppl.program.keys import MUTABLE
 
 R = TypeVar("R")
 Model = Callable[..., Any]
-
-Memo = dict[Any, Any]
-memo_of_calls: ContextVar[Memo | None] = ContextVar("langppl_memo_of_calls", default=None)
-_is_within: ContextVar[bool] = ContextVar("langppl_is_within", default=False)
-"""Whether a tool is being evaluated."""
-MOST_CALLS = 16_384
-MOST_BYTES = 64 * 2**20
-"""Results of tools that a program keeps from one inference to the next, and their bytes, about."""
-MOST_IMPURE = 2**20
-_impure: OrderedDict[Any, None] = OrderedDict()
-"""Calls with `pure=False`, by what stands for their keys."""
-_grown: dict[int, Memo] = {}
-"""Memos that have got a result since the outermost function that is alone began, by identity."""
 
 
 class BadNumber(ValueError):
@@ -81,7 +60,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         TypeError: if the name, the distribution or an observation is of the wrong type.
         ValueError: for a string site in a vectorised plate, or a NaN that is observed.
     """
-    _check_name(name)
+    check_name(name)
     with naming(name):
         if isinstance(dist, Tempered):
             return _sample_tempered(name, dist, obs)
@@ -104,7 +83,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
         return value
 
 
-def _check_name(name: object) -> None:
+def check_name(name: object) -> None:
     """Raises TypeError for what is no site's name."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"a site's name must be a non-empty string, got {name!r}; it comes first")
@@ -201,7 +180,7 @@ def factor(name: str, log_weight: torch.Tensor | float) -> None:
     Raises:
         ValueError: if the weight is NaN, +inf, or not a scalar.
     """
-    _check_name(name)
+    check_name(name)
     pyro.factor(name, _log_weight(f"factor {name!r}", log_weight))
 
 
@@ -287,7 +266,7 @@ def potential(
         ...     potential("no z", lambda text: -math.inf if "z" in text else 0.0, z, prefix=True)
         >>> posterior = infer(letter, method="smc", num_samples=8)
     """
-    _check_name(name)
+    check_name(name)
     if prefix is not None and not isinstance(prefix, bool) and not callable(prefix):
         raise TypeError(
             f"potential {name!r}: prefix must be a function of the text so far, or True for "
@@ -337,8 +316,8 @@ def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
     return value.reshape(())
 
 
-class _Boxed:
-    """A tool's result as a site's value; Pyro takes no None."""
+class Boxed:
+    """The value of a tool call or of a deterministic site; Pyro takes no None."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -361,13 +340,13 @@ class Known(dist.Distribution):
         self.inputs = inputs
         self.family = family
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Boxed:
+    def __call__(self, *args: Any, **kwargs: Any) -> Boxed:
         """The value, boxed."""
         return self.sample()
 
-    def sample(self, *args: Any, **kwargs: Any) -> _Boxed:
+    def sample(self, *args: Any, **kwargs: Any) -> Boxed:
         """Evaluates."""
-        return _Boxed(self.evaluate())
+        return Boxed(self.evaluate())
 
     def log_prob(self, x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """0 nats: nothing is random here."""
@@ -385,197 +364,6 @@ class Constant:
         return self.value
 
 
-def call(name: str, fn: Callable[..., R], *args: Any, pure: bool = True, **kwargs: Any) -> R:
-    """A tool call: a site whose value is a fixed function of its arguments.
-
-    Within one inference, the tool is evaluated once for each name, tool and arguments, and again
-    when the weights of an LM that it has asked have changed. From one inference to the next a
-    program keeps the latest results (16,384, and 64 MiB of them). Arguments are compared by
-    content, as far as that can be known; an object that has a hash, as it compares itself. What a
-    lambda or another function closes over, and what a `functools.partial` or a method is bound to,
-    are arguments too. Of lists, dicts, arrays and other objects among these it is their identity
-    that counts, and the graph does not see what is in them: what depends on latents is better given
-    as an argument.
-
-    Args:
-        name: the site's name.
-        fn: the tool.
-        *args: its arguments.
-        pure: False for a tool that must not be evaluated twice with the same arguments, in the
-            life of the process: a second evaluation is an error (of the latest million calls).
-        **kwargs: its arguments by name.
-
-    Returns:
-        What the tool returned; of lists, dicts, sets and arrays a copy for each execution.
-
-    Raises:
-        RuntimeError: if a tool that is not pure would be evaluated a second time.
-        ValueError: if it has sites; a model that it infers with `infer` may have them.
-        TypeError: if it is no function, or returns an iterator.
-    """
-    _check_name(name)
-    if not callable(fn):
-        raise TypeError(f"call {name!r} needs a function, got {fn!r}; write call(name, fn, *args)")
-
-    def evaluate() -> R:
-        memo = memo_of_calls.get()
-        if memo is None:
-            memo = {}
-        key = (name, tool_key(fn), tuple(hashable(a) for a in args), hashable(kwargs))
-        # While it asks an LM in one execution, others wait for what it returns: not within a tool,
-        # whose own result may be waited for.
-        while _is_elsewhere(memo.get(key)) and not _is_within.get():
-            wait()
-        known = memo.get(key)
-        if isinstance(known, _Remembered) and (known.holds() or not pure):
-            tell(known.asked())
-            memo[key] = memo.pop(key)
-            return cast(R, known.result)
-        if not pure:
-            short = shortened(key)
-            if short in _impure:
-                raise RuntimeError(
-                    f"call {name!r} was evaluated with {(*args, *kwargs.values())!r} before, and "
-                    "pure=False forbids a second time"
-                )
-            _impure[short] = None
-            if len(_impure) > MOST_IMPURE:
-                _impure.popitem(last=False)
-        asked: set[Asked] = set()
-        token = _is_within.set(True)
-        own = memo[key] = _Started(getcurrent())
-        try:
-            with noted_by(asked.update), _Tool(name):
-                result = fn(*args, **kwargs)
-            _check_result(name, fn, result)
-            states = [(weakref.ref(lm), adapter, weights_of(lm, adapter)) for lm, adapter in asked]
-            is_pure = pure and not (_impure and shortened(key) in _impure)
-            memo[key] = _Remembered(result, states, is_pure, size_of(key) + size_of(result))
-            if memo is memo_of_calls.get():
-                _grown[id(memo)] = memo
-        finally:
-            _is_within.reset(token)
-            if memo[key] is own:
-                del memo[key]
-        return result
-
-    inputs = (*args, *kwargs.values(), *bound_to(fn))
-    return cast(R, _own(_known(name, Known(evaluate, inputs, "call"))))
-
-
-class _Tool(Messenger):
-    """Around a tool: its result is remembered, so what happens in it is met in one run alone.
-
-    A model that the tool infers has a stack of handlers of its own.
-    """
-
-    def __init__(self, tool: str) -> None:
-        super().__init__()
-        self.tool = tool
-
-    def _pyro_sample(self, msg: Any) -> None:
-        raise ValueError(
-            f"a tool has no sites: {msg['name']!r} is met inside the tool {self.tool!r}; call the "
-            "function itself in place of lp.call, or use lp.infer in it"
-        )
-
-
-def _check_result(name: str, fn: Any, result: Any) -> None:
-    """Raises TypeError for what can be read only once: a tool's result is read again."""
-    if isinstance(result, Iterator | AsyncIterator | Awaitable):
-        tool = getattr(fn, "__qualname__", None) or repr(fn)
-        raise TypeError(
-            f"call {name!r}: the tool {tool} returned a {type(result).__name__}, which can be read "
-            "only once, and a tool's result is remembered for other executions; return its items, "
-            "as a list or a tuple"
-        )
-
-
-@dataclass(frozen=True)
-class _Started:
-    """In the place of a tool's result while it is evaluated; by which execution."""
-
-    by: greenlet
-
-
-def _is_elsewhere(found: Any) -> bool:
-    """Whether another execution of the same scheduler is evaluating a tool.
-
-    One of another scheduler's would not go on while this one waits.
-    """
-    own = getcurrent()
-    if own.parent is None or not isinstance(found, _Started):
-        return False
-    return found.by is not own and found.by.parent is own.parent
-
-
-@dataclass(frozen=True)
-class _Remembered:
-    """A tool's result.
-
-    Attributes:
-        result: what it returned.
-        states: the LMs that it asked, under which adapters, and what their weights were.
-        is_pure: whether it may be evaluated again.
-        size: bytes that it takes, about, with its arguments.
-    """
-
-    result: Any
-    states: Sequence[tuple[weakref.ref[LM], str | None, object]]
-    is_pure: bool
-    size: int
-
-    def asked(self) -> list[Asked]:
-        """The LMs that are still there, and the adapters."""
-        return [(lm, adapter) for ref, adapter, _ in self.states if (lm := ref()) is not None]
-
-    def holds(self) -> bool:
-        """Whether those LMs would still say the same."""
-        return len(self.asked()) == len(self.states) and all(
-            weights_of(lm, adapter) == before
-            for (lm, adapter), (_, _, before) in zip(self.asked(), self.states, strict=True)
-        )
-
-
-def remembered(memo: Memo) -> Memo:
-    """What a memo of tool calls holds by now; of calls that are not over, nothing."""
-    return {key: own for key, own in memo.items() if isinstance(own, _Remembered)}
-
-
-@undone_after
-def _forget_the_oldest() -> Callable[[], None]:
-    """Within an inference all results are kept, from one to the next the latest."""
-
-    def forget() -> None:
-        while _grown:
-            _, memo = _grown.popitem()
-            pure = {k: own.size for k, own in remembered(memo).items() if own.is_pure}
-            count, size = len(pure), sum(pure.values())
-            for key, own in pure.items():
-                if count <= MOST_CALLS and size <= MOST_BYTES:
-                    break
-                del memo[key]
-                count, size = count - 1, size - own
-
-    return forget
-
-
-def forget_since(memo: Memo, before: Memo) -> None:
-    """Takes a memo of tool calls back to what it held before.
-
-    Results of tools with `pure=False` stay, since these must not be evaluated again.
-
-    Args:
-        memo: is changed in place, for programs share it.
-        before: what `remembered` gave.
-    """
-    for key, own in remembered(memo).items():
-        if key not in before and own.is_pure:
-            del memo[key]
-    # A result that was known may have been replaced when an LM's weights changed.
-    memo.update({k: v for k, v in before.items() if isinstance(memo.get(k), _Remembered | None)})
-
-
 def deterministic(name: str, value: R) -> R:
     """Records a value that is computed from others, text included, as a site of the trace.
 
@@ -589,22 +377,23 @@ def deterministic(name: str, value: R) -> R:
     Returns:
         The value.
     """
-    _check_name(name)
-    return cast(R, _known(name, Known(Constant(value), (value,), "deterministic")))
+    check_name(name)
+    return cast(R, meet_known(name, Known(Constant(value), (value,), "deterministic")))
 
 
-def _known(name: str, fn: Known) -> Any:
+def meet_known(name: str, fn: Known) -> Any:
+    """The value of a site that is a function of others."""
     # Drawn, not observed, so that a replay takes the recorded result and runs no tool.
     result: Any = pyro.sample(name, cast(Any, fn), infer={"is_auxiliary": True})
-    return result.value if isinstance(result, _Boxed) else result
+    return result.value if isinstance(result, Boxed) else result
 
 
 def unboxed(value: Any) -> Any:
     """What a tool call or a deterministic site came to, for whoever may change it."""
-    return _own(value.value if isinstance(value, _Boxed) else value)
+    return own_copy(value.value if isinstance(value, Boxed) else value)
 
 
-def _own(result: Any) -> Any:
+def own_copy(result: Any) -> Any:
     """A tool's result for one execution, which may change it: others get the same result."""
     if isinstance(result, MUTABLE):
         try:
@@ -612,36 +401,6 @@ def _own(result: Any) -> Any:
         except Exception:  # whatever does not let itself be copied
             return result
     return result
-
-
-def bound_to(fn: Any) -> list[Any]:
-    """What a function brings with it: what it closes over, is bound to, or has by default.
-
-    Only strings, numbers and tuples: other objects may be others, or changed, in the next run of
-    the same program, and tell nothing of what a site is made of.
-    """
-    found: list[Any] = []
-    todo, seen = [fn], set()
-    while todo:
-        one = todo.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, functools.partial):
-            own = [one.func, *one.args, *one.keywords.values()]
-        elif isinstance(one, types.MethodType):
-            own = [one.__func__, one.__self__]
-        elif isinstance(one, types.FunctionType):
-            own = [content_of_cell(cell) for cell in one.__closure__ or ()]
-            own += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
-        else:
-            continue
-        todo += [v for v in own if is_function(v)]
-        found += [v for v in own if isinstance(v, _PLAIN)]
-    return found
-
-
-_PLAIN = (str, bytes, int, float, tuple)
 
 
 def _check_changeable(model: Any, by: str, instead: str) -> None:
@@ -662,16 +421,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments.
     """
     _check_changeable(model, "condition", "give the model, or take program.observing(...)")
-    observed = dict(data)
-    named = Named("condition", frozenset(data))
-
-    @functools.wraps(model)
-    def conditioned(*args: Any, **kwargs: Any) -> Any:
-        with _Condition(observed), _Meeting(named):
-            return model(*args, **kwargs)
-
-    conditioned.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
-    return conditioned
+    return _changed(model, dict(data), Named("condition", frozenset(data)), _Condition)
 
 
 def do(model: Model, data: Mapping[str, Any]) -> Model:
@@ -685,16 +435,21 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
         A model of the same arguments, in which those sites do not exist.
     """
     _check_changeable(model, "do", "give the model")
-    fixed = dict(data)
-    named = Named("do", frozenset(data))
+    return _changed(model, dict(data), Named("do", frozenset(data)), _Do)
+
+
+def _changed(
+    model: Model, data: dict[str, Any], named: Named, handler: Callable[[dict[str, Any]], Messenger]
+) -> Model:
+    """A model under a handler of its own in each run."""
 
     @functools.wraps(model)
-    def intervened(*args: Any, **kwargs: Any) -> Any:
-        with _Do(fixed), _Meeting(named):
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with handler(data), _Meeting(named):
             return model(*args, **kwargs)
 
-    intervened.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
-    return intervened
+    changed.langppl_named = (named, *named_in(model))  # type: ignore[attr-defined]
+    return changed
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from test_checkpoints import cut_off
 from torch.utils.data import Dataset
 
 import langppl as lp
-from langppl.guides import drawing, training
+from langppl.guides import drawing, gflownet, training
 from langppl.guides.averaging import Mean
 from langppl.guides.context import context_ids
 from langppl.guides.heads import HEADS_FILE
@@ -128,6 +128,47 @@ def trainer_of(
     settings = Settings(**{**DEFAULTS, "observations": 1, **plain, **changes})
     data = [Observation(model, row, ReplayBuffer(settings.replay_size)) for row in rows]
     return Trainer(guide, data, weights, settings, Workers(), [])
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def test_every_setting_reaches_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def trainer(guide: Any, rows: Any, weights: Any, settings: Settings, *rest: Any) -> Trainer:
+        raise Reached(settings)
+
+    monkeypatch.setattr(gflownet, "Trainer", trainer)
+    asked = dict(
+        **{"steps": 7, "batch": 9, "observations": 2, "objective": "tb"},
+        **{"learning_rate": 0.01, "head_rate": 3.0, "betas": (0.5, 0.6), "warmup": 4, "clip": 2.0},
+        **{"lam": 0.7, "schedule": lp.RewardSchedule(start=0.3), "tempered_share": 0.11},
+        **{"sampling_temperature": (1.1, 1.3), "replay_share": 0.12, "replay_size": 13},
+        **{"replay_distance": 0.14, "draw_ahead": 3, "every": 5, "given_share": 0.15},
+        **{"simulated_share": 0.16, "lengths": {"ending": 6}, "validate_every": 8},
+        **{"validation_samples": 10, "patience": 11, "keep_best": False, "average": 0.17},
+        **{"accumulate": 12, "checkpoint_every": 14},
+    )
+    assert asked.keys() == {f.name for f in fields(Settings)}
+    assert all(asked[name] != DEFAULTS[name] for name in asked)
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    with pytest.raises(Reached) as reached:
+        guide.fit(story, rows_of(lm), validation=rows_of(lm), **asked)
+    (settings,) = reached.value.args
+    assert {name: getattr(settings, name) for name in asked} == asked
+
+
+@pytest.mark.parametrize("head_rate", [0.5, 20.0])
+def test_the_heads_learn_at_a_rate_of_their_own(head_rate: float) -> None:
+    lm = make_lm()
+    guide = lp.GFlowNetGuide(lm, rank=2)
+    trainer = trainer_of(guide, story, rows_of(lm), objective="tb", head_rate=head_rate, steps=1)
+    trainer.step(0)
+    rates = {bool(g.get("head")): g["lr"] for g in trainer.optimiser.param_groups}
+    assert rates[True] == pytest.approx(head_rate * rates[False])
 
 
 # -- which rows a step takes ---------------------------------------------------------------------

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import langppl as lp
-from langppl.lm import LM, rules
-from langppl.lm.rules import BoundRules, Layout, Step, StringRules
+from langppl.lm import LM, layouts, rules
+from langppl.lm.layouts import Layout, Step
+from langppl.lm.rules import BoundRules, StringRules
 from langppl.testing import tiny_lm
 
 GRAMMARS = [None, lp.regex(r"[ab]*\.?"), lp.one_of(["ab.", "b", "aé"])]
@@ -28,7 +29,7 @@ FRESH = make_lm().vocabulary
 
 def fresh(own: StringRules) -> BoundRules:
     """Rules over a vocabulary for which nothing is known."""
-    rules._layouts.pop(FRESH, None)
+    layouts._layouts.pop(FRESH, None)
     return own.bind(FRESH)
 
 
@@ -99,7 +100,7 @@ def test_shared_steps_are_those_of_rules_of_their_own(
 
 def test_lengths_share_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     read, made = [], []
-    let_through, make = rules.let_through, Layout._make_step
+    let_through, make = layouts.let_through, Layout._make_step
 
     def counted(*args: Any) -> np.ndarray:
         read.append(args)
@@ -109,7 +110,7 @@ def test_lengths_share_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(kind)
         return make(self, *kind)
 
-    monkeypatch.setattr(rules, "let_through", counted)
+    monkeypatch.setattr(layouts, "let_through", counted)
     monkeypatch.setattr(Layout, "_make_step", counting)
     lm = make_lm()
     kept = []
@@ -129,8 +130,8 @@ def test_lengths_share_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         StringRules(max_tokens=10, stop="."),
         StringRules(max_tokens=10, stop=".", ban=("b.",)),
     ]
-    layouts = {id(lm.bind(other).layout) for other in others}
-    assert len(layouts) == 3 and id(kept[0].layout) not in layouts
+    different = {id(lm.bind(other).layout) for other in others}
+    assert len(different) == 3 and id(kept[0].layout) not in different
 
 
 def test_lengths_share_the_masks_of_a_grammar() -> None:
@@ -172,9 +173,9 @@ def test_layouts_go_with_their_rules() -> None:
     own = StringRules(max_tokens=5, stop=".", grammar=GRAMMARS[1])
     own.bind(lm.vocabulary)
     gc.collect()
-    assert len(rules._layouts[lm.vocabulary]) == 0
+    assert len(layouts._layouts[lm.vocabulary]) == 0
     bound = own.bind(lm.vocabulary)
-    assert len(rules._layouts[lm.vocabulary]) == 1 and len(rules._masks[bound.layout]) == 1
+    assert len(layouts._layouts[lm.vocabulary]) == 1 and len(rules._masks[bound.layout]) == 1
 
 
 def test_fragments_are_followed_as_the_bytes_say() -> None:
@@ -185,7 +186,7 @@ def test_fragments_are_followed_as_the_bytes_say() -> None:
         found = {left: sorted(ids.tolist()) for left, ids in layout._followers(fragment).items()}
         expected: dict[bytes, list[int]] = {}
         for token in np.flatnonzero(layout.allowed).tolist():
-            left = rules.utf8_fragment(fragment + vocabulary.bytes[token])
+            left = layouts.utf8_fragment(fragment + vocabulary.bytes[token])
             if left is not None:
                 expected.setdefault(left, []).append(token)
         assert found == expected, fragment

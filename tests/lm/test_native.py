@@ -19,7 +19,7 @@ from test_lean import FORMS, as_drawn, whole
 from test_packed import other, requests
 
 import langppl as lp
-from langppl.lm import native, products
+from langppl.lm import compiling, native, products
 from langppl.lm.decoding import draw
 from langppl.lm.scoring import score
 
@@ -48,7 +48,9 @@ LESS = {"AVX2": "-mno-avx512f", "no products of bfloat16": "-mno-avx512bf16"}
 
 def without(instructions):
     """The library without some of the machine's instructions."""
-    return native._declared(ctypes.CDLL(str(native._built((*native.OPTIONS, LESS[instructions])))))
+    return native._declared(
+        ctypes.CDLL(str(compiling.built((*compiling.OPTIONS, LESS[instructions]))))
+    )
 
 
 @pytest.fixture(params=["own", "AVX2"])
@@ -525,12 +527,12 @@ def test_without_a_compiler_torch_multiplies(tmp_path):
 def test_a_folder_that_others_write_to_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path))
     folder = tmp_path / "native"
-    assert native._built(native.OPTIONS).parent == folder
+    assert compiling.built(compiling.OPTIONS).parent == folder
     assert folder.stat().st_mode & 0o777 == 0o700
-    before = native._built(native.OPTIONS).stat().st_mtime_ns
-    assert native._built(native.OPTIONS).stat().st_mtime_ns == before  # compiled once
+    before = compiling.built(compiling.OPTIONS).stat().st_mtime_ns
+    assert compiling.built(compiling.OPTIONS).stat().st_mtime_ns == before  # compiled once
     folder.chmod(0o777)
-    assert native._built(native.OPTIONS).parent != folder
+    assert compiling.built(compiling.OPTIONS).parent != folder
 
 
 @has_compiled
@@ -538,14 +540,14 @@ def test_a_library_that_others_may_have_written_is_compiled_anew(tmp_path, monke
     monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path))
     before = os.umask(0o002)
     try:
-        built = native._built(native.OPTIONS)
+        built = compiling.built(compiling.OPTIONS)
     finally:
         os.umask(before)
     assert not built.stat().st_mode & 0o022
     for harm in (lambda: built.chmod(0o777), lambda: built.symlink_to(tmp_path / "evil.so")):
         (tmp_path / "evil.so").write_bytes(b"evil")
         harm()
-        assert native._built(native.OPTIONS) == built
+        assert compiling.built(compiling.OPTIONS) == built
         assert built.read_bytes() != b"evil" and not built.is_symlink()
         assert not built.stat().st_mode & 0o022
         built.unlink()
@@ -556,4 +558,4 @@ def test_a_link_to_a_folder_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LANGPPL_CACHE", str(tmp_path))
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "native").symlink_to(tmp_path / "elsewhere")
-    assert native._folder().resolve() != tmp_path / "elsewhere"
+    assert compiling._folder().resolve() != tmp_path / "elsewhere"

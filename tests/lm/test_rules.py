@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 
 from langppl.distributions import LMString, Text
 from langppl.lm import LM, DrawRequest, StringRules, perform
-from langppl.lm.rules import Layout, _short
+from langppl.lm.layouts import Layout, _short
 from langppl.lm.vocabulary import utf8_fragment
 from langppl.testing import enumerate_strings, tiny_lm
 

@@ -802,6 +802,32 @@ def test_latents_above() -> None:
     }
 
 
+@pytest.mark.parametrize("at", ["before the first latent", "after it"])
+def test_a_mistake_of_the_models_own_is_told_by_the_first_draw(at: str) -> None:
+    runs = []
+
+    def model() -> None:
+        runs.append(at)
+        if at == "before the first latent":
+            lp.LMStrings(LM, "a")  # type: ignore[attr-defined]
+        z = lp.sample("z", short("a"))
+        lp.factor(f"f{z}", this_is_no_name)  # type: ignore[name-defined]  # noqa: F821
+
+    error = AttributeError if at == "before the first latent" else NameError
+    with pytest.raises(error, match=r"LMStrings|this_is_no_name"):
+        lp.compile(model)
+    assert len(runs) == 2  # with a placeholder, and with what is drawn
+
+
+def test_a_name_that_a_latent_spells_is_no_mistake_of_the_model() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a", allow=["a", "b"]))
+        lp.sample("w", goes_on(f"{eval(z.strip(), {'ab': 1})}"), obs="a")
+
+    # Of made-up values some are no expressions, and others names that are not there.
+    assert ("z", "w") in lp.compile(model).graph.edges
+
+
 def test_what_is_computed_leaves_the_literals_of_a_branch_to_be_tried() -> None:
     lm = tiny_lm("ab 0123456789")
 

@@ -18,7 +18,7 @@ import torch
 
 import langppl as lp
 from langppl.lm import requests
-from langppl.program import scheduler, statements
+from langppl.program import calls, scheduler
 from langppl.program.execution import run_many
 from langppl.program.keys import size_of
 from langppl.testing import tiny_lm
@@ -410,7 +410,7 @@ def counting(seen: list[str], padding: str = "") -> Callable[[], None]:
 def test_the_latest_results_of_tools_are_kept(
     monkeypatch: pytest.MonkeyPatch, name: str, most: int, padding: str
 ) -> None:
-    monkeypatch.setattr(statements, name, most)
+    monkeypatch.setattr(calls, name, most)
     seen: list[str] = []
     program = lp.compile(counting(seen, padding))
     for seed in range(6):
@@ -419,7 +419,7 @@ def test_the_latest_results_of_tools_are_kept(
         # Within an inference nothing is forgotten, however much it is.
         assert len(set(seen[before:])) == len(seen[before:])
         assert len({s["z"] for s in posterior.samples}) > 10
-        kept = statements.remembered(program.memo)
+        kept = calls.remembered(program.memo)
         assert len(kept) == 10 if name == "MOST_CALLS" else 5 < len(kept) < 17
         assert any(key[0] == "once" for key in kept)
     before = len(seen)
@@ -429,7 +429,7 @@ def test_the_latest_results_of_tools_are_kept(
 
 
 def test_results_of_impure_tools_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statements, "MOST_CALLS", 0)
+    monkeypatch.setattr(calls, "MOST_CALLS", 0)
     seen: list[str] = []
 
     def model() -> None:
@@ -443,8 +443,8 @@ def test_results_of_impure_tools_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_of_impure_calls_digests_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statements, "_impure", OrderedDict())
-    monkeypatch.setattr(statements, "MOST_IMPURE", 4)
+    monkeypatch.setattr(calls, "_impure", OrderedDict())
+    monkeypatch.setattr(calls, "MOST_IMPURE", 4)
     numbers = tuple(range(1000))
 
     def ask(k: int) -> None:
@@ -452,8 +452,8 @@ def test_of_impure_calls_digests_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
     for k in range(6):
         ask(k)
-    assert len(statements._impure) == 4
-    assert max(size_of(key) for key in statements._impure) < 2000
+    assert len(calls._impure) == 4
+    assert max(size_of(key) for key in calls._impure) < 2000
     for k in (5, 2):
         with pytest.raises(RuntimeError, match="forbids a second time"):
             ask(k)
