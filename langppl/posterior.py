@@ -707,7 +707,7 @@ class Posterior(Report):
         if name == RETURN and self.returns is not None:
             return list(self.returns)
         known = ", ".join(repr(name) for name in self.sites) or "none"
-        message = f"no latent site {name!r}; the latent sites are: {known}"
+        message = f"no sample has met a latent site {name!r}; those met are: {known}"
         if self.computed_sites:
             message += f"; the computed values are: {', '.join(map(repr, self.computed_sites))}"
         if name == RETURN:

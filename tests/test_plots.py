@@ -309,7 +309,7 @@ def test_bad_input() -> None:
         plot_training({"a": [1.0]})
     with pytest.raises(ValueError, match=r"differ in length: \{'loss': 2, 'step': 1\}"):
         plot_training({"step": [1], "loss": [1.0, 2.0]})
-    with pytest.raises(KeyError, match="no latent site 'y'"):
+    with pytest.raises(KeyError, match="has met a latent site 'y'"):
         plot_posterior(strings(), "y")
     with pytest.raises(ValueError, match="no latent sites"):
         plot_posterior(Posterior([{}], [0.0]))

@@ -136,7 +136,7 @@ def test_an_unknown_site() -> None:
     with pytest.raises(UnknownSiteError) as caught:
         Posterior([{"z": "a", "y": "b"}], [0.0]).probabilities("x")
     assert isinstance(caught.value, KeyError)
-    assert str(caught.value) == "no latent site 'x'; the latent sites are: 'z', 'y'"
+    assert str(caught.value) == "no sample has met a latent site 'x'; those met are: 'z', 'y'"
 
 
 def test_exact() -> None:
@@ -338,11 +338,12 @@ def test_names_that_are_not_known() -> None:
     with pytest.raises(UnknownSiteError) as caught:
         with_computed().probabilities("x")
     assert str(caught.value) == (
-        "no latent site 'x'; the latent sites are: 'z'; the computed values are: 'n', 'why'"
+        "no sample has met a latent site 'x'; those met are: 'z'; "
+        "the computed values are: 'n', 'why'"
     )
     with pytest.raises(UnknownSiteError, match="are: 'z'; the return values are not known"):
         one_to_three().probabilities("_RETURN")
-    with pytest.raises(UnknownSiteError, match="no latent site 'x'"):
+    with pytest.raises(UnknownSiteError, match="has met a latent site 'x'"):
         one_to_three().expect("x")
 
 
@@ -446,7 +447,7 @@ def test_keys_that_are_none() -> None:
     for i in (3, -4):
         with pytest.raises(IndexError, match=f"there is no sample {i}: the posterior has 3"):
             posterior[i]
-    with pytest.raises(UnknownSiteError, match=r"no latent site 'x'; .* are: 'z'; .* 'n', 'why'"):
+    with pytest.raises(UnknownSiteError, match=r"a latent site 'x'; .* are: 'z'; .* 'n', 'why'"):
         posterior["x"]
     for key in (1.0, None, ("z", "n")):
         with pytest.raises(TypeError, match="the name of a value, the number of a sample, or a sl"):

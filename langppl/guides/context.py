@@ -68,6 +68,10 @@ def observations_first(info: ContextInfo) -> Prompt:
     return _before_prompt(info, [text.strip() for _, text in info.observations])
 
 
+OWN_CONTEXTS: tuple[ContextFunction, ...] = (default_context, observations_first)
+"""Of langppl; an observation that these show nothing of has nothing to show."""
+
+
 def _before_prompt(info: ContextInfo, lines: list[str]) -> Prompt:
     shown = "\n".join([*lines, *(f"{name} = {text}" for name, text in info.known)])
     if not shown:

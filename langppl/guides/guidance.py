@@ -16,6 +16,7 @@ from typing import Any
 
 from langppl.distributions import StringDistribution
 from langppl.guides.context import (
+    OWN_CONTEXTS,
     ContextFunction,
     context_ids,
     context_info,
@@ -86,7 +87,7 @@ class Reader:
         """What is read before a latent; with guidance if it is a string or a choice.
 
         Raises:
-            ValueError: if the context is the same without the observations.
+            ValueError: if a context of the user's own is the same without the observations.
         """
         guidance = self.guidance
         if guidance is None or not isinstance(fn, StringDistribution):
@@ -98,7 +99,7 @@ class Reader:
             return Guided(own, without, guidance.scale)
         unseeing = replace(info, observations=(), observed={})
         without = encode_context(self.context(unseeing), site, lm)
-        if without == own and info.observations:
+        if without == own and info.observations and self.context not in OWN_CONTEXTS:
             name = getattr(self.context, "__name__", repr(self.context))
             raise ValueError(
                 f"the guide's context for site {site!r} is the same without the observations, so "

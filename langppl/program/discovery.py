@@ -14,12 +14,15 @@ general list.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from langppl.distributions import LMChoice, StringDistribution, Text
 from langppl.program.calls import Memo
@@ -51,6 +54,11 @@ _LONG = "".join(f" {number}," for number in range(1_000))
 _MOST_VALUES = 48
 _DRAWS = 8
 _MOST_DRAWN = 2 * _DRAWS
+_NUMBERS, _MOST_LISTED = 5, 16
+_MOST_TELLING, _MOST_ELSEWHERE, _VALUES_ELSEWHERE = 4, 16, 3
+_BUDGET = 1_000
+"""Runs that look for what a latent leads to in a branch that another one opens."""
+_LISTED = (torch.distributions.Bernoulli, torch.distributions.Categorical)
 _MOST_REPEATED = 8
 _MOST_ARGUMENTS = 4
 
@@ -213,6 +221,20 @@ def _graph(traced: Execution) -> ProgramGraph:
     return graph
 
 
+class _Change(NamedTuple):
+    """What came of another value of a site.
+
+    Attributes:
+        value: the value.
+        after: the run with it.
+        moved: the other sites that came out different.
+    """
+
+    value: Any
+    after: Execution
+    moved: frozenset[str]
+
+
 class _Search:
     """Runs a model in all the ways that show its structure.
 
@@ -242,6 +264,9 @@ class _Search:
         self.drawn = False
         self.nodes: dict[str, Site] = {}
         self._seen: list[Execution] = []
+        self._telling: dict[str, list[_Change]] = {}
+        self._values: dict[str, list[Any]] = {}
+        self._left = 0
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
@@ -354,8 +379,16 @@ class _Search:
             for name in waiting:
                 examined.add(name)
                 start = next(r for r in [*runs, *self._seen] if name in r.sites)
-                values = self._alternatives(nodes[name], runs)
-                edges |= {(name, other) for other in self._moved(start, name, values)}
+                changes = self._changes(start, name, self._alternatives(nodes[name], runs))
+                telling = _telling(changes, _has_few_values(nodes[name]))
+                self._telling[name] = telling
+                first = [*telling[:_MOST_TELLING], *changes][: _MOST_TELLING + _VALUES_ELSEWHERE]
+                self._values[name] = [c.value for c in first]
+                edges |= {(name, other) for change in changes for other in change.moved}
+            if all(name in examined for name in nodes if _can_change(nodes[name])):
+                for name in examined:
+                    known = {b for a, b in edges if a == name}
+                    edges |= {(name, other) for other in self._elsewhere(name, known)}
         order = _merged_order([*runs, *self._seen])
         for name in order:
             graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
@@ -369,15 +402,44 @@ class _Search:
         )
         return graph
 
-    def _moved(self, start: Execution, name: str, values: Sequence[Any]) -> set[str]:
-        """The sites that come out different where one site's value is changed; notes new ones."""
+    def _elsewhere(self, name: str, known: set[str]) -> set[str]:
+        """The sites that a site's value moves where another has another value, as in a branch.
+
+        Args:
+            name: the site.
+            known: sites that it is known to move.
+        """
         moved: set[str] = set()
+        # What has few values is what programs branch on.
+        order = sorted(self._telling, key=lambda n: not _has_few_values(self.nodes[n]))
+        others = (c for other in order if other != name for c in self._telling[other])
+        left = min(_MOST_ELSEWHERE, self._left // len(self._values[name] or [0]))
+        for change in others:
+            start = change.after
+            if not left:
+                break
+            if name not in start.sites:
+                continue
+            # What depends on both depends on the other too.
+            later = [*start.sites][[*start.sites].index(name) + 1 :]
+            if change.moved.intersection(later) <= known | moved:
+                continue
+            left -= 1
+            self._left -= len(self._values[name])
+            changes = self._changes(start, name, self._values[name])
+            moved.update(*(c.moved for c in changes))
+        return moved
+
+    def _changes(self, start: Execution, name: str, values: Sequence[Any]) -> list[_Change]:
+        """What comes of other values of one site; notes sites that are new."""
+        changes = []
         before = signatures(start)
-        for after in self._changed(start, name, values):
+        for value, after in zip(values, self._changed(start, name, values), strict=True):
             if after is None:
                 continue
             self._seen.append(after)
             now = signatures(after)
+            moved = set()
             # In the order of a run: that of a set differs from process to process.
             for other in dict.fromkeys([*before, *now]):
                 if other == name:
@@ -385,10 +447,12 @@ class _Search:
                 self.nodes.setdefault(other, (after if other in now else start).sites[other])
                 if before.get(other) != now.get(other):
                     moved.add(other)
-        return moved
+            changes.append(_Change(value, after, frozenset(moved)))
+        return changes
 
     def _base_runs(self) -> list[Execution]:
-        self._seen = []
+        self._seen, self._telling, self._values = [], {}, {}
+        self._left = _BUDGET
 
         def no_tools(name: str, fn: Known) -> Any:
             if fn.family == "deterministic":
@@ -446,7 +510,7 @@ class _Search:
         if isinstance(site.fn, Known):
             return drawn
         if not site.is_string:
-            return [self._numeric(site.name, site.fn, k).value for k in range(1, 6)]
+            return self._numbers(site)
         if isinstance(site.fn, LMChoice):
             return [Text(str(o)) for o in site.fn.options]
         if self.drawn:
@@ -459,6 +523,15 @@ class _Search:
             )
             return [*drawn, *(choice.value for choice in more)]
         return [Text(v) for v in self._pool()]
+
+    def _numbers(self, site: Site) -> list[Any]:
+        """All values of a number that has few, as draws may leave out a rare one; else draws."""
+        fn = site.fn
+        is_listed = isinstance(fn, _LISTED) and not fn.batch_shape
+        values = list(fn.enumerate_support()) if is_listed else []
+        if 0 < len(values) <= _MOST_LISTED:
+            return [v for v in values if float(fn.log_prob(v)) > -math.inf]
+        return [self._numeric(site.name, fn, k).value for k in range(1, 1 + _NUMBERS)]
 
     def _changed(
         self, start: Execution, name: str, values: Sequence[Any]
@@ -515,6 +588,18 @@ class _Search:
             names = " and ".join(self.watched.drew)
             more = f" (it draws from the generator of {names}){told_of_hidden()}"
             raise ValueError(f"{error}{more}") from error
+
+
+def _telling(changes: Sequence[_Change], has_few: bool) -> list[_Change]:
+    """Those worth a second look: of few values all that moved anything, else one of a kind."""
+    moving = [c for c in changes if c.moved]
+    if has_few:
+        return moving
+    return list({c.moved: c for c in reversed(moving)}.values())[-_MOST_TELLING:][::-1]
+
+
+def _has_few_values(site: Site) -> bool:
+    return isinstance(site.fn, LMChoice) or not site.is_string
 
 
 def _can_change(site: Site) -> bool:

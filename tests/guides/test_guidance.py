@@ -22,6 +22,7 @@ from langppl import (
     infer,
     sample,
 )
+from langppl.guides import PriorGuide
 from langppl.guides.context import ContextInfo, context_ids, observations_first
 from langppl.guides.guidance import Reader
 from langppl.guides.training import Trainer
@@ -88,6 +89,17 @@ def test_a_context_that_shows_them_anyway_is_an_error() -> None:
     # There is nothing to be guided by here.
     guide = PromptedGuide(guidance=Guidance(0.5))
     assert np.isfinite(infer(free, guide=guide, num_samples=4, progress=False).log_weights).all()
+
+    lm = tiny_lm("ab", seed=1)
+
+    def copied() -> None:
+        z = sample("z", LMString(lm, "a", max_tokens=1))
+        sample("copy", LMString(lm, z), obs=z)
+
+    # Blanks are all that the default context could show of it, and this LM has no token for them.
+    program = compile(copied)
+    found = infer(program, guide=guide, num_samples=4, progress=False)
+    assert found.log_q == pytest.approx(PriorGuide().log_q(program, found.samples), abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.8])

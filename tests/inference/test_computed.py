@@ -210,7 +210,8 @@ def test_an_unknown_name_lists_what_is_computed() -> None:
     computed = ", ".join(map(repr, posterior.computed_sites))
     assert sorted(posterior.computed_sites) == ["last", "length", "parts"]
     assert str(caught.value) == (
-        f"no latent site 'lenght'; the latent sites are: 'z'; the computed values are: {computed}"
+        "no sample has met a latent site 'lenght'; those met are: 'z'; "
+        f"the computed values are: {computed}"
     )
 
 

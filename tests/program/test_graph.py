@@ -802,6 +802,36 @@ def test_latents_above() -> None:
     }
 
 
+def test_a_rare_number_leads_where_it_leads_under_every_seed() -> None:
+    def model() -> None:
+        k = lp.sample("k", dist.Bernoulli(torch.tensor(0.02)))
+        n = lp.sample("n", dist.Categorical(torch.tensor([0.98, 0.02, 0.0])))
+        z = lp.sample("z", short("ab" if k == 1 else "ba"))
+        assert n < 2, "impossible"
+        lp.sample("o", goes_on(f"{z}a" if n == 1 else f"{z}b"), obs="a")
+
+    for seed in range(4):
+        edges = lp.compile(model, seed=seed).graph.edges
+        assert set(edges) == {("k", "z"), ("n", "o"), ("z", "o")}
+
+
+@pytest.mark.parametrize("switch", ["choice", "number", "string"])
+def test_what_a_latent_leads_to_in_one_branch_alone(switch: str) -> None:
+    def model() -> None:
+        if switch == "choice":
+            is_on = lp.sample("n", lp.LMChoice(LM, "a", ["a", "b", "ab"])) == "ab"
+        elif switch == "number":
+            is_on = bool(lp.sample("n", dist.Bernoulli(torch.tensor(0.02))))
+        else:
+            is_on = "b" in lp.sample("n", short("a"))
+        z = lp.sample("z", short("ab"))
+        lp.sample("o", goes_on(f"{z}a" if is_on else "b"), obs="a")
+
+    graph = lp.compile(model).graph
+    assert set(graph.edges) == {("n", "o"), ("z", "o")}
+    assert graph.independent() == [{"n", "z"}]
+
+
 @pytest.mark.parametrize("at", ["before the first latent", "after it"])
 def test_a_mistake_of_the_models_own_is_told_by_the_first_draw(at: str) -> None:
     runs = []
