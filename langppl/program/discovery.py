@@ -4,8 +4,10 @@ First the model runs once with a marked placeholder for every latent string and 
 If nothing looks inside them, every prompt is a template, and runs with made-up values must meet
 exactly the sites that the filled templates say: then the program is *static*. Otherwise the graph
 is found by experiment: one site's value is changed while all the others are held, and the sites
-that come out different depend on it. No step scores anything; the LM is asked only where made-up
-values will not do, as with tool calls, which must not be run on made-up arguments.
+that come out different depend on it; then once more, from runs in which another site's value had
+led elsewhere, as what one latent leads to may be in a branch that another opens. No step scores
+anything; the LM is asked only where made-up values will not do, as with tool calls, which must not
+be run on made-up arguments.
 
 An experiment finds a dependence only if one of its values shows it. The values are taken from the
 program itself (its string constants, and what it compares its latents with) and from a small
@@ -354,7 +356,7 @@ class _Search:
         return list(found)[:_MOST_VALUES]
 
     def experiment(self) -> ProgramGraph:
-        """The graph from changing one site's value at a time."""
+        """The graph from changing sites' values; see the module."""
         self.drawn = False
         try:
             return self._explore()
