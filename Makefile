@@ -59,4 +59,5 @@ peers:
 	$(PEERS)/bin/python -m pip install -c constraints.txt -c benchmarks/peers-constraints.txt \
 		-e '.[plots,peers]'
 	$(PEERS)/bin/python benchmarks/particles.py
+	$(PEERS)/bin/python benchmarks/screening.py
 	$(PEERS)/bin/python benchmarks/page.py

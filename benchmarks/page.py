@@ -73,6 +73,14 @@ through llguidance's mask and weights with what it took; genlm-control draws wit
 JsonSchema, whose validator runs in Python. One core; a training ran on the other. 1,000 draws of
 langppl's importance sampler give a log evidence of -10.36 ± 0.02.""",
     "particles_json_none": """The same with langppl's SMC, on two cores with nothing beside it.""",
+    "screening": """### Constraints in Python
+
+A sentence of at most 16 tokens after "The best thing about the sea is", under a function of the
+text so far that says whether it may go on so: in langppl a potential with `prefix=True`, whose
+forbidden tokens are drawn anew (`rejections=32`) or kill (0), in genlm-control a Potential under
+AWRS. 32 particles, twelve seeds; all three resample at half the effective number. Error:
+root-mean-square of the log evidence over the seeds, from that of langppl with 1,024 particles; log
+mean: of the evidence. Alive: particles of weight above zero; distinct: their texts.""",
     "limit": """## Against the limit
 
 Tokens really computed × operations of a token, over the rate of bare matrix products in the

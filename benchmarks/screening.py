@@ -172,7 +172,7 @@ def all_runs(args: argparse.Namespace) -> list[dict[str, float]]:
     infer, may = SYSTEMS[args.only](args), CONSTRAINTS[args.constraint]
     infer(WARM_UP, may, 4, 0)
     found = []
-    for seed in range(1, args.seeds + 1):
+    for seed in range(1, args.runs + 1):
         started = time.perf_counter()
         one = infer(BEGINNING, may, args.particles, seed)
         seconds = time.perf_counter() - started
@@ -184,7 +184,7 @@ def measure(system: str, constraint: str, args: argparse.Namespace) -> list[dict
     """`all_runs` in a process of its own."""
     command = [sys.executable, __file__, "--lm", args.lm, "--only", system]
     command += ["--constraint", constraint, "--particles", str(args.particles)]
-    command += ["--seeds", str(args.seeds)]
+    command += ["--runs", str(args.runs)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{system} failed:\n{done.stderr}")
@@ -215,7 +215,7 @@ def row(
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--particles", type=int, default=32)
-    options.add_argument("--seeds", type=int, default=12, help="runs of each")
+    options.set_defaults(runs=12)
     options.add_argument("--many", type=int, default=1024, help="particles of the reference")
     options.add_argument("--constraint", choices=CONSTRAINTS, help="this one alone")
     options.add_argument("--only", choices=SYSTEMS, help="measure this system, in this process")
