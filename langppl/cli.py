@@ -18,6 +18,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from langppl.defaults import NUM_SAMPLES
+
 __all__ = ["app"]
 
 _NARROW = 70
@@ -129,7 +131,7 @@ def compare(
             "smc:twist=lookahead,every=4. Each goes with every guide; exact takes none.",
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="For each row.")] = 256,
+    num_samples: Annotated[int, typer.Option(help="For each row.")] = NUM_SAMPLES,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal results.")] = 0,
     lm: Annotated[
         str | None,

@@ -31,10 +31,11 @@ import rich.text
 import torch
 
 from langppl import diagnostics
+from langppl.defaults import CHAINS, NUM_SAMPLES
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
-from langppl.inference.methods import CHAINS, given_guide, infer
+from langppl.inference.methods import given_guide, infer
 from langppl.inference.settings import METHODS, check_options, names_of, split_options
 from langppl.inference.simulated import (
     check_same_observed,
@@ -247,7 +248,7 @@ def calibrate(
     guide: GuideLike = "prior",
     method: str = "importance",
     simulations: int = 200,
-    num_samples: int = 256,
+    num_samples: int = NUM_SAMPLES,
     draws: int = 15,
     summaries: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
     seed: int = 0,

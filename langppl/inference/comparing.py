@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from langppl.defaults import NUM_SAMPLES
 from langppl.guides import Guide
 from langppl.guides.function import GuideLike
 from langppl.inference.comparison import Comparison, Cost
@@ -32,7 +33,7 @@ def compare(
     guides: Sequence[GuideLike] | None = None,
     methods: Sequence[str] | None = None,
     rows: Sequence[RowLike] | Mapping[str, RowLike] | None = None,
-    num_samples: int = 256,
+    num_samples: int = NUM_SAMPLES,
     fit: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from langppl.defaults import TAIL_SHARE
 from langppl.distributions import LMString, StringDistribution
 from langppl.guides.base import Guide, Key
 from langppl.lm.requests import Reading, ScoreReply, perform
@@ -75,7 +76,7 @@ def move(
     guide: Guide,
     states: Sequence[Execution],
     keys: Sequence[Key],
-    tail_share: float = 0.5,
+    tail_share: float = TAIL_SHARE,
     decided: int | None = None,
 ) -> list[Moved]:
     """Moves one latent of each execution, all at once.

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from langppl.defaults import CHAINS, NUM_SAMPLES
 from langppl.diagnostics import InferenceWarning
 from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
-from langppl.inference.methods import CHAINS, check_names, given_guide, infer
+from langppl.inference.methods import check_names, given_guide, infer
 from langppl.inference.settings import check_options
 from langppl.keywords import with_rows
 from langppl.lm.counts import as_count
@@ -30,7 +31,7 @@ def infer_many(
     *,
     guide: GuideLike = "prior",
     method: str = "importance",
-    num_samples: int = 256,
+    num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     progress: bool = True,
     **options: Any,

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from langppl.defaults import CHAINS, ESS_THRESHOLD, EVERY, NUM_SAMPLES, REJECTIONS, TAIL_SHARE
 from langppl.distributions import StringDistribution
 from langppl.guides import GFlowNetGuide, Guide, PriorGuide, PromptedGuide
 from langppl.guides.function import GuideLike, as_guide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
-from langppl.inference.screening import REJECTIONS
 from langppl.inference.settings import METHODS, OPTIONS, check_values, names_of
 from langppl.inference.smc import smc
 from langppl.inference.twists import UserTwist
@@ -28,7 +28,6 @@ GUIDES = ("prior", "prompted", "gflownet")
 _NOT_FIT = ("self", "model", "data")
 """Arguments of `GFlowNetGuide.fit` that whoever trains it here gives."""
 EXACT_LIMIT = 100_000
-CHAINS = 8
 
 
 def infer(
@@ -36,21 +35,21 @@ def infer(
     *args: Any,
     guide: GuideLike = "prior",
     method: str = "importance",
-    num_samples: int = 256,
+    num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     progress: bool = True,
     limit: int = EXACT_LIMIT,
     twist: str | UserTwist | None = None,
     twist_power: float | None = None,
     resampling: str = "systematic",
-    ess_threshold: float = 0.5,
-    every: int = 5,
+    ess_threshold: float = ESS_THRESHOLD,
+    every: int = EVERY,
     rejections: int = REJECTIONS,
     rejuvenation: int = 0,
     chains: int = CHAINS,
     warmup: int | None = None,
     thin: int = 1,
-    tail_share: float = 0.5,
+    tail_share: float = TAIL_SHARE,
     fit: Mapping[str, Any] | None = None,
     **named: Any,
 ) -> Posterior:

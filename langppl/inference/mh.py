@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from langppl.chains import Chains, agreement, chain_notes
+from langppl.defaults import CHAINS, TAIL_SHARE
 from langppl.diagnostics import Array, InferenceWarning
 from langppl.distributions import LMChoice, LMString
 from langppl.guides.base import Guide
@@ -35,10 +36,10 @@ def mh(
     seed: int,
     progress: bool,
     *,
-    chains: int = 8,
+    chains: int = CHAINS,
     warmup: int | None = None,
     thin: int = 1,
-    tail_share: float = 0.5,
+    tail_share: float = TAIL_SHARE,
 ) -> Posterior:
     """Samples of Markov chains that all move at once.
 

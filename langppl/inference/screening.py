@@ -41,9 +41,6 @@ from langppl.program.execution import Execution, Site, score_all
 from langppl.program.scheduler import run
 from langppl.program.statements import Potential, Unfinished
 
-REJECTIONS = 32
-"""Of a token, unless SMC is told otherwise."""
-
 Draws = Generator[int, bool, tuple[int, float]]
 """Asks of candidates, by their numbers, whether they may follow; returns which is taken, log Ẑ."""
 

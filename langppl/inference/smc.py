@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from langppl import diagnostics
+from langppl.defaults import ESS_THRESHOLD, EVERY, REJECTIONS, TAIL_SHARE
 from langppl.guides.base import Guide
 from langppl.guides.function import FunctionGuide
 from langppl.inference.failures import failures
@@ -27,7 +28,7 @@ from langppl.inference.particles import Crowd
 from langppl.inference.potentials import Passed, killing_notes
 from langppl.inference.rejuvenation import rejuvenate
 from langppl.inference.resampling import resample, resample_conditionally
-from langppl.inference.screening import REJECTIONS, Screen
+from langppl.inference.screening import Screen
 from langppl.inference.settings import check_values
 from langppl.inference.sites import kept_of
 from langppl.inference.twists import UserTwist, make_twist
@@ -48,11 +49,11 @@ def smc(
     twist: str | UserTwist | None = None,
     twist_power: float | None = None,
     resampling: str = "systematic",
-    ess_threshold: float = 0.5,
-    every: int = 5,
+    ess_threshold: float = ESS_THRESHOLD,
+    every: int = EVERY,
     rejections: int = REJECTIONS,
     rejuvenation: int = 0,
-    tail_share: float = 0.5,
+    tail_share: float = TAIL_SHARE,
 ) -> Posterior:
     """Runs particles through a program, resampling them on the way.
 
@@ -139,11 +140,11 @@ def run_crowd(
     twist: str | UserTwist | None = None,
     twist_power: float | None = None,
     resampling: str = "systematic",
-    ess_threshold: float = 0.5,
-    every: int = 5,
+    ess_threshold: float = ESS_THRESHOLD,
+    every: int = EVERY,
     rejections: int = REJECTIONS,
     rejuvenation: int = 0,
-    tail_share: float = 0.5,
+    tail_share: float = TAIL_SHARE,
 ) -> Course:
     """Leads particles through their program; see `smc`."""
     program, seed = crowd.program, crowd.seed
