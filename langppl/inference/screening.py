@@ -32,7 +32,7 @@ import pyro.distributions as dist
 from langppl.distributions import Text
 from langppl.distributions.lmstring import check_ended
 from langppl.distributions.sites import naming
-from langppl.inference.particles import Crowd, Growing, Particle, carry, followed
+from langppl.inference.particles import Crowd, Growing, Particle, carry, followed, is_potential
 from langppl.inference.potentials import dead_at, has_prefixes, text_so_far
 from langppl.lm.requests import Candidates, DrawReply, perform
 from langppl.lm.seeds import generator
@@ -221,7 +221,9 @@ class Screen:
         for (particle, _), execution in zip(new.values(), executions, strict=True):
             if execution is not None:
                 carry(particle.execution, execution)
-        score_all([e for e in executions if e is not None], _is_plain)
+        for (_, g), execution in zip(new.values(), executions, strict=True):
+            if execution is not None:
+                score_all([execution], _is_plain if g.is_ended else is_potential)
         self._known |= zip(new, executions, strict=True)
         return [
             not _is_impossible(self._known[_key(p, s)], s)

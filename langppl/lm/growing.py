@@ -109,7 +109,8 @@ class Draft:
             masses[ids[0]] = whole
         masses /= masses.sum()
         # The first of independent exponential times is that of each with its share.
-        times = self.uniforms.standard_exponential(len(masses), dtype=np.float32)
+        # Of 2^23 such times in float32 one is 0, and a token with it is first whatever its share.
+        times = self.uniforms.standard_exponential(len(masses))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             times = np.where(masses > 0.0, times / masses, np.inf)
         most = min(self.request.candidates, len(times))

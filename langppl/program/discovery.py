@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +28,11 @@ from typing import Any, NamedTuple
 import torch
 
 from langppl.distributions import LMChoice, StringDistribution, Text
+from langppl.distributions.sites import pattern
 from langppl.program.calls import Memo
 from langppl.program.execution import (
     Choice,
+    Chooser,
     Execution,
     Site,
     draw_prior,
@@ -58,6 +61,12 @@ _DRAWS = 8
 _MOST_DRAWN = 2 * _DRAWS
 _NUMBERS, _MOST_LISTED = 5, 16
 _MOST_TELLING, _MOST_ELSEWHERE, _VALUES_ELSEWHERE = 4, 16, 3
+_MOST_TURNS, _MOST_STRINGS, _SAME_OPTION = 8, 16, 4
+"""Numbers or choices, and strings, of one loop that are examined, of those that experiments alone
+have met: a loop that is told by such a value whether to go on has no last turn."""
+_MOST_MADE_UP, _MOST_CHANGED = 1_000, 64
+"""Latents of one loop, beyond those of the run before, after which a run is given up: made-up
+values may never be what ends it."""
 _BUDGET = 1_000
 """Runs that look for what a latent leads to in a branch that another one opens."""
 _LISTED = (torch.distributions.Bernoulli, torch.distributions.Categorical)
@@ -84,6 +93,10 @@ class Structure:
 
 class _ToolNeeded(BaseException):
     """A run with made-up values met a tool call; no error, as it says nothing of the program."""
+
+
+class _EndlessError(BaseException):
+    """A run goes on and on; no error, as it says nothing of the program."""
 
 
 def discover(
@@ -269,6 +282,10 @@ class _Search:
         self._telling: dict[str, list[_Change]] = {}
         self._values: dict[str, list[Any]] = {}
         self._left = 0
+        self._filler = _VALUES[0]
+        self._base_value = _VALUES[0]
+        self._tried: set[tuple[int, str]] = set()
+        self._beyond: set[str] = set()
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
@@ -286,6 +303,7 @@ class _Search:
     def trace(self) -> Execution | None:
         """A run with placeholders; None if the program does not go through with them."""
         has_met = False
+        turns: Counter[str] = Counter()
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
@@ -294,6 +312,9 @@ class _Search:
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             nonlocal has_met
             has_met = True
+            turns[pattern(name)] += 1
+            if self.looked_inside and turns[pattern(name)] > _MOST_MADE_UP:
+                raise _EndlessError
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(marker(name), report))
             return self._numeric(name, fn)
@@ -305,6 +326,8 @@ class _Search:
 
         try:
             return self._run(choose, know)
+        except _EndlessError:
+            return None
         except Exception as error:
             # What is raised before there is any value, and a name that is missing where none was
             # looked into, other values do not mend.
@@ -375,11 +398,21 @@ class _Search:
             for name, site in execution.sites.items():
                 nodes.setdefault(name, site)
         edges: set[tuple[str, str]] = set()
-        examined: set[str] = set()
+        of_runs = set(nodes)
+        turns: Counter[str] = Counter()
+        # In order, which a set has not from process to process.
+        examined: dict[str, None] = {}
         # Changing a value may bring sites that no run has met; those are examined in their turn.
         while waiting := [n for n in nodes if n not in examined and _can_change(nodes[n])]:
             for name in waiting:
-                examined.add(name)
+                if name not in of_runs:
+                    turns[pattern(name)] += 1
+                    has_few = _has_few_values(nodes[name])
+                    if turns[pattern(name)] > (_MOST_TURNS if has_few else _MOST_STRINGS):
+                        del nodes[name]  # one that goes on for as long as it is told to
+                        self._beyond.add(name)
+                        continue
+                examined[name] = None
                 start = next(r for r in [*runs, *self._seen] if name in r.sites)
                 changes = self._changes(start, name, self._alternatives(nodes[name], runs))
                 telling = _telling(changes, _has_few_values(nodes[name]))
@@ -391,14 +424,14 @@ class _Search:
                 for name in examined:
                     known = {b for a, b in edges if a == name}
                     edges |= {(name, other) for other in self._elsewhere(name, known)}
-        order = _merged_order([*runs, *self._seen])
+        order = [n for n in _merged_order([*runs, *self._seen]) if n in nodes]
         for name in order:
             graph.add_node(name, kind=nodes[name].kind, family=_family(nodes[name]))
         position = {name: k for k, name in enumerate(order)}
         self.check_randomness([base, *self._seen])
         graph.add_edges_from(
             sorted(
-                ((a, b) for a, b in edges if position[a] < position[b]),
+                ((a, b) for a, b in edges if b in nodes and position[a] < position[b]),
                 key=lambda e: (position[e[0]], position[e[1]]),
             )
         )
@@ -422,10 +455,13 @@ class _Search:
                 break
             if name not in start.sites:
                 continue
+            if (id(start), name) in self._tried:
+                continue
             # What depends on both depends on the other too.
             later = [*start.sites][[*start.sites].index(name) + 1 :]
             if change.moved.intersection(later) <= known | moved:
                 continue
+            self._tried.add((id(start), name))
             left -= 1
             self._left -= len(self._values[name])
             changes = self._changes(start, name, self._values[name])
@@ -444,7 +480,7 @@ class _Search:
             moved = set()
             # In the order of a run: that of a set differs from process to process.
             for other in dict.fromkeys([*before, *now]):
-                if other == name:
+                if other == name or other in self._beyond:
                     continue
                 self.nodes.setdefault(other, (after if other in now else start).sites[other])
                 if before.get(other) != now.get(other):
@@ -454,7 +490,8 @@ class _Search:
 
     def _base_runs(self) -> list[Execution]:
         self._seen, self._telling, self._values = [], {}, {}
-        self._left = _BUDGET
+        self._left, self._tried, self._beyond = _BUDGET, set(), set()
+        self._filler = self._base_value = _VALUES[0]
 
         def no_tools(name: str, fn: Known) -> Any:
             if fn.family == "deterministic":
@@ -466,11 +503,13 @@ class _Search:
             self._run(self._drawn(0), forgive=True)
         for value in () if self.drawn else self._pool():
             try:
-                return [self._run(self._made_up(value), no_tools)]
+                found = self._run(_ending(self._made_up(value), {}, _MOST_MADE_UP), no_tools)
             except _ToolNeeded:
                 break
-            except Exception:
+            except (Exception, _EndlessError):
                 continue
+            self._base_value = value
+            return [found]
         self.drawn = True
         drawn = run_many(
             [
@@ -490,7 +529,10 @@ class _Search:
 
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             if isinstance(fn, LMChoice):
-                return Choice(Placeholder.make(str(fn.options[0]), report))
+                # The first one may be what a loop goes on with.
+                turn = sum(pattern(n) == pattern(name) for n in execution.sites)
+                option = fn.options[turn // _SAME_OPTION % len(fn.options)]
+                return Choice(Placeholder.make(str(option), report))
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(value, report))
             return self._numeric(name, fn)
@@ -539,9 +581,9 @@ class _Search:
         self, start: Execution, name: str, values: Sequence[Any]
     ) -> list[Execution | None]:
         """Runs with one site changed and the others held; None for one that does not go through."""
-        default = self._made_up(_VALUES[0]) if not self.drawn else self._drawn(0)
         kinds = ("latent", "deterministic")
         before = {n: s.value for n, s in start.sites.items() if s.kind in kinds}
+        met = Counter(pattern(n) for n, s in start.sites.items() if s.kind == "latent")
 
         def task(value: Any) -> Execution | None:
             held = {**before, name: value}
@@ -553,11 +595,22 @@ class _Search:
                     raise _ToolNeeded
                 return fn()
 
-            choose = given(held, default)
-            try:
-                return run_once(self.watched, self.args, choose, know=know, observe=self.observe)
-            except Exception:
-                return None
+            while True:
+                filler = self._filler
+                default = self._drawn(0) if self.drawn else self._made_up(filler)
+                choose = given(held, default)
+                if not self.drawn:
+                    choose = _ending(choose, met, _MOST_CHANGED)
+                try:
+                    return run_once(
+                        self.watched, self.args, choose, know=know, observe=self.observe
+                    )
+                except Exception:
+                    return None
+                except _EndlessError:
+                    if filler == self._base_value:
+                        return None
+                    self._filler = self._base_value  # with which the run before came to its end
 
         # At once, as what comes after a changed value may have to be drawn from the LM.
         return run_many([partial(task, value) for value in values], self.memo)
@@ -590,6 +643,20 @@ class _Search:
             names = " and ".join(self.watched.drew)
             more = f" (it draws from the generator of {names}){told_of_hidden()}"
             raise ValueError(f"{error}{more}") from error
+
+
+def _ending(choose: Chooser, met: Mapping[str, int], most: int) -> Chooser:
+    """Gives a run up in which latents of one loop are so many more than those met before."""
+    turns: Counter[str] = Counter()
+
+    def choose_next(name: str, fn: Any, execution: Execution) -> Choice:
+        kind = pattern(name)
+        turns[kind] += 1
+        if turns[kind] > most + met.get(kind, 0):
+            raise _EndlessError
+        return choose(name, fn, execution)
+
+    return choose_next
 
 
 def _telling(changes: Sequence[_Change], has_few: bool) -> list[_Change]:

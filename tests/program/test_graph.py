@@ -885,3 +885,59 @@ def test_a_graph_shows_as_its_text() -> None:
 
     assert repr(graph) == str(graph)
     assert "LMString  &lt;- mood" in graph._repr_html_()
+
+
+# -- loops without a last turn -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["ends", "equals", "goes on", "stops", "number", "never"])
+def test_a_loop_that_its_latents_end_is_compiled(how: str) -> None:
+    runs = []
+
+    def model() -> None:
+        runs.append(how)
+        text, turn = "a", 0
+        while True:
+            turn += 1
+            if how == "number":
+                if lp.sample(f"more{turn}", dist.Bernoulli(torch.tensor(0.5))) == 0:
+                    break
+                continue
+            z = lp.sample(f"z{turn}", short(text))
+            text += z
+            choice = lp.LMChoice(LM, text, ["a", "b"])
+            if how == "ends" and z.endswith("b"):
+                break
+            if how == "equals" and z == "b":
+                break
+            if how == "goes on" and lp.sample(f"c{turn}", choice) != "a":
+                break
+            if how == "stops" and lp.sample(f"c{turn}", choice) == "b":
+                break
+            # What no made-up value brings about: draws do.
+            if how == "never" and sum(map(ord, z)) % 3 == 2 and z < "c":
+                break
+        lp.sample("o", goes_on(text), obs="a")
+
+    program = lp.compile(model)
+    assert len(runs) < 4000  # a few seconds at most, whatever the loop
+    if how != "number":
+        assert {("z1", "o")} <= set(program.graph.edges)
+    assert len(program.graph) < 60
+    found = lp.infer(program, num_samples=32, progress=False)
+    assert found.log_evidence is not None and found.log_evidence > -50
+
+
+def test_a_loop_that_a_number_ends_has_its_evidence() -> None:
+    def model() -> None:
+        turn = 0
+        while lp.sample(f"more{turn}", dist.Bernoulli(torch.tensor(0.5))):
+            turn += 1
+        lp.sample("o", goes_on("a" * min(turn + 1, 3)), obs="a")
+
+    found = lp.infer(model, num_samples=2000, seed=4, progress=False)
+    own = [goes_on("a" * k).log_prob("a").exp() for k in (1, 2, 3)]
+    exact = 0.5 * own[0] + 0.25 * own[1] + 0.25 * own[2]
+    error = found.log_evidence_error
+    assert found.log_evidence == pytest.approx(float(exact.log()), abs=4 * error)
+    assert error < 0.05
