@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mixed import LM
 from test_conditional import ratios as held_ratios
 from test_conditional import z_score
@@ -21,6 +23,7 @@ from langppl import Guidance, LMString, PromptedGuide, factor, infer, potential,
 from langppl.guides import PriorGuide
 from langppl.inference.particles import Crowd
 from langppl.inference.screening import rejecting, rejecting_beside
+from langppl.lm.growing import Draft
 from langppl.lm.requests import Candidates, DrawReply, perform
 from langppl.program import compile
 from langppl.testing import tiny_lm
@@ -236,6 +239,23 @@ def test_an_error_in_a_prefix_is_told() -> None:
 
     with pytest.raises(LookupError, match="a mistake"):
         run(model)
+
+
+def test_of_many_tokens_the_likely_one_is_first() -> None:
+    """A time that is rounded to 0 would put a token first whatever its share."""
+    shares = torch.full((50_000,), 1e-12)
+    shares[7] = 1.0
+    step = SimpleNamespace(groups={}, end_ids=torch.tensor([], dtype=torch.long))
+    draft = SimpleNamespace(
+        uniforms=np.random.default_rng(0), request=SimpleNamespace(candidates=3), candidates=None
+    )
+    others = 0
+    for _ in range(2000):
+        Draft.line_up(draft, shares, step)  # type: ignore[arg-type]
+        found = draft.candidates
+        assert len(found) == 3
+        others += bool(found.log_probs[0] < -1.0)
+    assert others == 0  # 1e-4 are expected of them all
 
 
 @pytest.mark.parametrize("way", ["plain", "guided", "grammar", "stop", "long"])
