@@ -11,6 +11,7 @@ part of the cells is in the test suite.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import warnings
@@ -35,6 +36,7 @@ from langppl.guides import ContextInfo
 from langppl.guides.policy import Policy
 from langppl.guides.trajectories import Draw, Part, log_q, policy_scores
 from langppl.lm import LM
+from langppl.posterior import Posterior
 from langppl.program import Program, run_together
 from langppl.testing import tiny_lm
 
@@ -84,6 +86,7 @@ def context(info: ContextInfo) -> str:
     return "".join(shown) + str(info.prompt)[-3:]
 
 
+@functools.cache
 def observations(model: Callable[..., None], lm: LM) -> list[tuple[Any, ...]]:
     """300 different ones that the model itself makes."""
     if model is number:
@@ -95,6 +98,14 @@ def observations(model: Callable[..., None], lm: LM) -> list[tuple[Any, ...]]:
     found = dict.fromkeys((lm, str(d["first"]), str(d["second"])) for d in drawn)
     assert len(found) >= 300
     return list(found)[:300]
+
+
+@functools.cache
+def unseen(model: Callable[..., None], lm: LM) -> list[Program]:
+    """The programs of 100 observations that no guide learns from."""
+    first, *rest = observations(model, lm)[200:]
+    program = compile(model, *first)
+    return [program, *(compile(model, *row, like=program) for row in rest)]
 
 
 def trained(model: Callable[..., None], lm: LM, objective: str, **options: Any) -> GFlowNetGuide:
@@ -125,22 +136,27 @@ def q_of(guide: GFlowNetGuide, program: Program, rows: Sequence[Mapping[str, Any
         )
 
 
+@functools.cache
+def truth(program: Program) -> Posterior:
+    """All that the latents can be."""
+    return infer(program, method="exact", progress=False)
+
+
 def divergence(guide: GFlowNetGuide | None, program: Program) -> float:
     """KL(q‖p) over all values of the latents, nats; of the prior where there is no guide."""
-    truth = infer(program, method="exact", progress=False)
-    log_p = np.asarray(truth.log_weights) - truth.log_evidence
+    known = truth(program)
+    log_p = np.asarray(known.log_weights) - known.log_evidence
     if guide is None:
         # A turn of the loop that was not taken has no log-probability.
-        own = np.nansum([truth.site_log_probs[n] for n in program.latents], axis=0)
+        own = np.nansum([known.site_log_probs[n] for n in program.latents], axis=0)
     else:
-        own = q_of(guide, program, truth.samples)
+        own = q_of(guide, program, known.samples)
     assert abs(np.exp(own).sum() - 1.0) < 1e-3
     return float((np.exp(own) * (own - log_p)).sum())
 
 
 def mean_divergence(model: Callable[..., None], guide: GFlowNetGuide | None, lm: LM) -> float:
-    unseen = [compile(model, *row) for row in observations(model, lm)[200:]]
-    return float(np.mean([divergence(guide, p) for p in unseen]))
+    return float(np.mean([divergence(guide, p) for p in unseen(model, lm)]))
 
 
 GRID = (np.arange(400) + 0.5) / 400
@@ -220,8 +236,7 @@ def lm_of(name: str) -> LM:
 def mean_of(name: str, lm: LM, guide: GFlowNetGuide | None) -> float:
     """Mean KL(q‖p) (nats) over the observations that were not learned from."""
     if name == "number":
-        unseen = [compile(number, *row) for row in observations(number, lm)[200:]]
-        return float(np.mean([number_divergence(guide, p) for p in unseen]))
+        return float(np.mean([number_divergence(guide, p) for p in unseen(number, lm)]))
     return mean_divergence(PROGRAMS[name], guide, lm)
 
 

@@ -557,6 +557,11 @@ def test_the_name_of_an_lm_for_the_lm() -> None:
             make()
 
 
+def test_the_class_of_an_lm_for_the_lm() -> None:
+    with pytest.raises(TypeError, match=r"langppl.LM, got .*; give an instance: LM\(name"):
+        lp.LMString(lp.LM, "a")  # type: ignore[arg-type]
+
+
 def test_what_is_no_distribution() -> None:
     with pytest.raises(TypeError, match="site 'z' needs a distribution, got 'a'"):
         lp.sample("z", "a")

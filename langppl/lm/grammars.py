@@ -56,18 +56,8 @@ class Grammar:
 
     def __post_init__(self) -> None:
         """Compiles it once, to have errors early."""
-        failed, messages = LLMatcher.validate_grammar_with_warnings(
-            self.compiled, bytes_only().made
-        )
-        if failed:
-            # The line that is added to every grammar is none of the user's.
-            lines = [line for line in messages[0].splitlines() if EXACT.strip() not in line]
-            raise ValueError(f"{self.shown} does not compile: " + "\n".join(lines).strip())
-        for message in messages:
+        for message in _remarks(self.compiled, self.shown):
             warn(f"{self.shown}: {message}")
-        start = self.matcher(bytes_only())
-        if not start.accepts(b"") and not any(start.begins(bytes([b])) for b in range(256)):
-            raise ValueError(f"{self.shown} has no text at all")
 
     def __repr__(self) -> str:
         """The call that made it."""
@@ -83,6 +73,24 @@ class Grammar:
     def matcher(self, tokenizer: Tokenizer) -> Matcher:
         """The grammar as something that can be walked, over some tokens."""
         return Matcher(self.compiled, f"the grammar {self.shown}", tokenizer)
+
+
+@lru_cache(maxsize=256)
+def _remarks(compiled: str, shown: str) -> tuple[str, ...]:
+    """What llguidance remarks on a grammar that it takes, made once: a model may be run often.
+
+    Raises:
+        ValueError: if it does not take it, or the grammar has no text.
+    """
+    failed, messages = LLMatcher.validate_grammar_with_warnings(compiled, bytes_only().made)
+    if failed:
+        # The line that is added to every grammar is none of the user's.
+        lines = [line for line in messages[0].splitlines() if EXACT.strip() not in line]
+        raise ValueError(f"{shown} does not compile: " + "\n".join(lines).strip())
+    start = Matcher(compiled, f"the grammar {shown}", bytes_only())
+    if not start.accepts(b"") and not any(start.begins(bytes([b])) for b in range(256)):
+        raise ValueError(f"{shown} has no text at all")
+    return tuple(messages)
 
 
 def _check_text(name: str, value: object) -> str:
@@ -118,6 +126,7 @@ def regex(pattern: str) -> Grammar:
     return Grammar("regex", pattern, _regex(pattern))
 
 
+@lru_cache(maxsize=256)
 def _regex(pattern: str) -> str:
     (made,) = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
     return str(made["lark_grammar"]) + EXACT

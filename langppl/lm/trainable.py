@@ -211,6 +211,8 @@ def split(lm: Any) -> tuple[LM, str | None]:
 
 def check_lm(lm: Any) -> None:
     """Raises TypeError for what is no LM, such as the name of one."""
-    if not hasattr(lm, "encode_prompt"):
+    if isinstance(lm, type) or not hasattr(lm, "encode_prompt"):
         mend = f"; write LM({lm!r})" if isinstance(lm, str) else ""
+        if isinstance(lm, type):
+            mend = f"; give an instance: {lm.__name__}(name)"
         raise TypeError(f"lm must be a langppl.LM, got {lm!r}{mend}")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import langppl as lp
 from langppl.distributions import Text
-from langppl.lm import enumeration, matcher, rules
+from langppl.lm import enumeration, grammars, matcher, rules
 from langppl.lm.matcher import Tokenizer, bytes_only, tokenizer_of
 from langppl.testing import check_distribution, enumerate_strings, tiny_lm
 
@@ -594,6 +594,23 @@ def test_one_of_takes_any_text(text: str) -> None:
 def test_angle_brackets_in_the_text_of_a_lark_grammar() -> None:
     grammar = lp.lark('// <[1]>\nstart: /<[a-z]+>/ "<|a|>" # max_tokens=3')
     assert lp.log_matches("<b><|a|>", grammar) == 0.0
+
+
+def test_equal_grammars_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may make its grammar anew in every run."""
+    made = []
+
+    class Counting(matcher.Matcher):
+        def __init__(self, *args: Any) -> None:
+            made.append(args[1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(grammars, "Matcher", Counting)
+    forms = [lp.regex("(never|seen)-(before|since)") for _ in range(3)]
+    assert len(set(forms)) == 1 and made == [f"the grammar {forms[0].shown}"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"regex\('x\{2\}\(\?P<'\) does not compile"):
+            lp.regex("x{2}(?P<")
 
 
 def test_a_schema_of_mappings_and_sequences_of_any_kind() -> None:
