@@ -64,13 +64,16 @@ def interrupted(k: int, files: tuple[str, ...], act: Callable[[], object]) -> An
     return None
 
 
-def everywhere(files: tuple[str, ...], act: Callable[[], object]) -> Iterator[int]:
-    """Interrupts before each line in turn; the exceptions live on, as they do in a notebook."""
+def everywhere(files: tuple[str, ...], act: Callable[[], object], step: int = 1) -> Iterator[int]:
+    """Interrupts before each line in turn, or every few; the exceptions live on.
+
+    As they do in a notebook.
+    """
     k, held = 0, []
     while (error := interrupted(k, files, act)) is not None:
         held.append(error)
         yield k
-        k += 1
+        k += step
 
 
 def logits() -> torch.Tensor:
@@ -189,12 +192,8 @@ def test_an_inference_under_a_guide() -> None:
         LM.memo.clear()
         lp.infer(program, guide=GUIDE, num_samples=1, progress=False)
 
-    held, count = [], 0
-    for k in range(0, 100_000, 23):
-        error = interrupted(k, PROCESS, act)
-        if error is None:
-            break
-        held.append(error)
+    count = 0
+    for k in everywhere(PROCESS, act, step=23):
         assert_as_it_was(EXPECTED, k)
         count += 1
     assert count > 20
@@ -209,7 +208,8 @@ def test_adding_an_adapter() -> None:
     def act() -> None:
         LM.add_adapter("other", config)
 
-    for k in everywhere(("lm/model.py", "lm/requests.py"), act):
+    # Each takes a while, as an adapter has many parts.
+    for k in everywhere(("lm/model.py", "lm/requests.py"), act, step=3):
         assert_as_it_was(EXPECTED, k)
         if "other" in adapters.names(LM.model):
             LM.remove_adapter("other")
@@ -219,7 +219,7 @@ def test_adding_an_adapter() -> None:
         LM.add_adapter("other", config)
         LM.remove_adapter("other")
 
-    for k in everywhere(("lm/model.py",), remove):
+    for k in everywhere(("lm/model.py",), remove, step=4):
         assert_as_it_was(EXPECTED, k)
         if "other" in adapters.names(LM.model):
             LM.remove_adapter("other")

@@ -14,7 +14,6 @@ import pytest
     ("name", "objective"),
     [
         ("single", "subtb"),
-        ("single", "vargrad"),
         ("chain", "vargrad"),
         ("number", "vargrad"),
     ],
