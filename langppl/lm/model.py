@@ -333,6 +333,12 @@ class LM:
         if watched is None or not watched.holds(rules):
             free = None if rules.grammar is None else self.bind(rules.without_grammar)
             watched = Watched(BoundRules(rules, self.vocabulary, free))
+            for stop in rules.stop:
+                if (spelled := special_in(self.tokenizer, stop)) is not None:
+                    warn(
+                        f"the stop {stop!r} spells the special token {spelled!r}, which no string "
+                        "contains; a string ends by itself where the LM ends its text"
+                    )
         kept[rules] = watched
         if len(kept) > most:
             kept.popitem(last=False)

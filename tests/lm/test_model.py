@@ -195,6 +195,13 @@ def test_prompts() -> None:
         lm.encode_prompt([{"role": "user", "content": "a"}])
 
 
+def test_a_stop_that_no_string_contains() -> None:
+    lm = tiny_lm(["a", "b", "<", "/", "s", ">"])
+    with pytest.warns(UserWarning, match=r"the stop '</s>' spells the special token '</s>'"):
+        found = lp.LMString(lm, "a", stop=["b", "</s>"], max_tokens=3).log_prob("ab")
+    assert found > -math.inf
+
+
 def test_known_prompts_are_bounded_in_bytes() -> None:
     known = KnownPrompts(capacity=10_000)
     for k in range(1000):
