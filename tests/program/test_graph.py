@@ -946,3 +946,48 @@ def test_a_loop_that_a_number_ends_has_its_evidence() -> None:
     error = found.log_evidence_error
     assert found.log_evidence == pytest.approx(float(exact.log()), abs=4 * error)
     assert error < 0.05
+
+
+class TooLong(BaseException):
+    """No error, which the search for a structure would pass over."""
+
+
+@pytest.mark.parametrize("how", ["letters", "texts", "list"])
+def test_sites_that_no_number_tells_apart_are_followed_for_some_turns(how: str) -> None:
+    met = 0
+
+    def site(name: str, fn: Any) -> Any:
+        nonlocal met
+        met += 1
+        if met > 100_000 or len(name) > 10_000:
+            raise TooLong
+        return lp.sample(name, fn)
+
+    def tree(path: str) -> str:
+        if site(f"leaf{path}", dist.Bernoulli(torch.tensor(0.7))):
+            return site(f"word{path}", short("a"))
+        return tree(f"{path}l") + tree(f"{path}r")
+
+    def model() -> None:
+        text = "a"
+        if how == "letters":
+            text = tree("")
+        elif how == "list":
+            if site("all", dist.Bernoulli(torch.tensor(0.01))):
+                text = "".join(site(letter, short("a")) for letter in "abcdefghijkl")
+        else:
+            while "b" not in (z := site(f"after {text}", short(text))):
+                text += z
+        lp.sample("o", goes_on(text), obs="a")
+
+    program = lp.compile(model)
+    assert len(program.graph) < 60
+    parents = set(program.graph.predecessors("o"))
+    if how == "letters":
+        assert {"leaf", "leafl", "leafr", "leafll", "word", "wordl", "wordr"} <= parents
+    elif how == "list":
+        assert parents == {"all", *"abcdefghijkl"}
+    else:
+        assert "after a" in parents
+    found = lp.infer(program, num_samples=16, progress=False)
+    assert found.log_evidence is not None and found.log_evidence > -50
