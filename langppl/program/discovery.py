@@ -598,13 +598,24 @@ class _Search:
         return [Text(v) for v in self._pool()]
 
     def _numbers(self, site: Site) -> list[Any]:
-        """All values of a number that has few, as draws may leave out a rare one; else draws."""
+        """All values of a number that has few, as draws may leave out a rare one; else draws.
+
+        Of a count the smallest too, with which a loop ends at once; and of many numbers at one site
+        each by itself, as one that is likely may be the same in all draws.
+        """
         fn = site.fn
-        is_listed = isinstance(fn, _LISTED) and not fn.batch_shape
-        values = list(fn.enumerate_support()) if is_listed else []
-        if 0 < len(values) <= _MOST_LISTED:
-            return [v for v in values if float(fn.log_prob(v)) > -math.inf]
-        return [self._numeric(site.name, fn, k).value for k in range(1, 1 + _NUMBERS)]
+        plain = fn
+        while isinstance(plain, torch.distributions.Independent):
+            plain = plain.base_dist
+        values = _least(plain, site.value)
+        is_one = not (fn.batch_shape or fn.event_shape)
+        if not is_one:
+            values = _one_by_one(site.value, values)
+        values = [v for v in values if float(fn.log_prob(v).sum()) > -math.inf]
+        if is_one and values and isinstance(fn, _LISTED):
+            return values
+        drawn = [self._numeric(site.name, fn, k).value for k in range(1, 1 + _NUMBERS)]
+        return [*values, *drawn]
 
     def _changed(
         self, start: Execution, name: str, values: Sequence[Any]
@@ -730,6 +741,31 @@ def _telling(changes: Sequence[_Change], has_few: bool) -> list[_Change]:
     if has_few:
         return moving
     return list({c.moved: c for c in reversed(moving)}.values())[-_MOST_TELLING:][::-1]
+
+
+def _least(fn: Any, value: torch.Tensor) -> list[torch.Tensor]:
+    """The values of one number that has few, or the smallest of a count; of others none."""
+    if isinstance(fn, _LISTED):
+        found: Any = fn  # torch does not say what it lists
+        each = found.enumerate_support(expand=False).flatten()
+        return list(each) if len(each) <= _MOST_LISTED else []
+    try:
+        is_count = fn.support is torch.distributions.constraints.nonnegative_integer
+    except NotImplementedError:
+        return []
+    return list(torch.arange(_NUMBERS).to(value)) if is_count else []
+
+
+def _one_by_one(value: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Many numbers at one site with one of them changed."""
+    found = []
+    for other in values:
+        for at in range(min(value.numel(), _MOST_LISTED)):
+            changed = value.flatten().clone()
+            if changed[at] != other:
+                changed[at] = other
+                found.append(changed.reshape(value.shape))
+    return found[:_MOST_LISTED]
 
 
 def _has_few_values(site: Site) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import networkx as nx
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -813,6 +814,35 @@ def test_a_rare_number_leads_where_it_leads_under_every_seed() -> None:
     for seed in range(4):
         edges = lp.compile(model, seed=seed).graph.edges
         assert set(edges) == {("k", "z"), ("n", "o"), ("z", "o")}
+
+
+def test_a_count_that_is_hardly_ever_small_leads_where_it_leads() -> None:
+    def model() -> None:
+        n = lp.sample("n", dist.Poisson(torch.tensor(9.0)))
+        z = lp.sample("z", short("a"))
+        lp.sample("o", goes_on(z if n == 0 else f"b{z}"), obs="a")
+        lp.sample("end", goes_on("a" if n < 3 else "b"), obs="b")
+
+    for seed in range(4):
+        edges = lp.compile(model, seed=seed).graph.edges
+        assert set(edges) == {("n", "o"), ("n", "end"), ("z", "o")}
+
+
+@pytest.mark.parametrize("how", ["plate", "event"])
+def test_each_of_many_numbers_at_one_site_leads_where_it_leads(how: str) -> None:
+    def model() -> None:
+        rare = torch.tensor([0.01, 0.5, 0.99, 0.02])
+        if how == "plate":
+            with pyro.plate("four", 4):
+                on = lp.sample("on", dist.Bernoulli(rare))
+        else:
+            on = lp.sample("on", dist.Bernoulli(rare).to_event(1))
+        for k in range(4):
+            lp.sample(f"o{k}", goes_on("a" if on[k] else "b"), obs="b")
+
+    for seed in range(3):
+        edges = lp.compile(model, seed=seed).graph.edges
+        assert set(edges) == {("on", f"o{k}") for k in range(4)}
 
 
 @pytest.mark.parametrize("switch", ["choice", "number", "string"])
