@@ -73,6 +73,11 @@ values may never be what ends it."""
 _MOST_PLACED = 16
 """As `_MOST_TURNS`, of one place in the model whose sites have names without a pattern: they may be
 a list of names, and no loop."""
+_RULE = (
+    "a model must be a function of its sites: with the same values it must meet the same sites in "
+    "the same order. Randomness belongs into lp.sample, and state that changes between runs out of "
+    "the model"
+)
 _BUDGET = 1_000
 """Runs that look for what a latent leads to in a branch that another one opens."""
 _LISTED = (torch.distributions.Bernoulli, torch.distributions.Categorical)
@@ -136,6 +141,8 @@ def discover(
                 if forms is not None and not is_known:
                     forms.add(args, sites)
                 return Structure(_graph(traced), traced.sites, sites, True)
+    if not search.is_broken:
+        search.check_memory()
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
         for name, parents in _edges(traced):
@@ -293,6 +300,7 @@ class _Search:
         self._tried: set[tuple[int, str]] = set()
         self._beyond: set[str] = set()
         self._places: dict[str, Hashable] = {}
+        self._traced: list[str] = []
 
     def _noting(self, decide: Callable[..., T]) -> Callable[..., T]:
         """A chooser, or what answers tool calls, that notes where in the model it was asked."""
@@ -326,12 +334,14 @@ class _Search:
         """A run with placeholders; None if the program does not go through with them."""
         has_met = False
         turns = _Turns(self._places)
+        self._traced = []
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
             self.literals += [a for a in args if isinstance(a, str) and "\ue000" not in a]
 
-        def check_name(name: str) -> None:
+        def note(name: str) -> None:
+            self._traced.append(name)
             # In a loop such names would hold one another, and grow with each turn to twice as much.
             if sites_in(name):
                 self.looked_inside = True
@@ -340,7 +350,7 @@ class _Search:
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             nonlocal has_met
             has_met = True
-            check_name(name)
+            note(name)
             if turns.add(name) > _MOST_MADE_UP and self.looked_inside:
                 raise _EndlessError
             if isinstance(fn, StringDistribution):
@@ -350,7 +360,7 @@ class _Search:
         def know(name: str, fn: Known) -> Any:
             nonlocal has_met
             has_met = True
-            check_name(name)
+            note(name)
             return Boxed(Placeholder.make(marker(name), report))
 
         try:
@@ -365,6 +375,20 @@ class _Search:
             # Whatever else a program does with a marker in place of text, real values will tell.
             self.looked_inside = True
             return None
+
+    def check_memory(self) -> None:
+        """Raises ValueError if what the placeholder run met is not met a second time.
+
+        A cache that outlives a run holds its placeholders, and no later run would show the latent.
+        """
+        before = self._traced
+        self.trace()
+        moved = [n for n in before if n not in self._traced]
+        if moved and not self.watched.drew:
+            raise ValueError(
+                f"run again, the model did not meet site {moved[0]!r}; {_RULE}. A cache of sites "
+                "(functools.cache, a dict) must be made anew within the model"
+            )
 
     def templates_hold(self, traced: Execution, is_known: bool = False) -> bool:
         """Whether runs with made-up values meet what the filled templates say.
@@ -792,18 +816,13 @@ def _merged_order(executions: Iterable[Execution]) -> list[str]:
 def check_same_sites(first: Execution, second: Execution) -> None:
     """Raises ValueError, naming the site that moved, unless two equal runs met equal sites."""
     before, after = signatures(first), signatures(second)
-    rule = (
-        "a model must be a function of its sites: with the same values it must meet the same "
-        "sites in the same order. Randomness belongs into lp.sample, and state that changes "
-        "between runs out of the model"
-    )
     for one, two in zip_longest(before, after):
         if one is None or two is None:
             moved = two if one is None else one
-            raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
+            raise ValueError(f"run again, the model met site {moved!r} in one run only; {_RULE}")
         if one != two:
-            raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {rule}")
+            raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {_RULE}")
         if before[one] != after[two]:
             raise ValueError(
-                f"run again, site {one!r} had another distribution or observed value; {rule}"
+                f"run again, site {one!r} had another distribution or observed value; {_RULE}"
             )

@@ -1021,3 +1021,33 @@ def test_sites_that_no_number_tells_apart_are_followed_for_some_turns(how: str) 
         assert "after a" in parents
     found = lp.infer(program, num_samples=16, progress=False)
     assert found.log_evidence is not None and found.log_evidence > -50
+
+
+@pytest.mark.parametrize("how", ["cache", "argument"])
+def test_a_cache_that_outlives_a_run_is_told(how: str) -> None:
+    @functools.cache
+    def cached(name: str) -> str:
+        return lp.sample(name, short("a"))
+
+    def model(known: dict[str, str]) -> None:
+        if how == "cache":
+            text = cached("z")
+        elif "z" in known:
+            text = known["z"]
+        else:
+            text = known["z"] = lp.sample("z", short("a"))
+        lp.sample("o", goes_on(text), obs="a")
+
+    with pytest.raises(ValueError, match=r"did not meet site 'z'; .* must be made anew within"):
+        lp.compile(model, {})
+
+
+def test_a_cache_within_the_model_is_no_memory() -> None:
+    def model() -> None:
+        @functools.cache
+        def cached(name: str) -> str:
+            return lp.sample(name, short("a"))
+
+        lp.sample("o", goes_on(cached("z") + cached("z")), obs="a")
+
+    assert edges(model) == {("z", "o")}
