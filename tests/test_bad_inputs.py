@@ -350,6 +350,9 @@ def test_a_guide_made_for_another_lm(tmp_path: Path) -> None:
         other.fit(story, steps=1)
     with pytest.raises(ValueError, match=message):
         other.sample(story)
+    alike = lp.GFlowNetGuide(LM.from_parts(OTHER.model, OTHER.tokenizer, LM.name), rank=2)
+    with pytest.raises(ValueError, match="is under another LM object of that name"):
+        lp.infer(story, guide=alike, num_samples=2)
 
     other.save(tmp_path)
     with pytest.raises(

@@ -253,9 +253,12 @@ class GFlowNetGuide(Guide):
         strings = {n: program.sites[n] for n in program.latents if program.sites[n].is_string}
         if strings and not any(s.fn.lm is self.lm for s in strings.values()):
             name, site = next(iter(strings.items()))
+            other = repr(site.fn.lm)
+            if other == repr(self.lm):
+                other = "another LM object of that name"
             raise ValueError(
-                f"this guide was made for {self.lm!r}, but latent {name!r} is under "
-                f"{site.fn.lm!r}; make a guide for that LM (or use the same LM object)"
+                f"this guide was made for {self.lm!r}, but latent {name!r} is under {other}; "
+                "make a guide for that LM (or use the same LM object)"
             )
 
     def check(self, program: Program) -> None:
