@@ -1,0 +1,61 @@
+"""A user's programs as a type checker sees them: they run here, and `make lint` has mypy read them.
+
+`assert_type` does nothing in a run; to mypy it is a claim, as is each `type: ignore` that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from typing_extensions import assert_type
+
+import langppl as lp
+
+LM = lp.testing.tiny_lm()
+
+
+def test_a_site_has_the_type_of_what_is_drawn() -> None:
+    def model(ending: str | None = None) -> str:
+        string = lp.LMString(LM, "a", max_tokens=2)
+        assert_type(lp.sample("string", string), lp.Text)
+        assert_type(lp.sample("choice", lp.LMChoice(LM, "a", ["a", "b"]), obs="b"), lp.Text)
+        assert_type(lp.sample("tempered", lp.Tempered(string, 0.5)), lp.Text)
+        assert_type(lp.sample("beta", dist.Beta(1.0, 1.0)), torch.Tensor)
+        assert_type(lp.sample("index", dist.Categorical(torch.ones(2))), torch.Tensor)
+        assert_type(lp.sample("vector", dist.Dirichlet(torch.ones(2)), obs=None), torch.Tensor)
+        base: dist.Distribution = string  # what is drawn from it may be of either kind
+        drawn: str = lp.sample("base", base)
+        lp.sample("ending", lp.LMString(LM, f"a{drawn}"), obs=ending)
+        return drawn
+
+    assert lp.compile(model, "b").observed == ("choice", "ending")
+
+
+def test_numbers_of_all_kinds_are_observed_and_weigh() -> None:
+    def model() -> None:
+        normal = dist.Normal(0.0, 1.0)
+        lp.sample("int", normal, obs=1)
+        lp.sample("numpy's float", normal, obs=np.float32(1.0))
+        lp.sample("numpy's integer", dist.Categorical(torch.ones(3)), obs=np.int64(1))
+        lp.sample("numpy's truth", dist.Bernoulli(0.5), obs=np.bool_(True))
+        vector = dist.Dirichlet(torch.ones(2))
+        lp.sample("array", vector, obs=np.array([0.5, 0.5]))
+        lp.sample("list", vector, obs=[0.5, 0.5])
+        lp.sample("tuple", vector, obs=(np.float32(0.5), 0.5))
+        lp.factor("numpy", np.float32(-1.0))
+        lp.factor("of integers", np.int64(-1))
+        lp.factor("condition", -math.inf if np.pi < 3 else 0)
+        lp.potential("potential", lambda t: np.float32(len(t)), "a", prefix=lambda t: np.int64(-1))
+
+    assert lp.compile(model).log_joint({}).isfinite()
+
+
+def test_what_is_no_distribution_is_refused() -> None:
+    with pytest.raises(TypeError, match="needs a distribution"):
+        lp.sample("site", "a string")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="torch's own"):
+        lp.sample("site", torch.distributions.Laplace(0.0, 1.0))  # type: ignore[call-overload]
