@@ -59,3 +59,15 @@ def test_what_is_no_distribution_is_refused() -> None:
         lp.sample("site", "a string")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="torch's own"):
         lp.sample("site", torch.distributions.Laplace(0.0, 1.0))  # type: ignore[call-overload]
+
+
+def test_a_changed_model_has_the_types_of_the_model() -> None:
+    def model(beginning: str, n: int = 2) -> str:
+        return lp.sample("z", lp.LMString(LM, beginning, max_tokens=n))
+
+    def text() -> str:
+        return lp.condition(model, {"z": "ab"})("a", n=3) + lp.do(model, {"z": "b"})("a")
+
+    assert lp.infer(text, num_samples=1).returns == ["abb"]
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        lp.condition(model, {"z": "ab"})()  # type: ignore[call-arg]

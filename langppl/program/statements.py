@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.texts import plain_text
 from langppl.program.keys import MUTABLE
 
+P = ParamSpec("P")
 R = TypeVar("R")
 Model = Callable[..., Any]
 
@@ -423,7 +424,7 @@ def _check_changeable(model: Any, by: str, instead: str) -> None:
         )
 
 
-def condition(model: Model, data: Mapping[str, Any]) -> Model:
+def condition(model: Callable[P, R], data: Mapping[str, Any]) -> Callable[P, R]:
     """The same model with some sites observed.
 
     Args:
@@ -437,7 +438,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
     return _changed(model, dict(data), Named("condition", frozenset(data)), _Condition)
 
 
-def do(model: Model, data: Mapping[str, Any]) -> Model:
+def do(model: Callable[P, R], data: Mapping[str, Any]) -> Callable[P, R]:
     """The same model with some sites set from outside: no density, no LM call.
 
     Args:
@@ -452,12 +453,15 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
 
 
 def _changed(
-    model: Model, data: dict[str, Any], named: Named, handler: Callable[[dict[str, Any]], Messenger]
-) -> Model:
+    model: Callable[P, R],
+    data: dict[str, Any],
+    named: Named,
+    handler: Callable[[dict[str, Any]], Messenger],
+) -> Callable[P, R]:
     """A model under a handler of its own in each run."""
 
     @functools.wraps(model)
-    def changed(*args: Any, **kwargs: Any) -> Any:
+    def changed(*args: P.args, **kwargs: P.kwargs) -> R:
         with handler(data), _Meeting(named):
             return model(*args, **kwargs)
 
