@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import numpy as np
 import pyro.distributions as dist
@@ -71,3 +72,15 @@ def test_a_changed_model_has_the_types_of_the_model() -> None:
     assert lp.infer(text, num_samples=1).returns == ["abb"]
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         lp.condition(model, {"z": "ab"})()  # type: ignore[call-arg]
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+def test_messages_may_be_typed_dicts_and_have_fields_of_any_form() -> None:
+    messages: list[Message] = [{"role": "user", "content": "Hello"}]
+    prompt: lp.Prompt = messages
+    more: lp.Prompt = [{"role": "user", "content": "Hello", "tool_calls": [1]}]
+    assert [lp.LMString(LM, p).prompt for p in (prompt, more)] == [prompt, more]
