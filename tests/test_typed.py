@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TypedDict
 
 import numpy as np
@@ -84,3 +85,28 @@ def test_messages_may_be_typed_dicts_and_have_fields_of_any_form() -> None:
     prompt: lp.Prompt = messages
     more: lp.Prompt = [{"role": "user", "content": "Hello", "tool_calls": [1]}]
     assert [lp.LMString(LM, p).prompt for p in (prompt, more)] == [prompt, more]
+
+
+def test_several_programs_and_callbacks_of_either_kind_of_mapping() -> None:
+    def one(ending: str) -> None:
+        lp.sample(
+            "ending", lp.LMString(LM, lp.sample("z", lp.LMChoice(LM, "a", ["a", "b"]))), ending
+        )
+
+    def other(ending: str, n: int) -> None:
+        lp.sample(
+            "ending", lp.LMString(LM, lp.sample("z", lp.LMChoice(LM, "b", ["a", "b"]))), ending
+        )
+
+    def keep(figures: dict[str, float]) -> None:
+        figures["seen"] = 1.0
+
+    def end(figures: Mapping[str, float]) -> bool:
+        return figures["step"] >= 0
+
+    guide = lp.GFlowNetGuide(LM, rank=1)
+    pairs = [(one, [("a",)]), (other, [("b", 2)])]
+    for callback in (keep, end):
+        guide.fit(pairs, steps=1, batch=2, progress=False, callback=callback)
+    programs = [lp.compile(one, "a"), lp.compile(other, "b", 2)]
+    assert_type(guide.fit(programs, steps=1, batch=2, progress=False), lp.GFlowNetGuide)

@@ -317,7 +317,7 @@ class GFlowNetGuide(Guide):
     @named
     def fit(
         self,
-        model: ModelOrProgram | Sequence[tuple[ModelOrProgram, Any]],
+        model: ModelOrProgram | Sequence[Any],
         data: Any = None,
         *,
         steps: int = 60,
