@@ -216,4 +216,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    # Completion offers what is for users, not this file's imports or what others have loaded.
+    return sorted([*(name for name in globals() if name.startswith("__")), *__all__])
