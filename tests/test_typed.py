@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyro.distributions as dist
@@ -16,6 +16,7 @@ import torch
 from typing_extensions import assert_type
 
 import langppl as lp
+from langppl.guides import Choice, Chooser, Execution, Key, draw_prior, raw_log_prob
 
 LM = lp.testing.tiny_lm()
 
@@ -110,3 +111,35 @@ def test_several_programs_and_callbacks_of_either_kind_of_mapping() -> None:
         guide.fit(pairs, steps=1, batch=2, progress=False, callback=callback)
     programs = [lp.compile(one, "a"), lp.compile(other, "b", 2)]
     assert_type(guide.fit(programs, steps=1, batch=2, progress=False), lp.GFlowNetGuide)
+
+
+class Cooler(lp.Guide):
+    """Draws "z" at a lower temperature."""
+
+    def law(self, program: lp.Program, name: str, fn: Any, execution: Execution) -> lp.LMString:
+        return lp.LMString(LM, fn.prompt, max_tokens=2, temperature=0.8)
+
+    def chooser(self, program: lp.Program, key: Key) -> Chooser:
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            if name != "z":
+                return draw_prior(fn, (*key, name))
+            value, log_q = self.law(program, name, fn, execution).draw((*key, name))
+            return Choice(value, log_q)
+
+        return choose
+
+    def given(self, program: lp.Program, values: Mapping[str, Any]) -> Chooser:
+        def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            law = self.law(program, name, fn, execution) if name == "z" else fn
+            return Choice(values[name], raw_log_prob(law, values[name]))
+
+        return choose
+
+
+def test_a_guide_of_ones_own_is_typed() -> None:
+    def model(ending: str) -> None:
+        z = lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+        lp.sample("choice", lp.LMChoice(LM, f"a{z}", ["a", "b"]))
+        lp.sample("ending", lp.LMString(LM, f"a{z}"), obs=ending)
+
+    lp.testing.check_log_q(Cooler(), model, "b", samples=4)
