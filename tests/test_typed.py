@@ -56,6 +56,12 @@ def test_numbers_of_all_kinds_are_observed_and_weigh() -> None:
 
     assert lp.compile(model).log_joint({}).isfinite()
 
+    def grown() -> None:
+        lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
+
+    for twist in (lambda site, text: np.float32(0.0), lambda site, text: torch.tensor(0.0)):
+        lp.infer(grown, method="smc", num_samples=2, twist=twist)
+
 
 def test_what_is_no_distribution_is_refused() -> None:
     with pytest.raises(TypeError, match="needs a distribution"):
@@ -143,3 +149,4 @@ def test_a_guide_of_ones_own_is_typed() -> None:
         lp.sample("ending", lp.LMString(LM, f"a{z}"), obs=ending)
 
     lp.testing.check_log_q(Cooler(), model, "b", samples=4)
+    assert_type(list(lp.compile(model, "b").graph.predecessors("ending")), list[str])

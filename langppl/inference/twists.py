@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from langppl.distributions import LMString
 from langppl.guides.base import Guide
@@ -28,9 +29,9 @@ from langppl.inference.particles import Crowd, Growing, Particle, View, is_poten
 from langppl.inference.potentials import has_potentials, has_prefixes, read_potentials
 from langppl.lm.counts import as_share
 from langppl.program import Program
-from langppl.program.statements import Potential
+from langppl.program.statements import Number, Potential
 
-UserTwist = Callable[[str, str], float]
+UserTwist = Callable[[str, str], torch.Tensor | Number]
 """Site and text so far → log ψ, nats."""
 
 TWISTS = ("lookahead", "flow")
