@@ -113,6 +113,10 @@ class GFlowNetGuide(Guide):
         flows: those before which a flow was learned, by `subtb` or `db` over sites.
         was_interrupted: whether the last training was ended by Ctrl-C.
 
+    Raises:
+        ValueError: for an unknown objective or `numeric`, or a number out of its range.
+        TypeError: for what is no `LM` (such as a trainable view of one), context or guidance.
+
     Example:
         >>> guide = GFlowNetGuide(lm)
         >>> guide.fit(story, data=[pair], steps=2)  # two show how; hundreds teach
@@ -457,6 +461,7 @@ class GFlowNetGuide(Guide):
                 that do not belong to the observations, a given posterior of another program,
                 a setting out of range, a length of what is no open string, or an accelerator on
                 another device than the LM's.
+            TypeError: for data that do not fit the model, or a schedule that is none.
             FloatingPointError: if a loss or reward is NaN, or a reward infinite; names the step and
                 the site. If a gradient is not finite; names the step.
             OSError: if a checkpoint cannot be written, or the disk has no room for two, before the
