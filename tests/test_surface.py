@@ -44,6 +44,13 @@ def test_every_name_is_there_and_listed() -> None:
         _ = lp.nothing
 
 
+def test_a_misspelt_name_is_told_what_may_be_meant() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import langppl; langppl.sampel"], capture_output=True, text=True
+    )
+    assert "has no attribute 'sampel'. Did you mean: 'sample'?" in done.stderr
+
+
 def test_completion_offers_public_names_alone() -> None:
     shown = run("import langppl as lp; lp.infer, lp.em, lp.testing; print(dir(lp))")
     assert sorted(lp.__all__) == [n for n in ast.literal_eval(shown) if not n.startswith("__")]
