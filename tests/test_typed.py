@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -80,6 +81,14 @@ def test_a_changed_model_has_the_types_of_the_model() -> None:
     assert lp.infer(text, num_samples=1).returns == ["abb"]
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         lp.condition(model, {"z": "ab"})()  # type: ignore[call-arg]
+
+
+def test_a_float_type_may_be_named(tmp_path: Path) -> None:
+    lm = lp.testing.tiny_lm()
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    loaded = lp.LM(tmp_path, dtype="bfloat16", device="cpu", progress=False)
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
 
 
 class Message(TypedDict):
