@@ -60,6 +60,8 @@ def test_numbers_of_all_kinds_are_observed_and_weigh() -> None:
     def grown() -> None:
         lp.sample("z", lp.LMString(LM, "a", max_tokens=2))
 
+    for method in ("importance", "mh"):  # names come from anywhere
+        lp.infer(grown, method=method, num_samples=2)
     for twist in (lambda site, text: np.float32(0.0), lambda site, text: torch.tensor(0.0)):
         lp.infer(grown, method="smc", num_samples=2, twist=twist)
 

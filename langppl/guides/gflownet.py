@@ -40,7 +40,7 @@ from langppl.guides.keeping import Keeper
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import REPLAYED, ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
-from langppl.guides.settings import Settings, as_temperature, check_objective
+from langppl.guides.settings import Objective, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
@@ -134,7 +134,7 @@ class GFlowNetGuide(Guide):
         guidance: Guidance | None = None,
         rank: int = 16,
         alpha: int | None = None,
-        objective: str = "auto",
+        objective: Objective = "auto",
         numeric: Literal["head", "prior"] | Callable[..., Any] = "head",
         defensive: float = 0.0,
         seed: int = 0,
@@ -327,7 +327,7 @@ class GFlowNetGuide(Guide):
         steps: int = 60,
         observations: int | None = None,
         batch: int = 16,
-        objective: str | None = None,
+        objective: Objective | None = None,
         learning_rate: float = 1e-3,
         head_rate: float = 10.0,
         betas: Sequence[float] = (0.9, 0.999),

@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ from langppl.program.statements import Number, Potential
 UserTwist = Callable[[str, str], torch.Tensor | Number]
 """Site and text so far → log ψ, nats."""
 
-TWISTS = ("lookahead", "flow")
+_Twist = Literal["lookahead", "flow"]
+TWISTS: tuple[str, ...] = get_args(_Twist)
+TwistLike: TypeAlias = _Twist | str | UserTwist | None
 
 POWER = 0.4
 """Of lookahead."""
