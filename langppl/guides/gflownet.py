@@ -53,7 +53,7 @@ from langppl.lm.requests import Reading, StateReply, StateRequest, alone, perfor
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.program import Program, compile
-from langppl.program.arguments import ModelOrProgram, pairs_of
+from langppl.program.arguments import pairs_of
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
 from langppl.records import numbers
@@ -321,7 +321,7 @@ class GFlowNetGuide(Guide):
     @named
     def fit(
         self,
-        model: ModelOrProgram | Sequence[Any],
+        model: Callable[..., Any] | Program | Sequence[Any],
         data: Any = None,
         *,
         steps: int = 60,
