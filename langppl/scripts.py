@@ -240,7 +240,9 @@ def _kinds(annotation: Any, what: str) -> list[Any]:
     found = [named.get(m, m) if isinstance(m, str) else m for m in members]
     for kind in found:
         if kind not in _READERS:
-            shown = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
+            # To Python 3.10 `list[str]` is a class, of the name `list`.
+            is_class = isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
+            shown = getattr(kind, "__name__", kind) if is_class else kind
             raise ScriptError(
                 f"{what} is annotated {shown}, and --arg gives str, int, float and bool; write a "
                 "function that makes it of one of these"

@@ -13,7 +13,7 @@ import rich.text
 
 from langppl import diagnostics
 from langppl.tables import moments, shown
-from langppl.values import LONGEST_VALUE, UncountableError, is_number
+from langppl.values import ABSENT, LONGEST_VALUE, UncountableError, is_number
 
 if TYPE_CHECKING:
     from langppl.posterior import Posterior
@@ -25,15 +25,25 @@ _MOST_COMPONENTS = 8
 def report(posterior: Posterior) -> rich.console.RenderableType:
     """A table of each site's likeliest values, and below it what they are worth."""
     lines = [rich.text.Text(line) for line in _lines(posterior)]
-    if not _has_weight(posterior) or not _names(posterior):
+    if not _has_weight(posterior):
+        return rich.console.Group(*lines)
+    found = {site: _rows(posterior, site) for site in _names(posterior)}
+    # What made-up values led a dynamic program to may be many sites that no run of it meets.
+    idle = [site for site, own in found.items() if [v for v, _ in own] == [str(ABSENT)]]
+    met = {site: own for site, own in found.items() if site not in idle}
+    if idle:
+        names = ", ".join(shown(site, LONGEST_VALUE) for site in idle[:_TOP_VALUES])
+        more = f" and {len(idle) - _TOP_VALUES} more" if len(idle) > _TOP_VALUES else ""
+        lines.insert(0, rich.text.Text(f"met by no sample of weight: {names}{more}"))
+    if not met:
         return rich.console.Group(*lines)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("site", overflow="fold")
     table.add_column("value", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
-    for site in _names(posterior):
+    for site, own in met.items():
         name = site
-        for value, probability in _rows(posterior, site):
+        for value, probability in own:
             table.add_row(rich.text.Text(name), rich.text.Text(value), _percentage(probability))
             name = ""
         table.add_section()

@@ -126,6 +126,18 @@ def test_a_latent_that_exists_in_some_executions_only() -> None:
     assert "'(absent)'" in printed  # the row of the string
 
 
+def test_latents_that_no_sample_met_have_one_line() -> None:
+    never = [f"never {k}" for k in range(7)]
+    printed = str(Posterior([{"z": "yes"}, {"z": "no"}], [0.0, 0.0], sites=["z", *never]))
+    line = "'never 0', 'never 1', 'never 2', 'never 3', 'never 4' and 2 more"
+    assert line in " ".join(printed.split())
+    assert "(absent)" not in printed and "0.500" in printed
+    # One that only an impossible sample met is like them.
+    samples = [{"z": "yes"}, {"z": "no", "why": "b"}]
+    printed = str(Posterior(samples, [0.0, -math.inf], failed_sites={"z": 1}))
+    assert "met by no sample of weight: 'why'\n" in printed
+
+
 def test_sites_come_in_the_given_order_and_may_be_absent_everywhere() -> None:
     posterior = Posterior([{"b": "1", "a": "2"}], [0.0], sites=["a", "never"])
     assert posterior.sites == ("a", "never", "b")

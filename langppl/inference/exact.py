@@ -22,6 +22,9 @@ from langppl.program.execution import Choice, Execution, Pause, counted, given, 
 from langppl.progress import bar
 
 BATCH = 4096
+_FORKS, _ROOM_OF_A_FORK = 256, 256
+"""Latents of one execution that may have several values, at least; and one more for so many of the
+limit. Each turn of a loop without a last one adds one, and runs all that were before it again."""
 
 
 def exact(program: Program, limit: int, progress: bool) -> Posterior:
@@ -35,16 +38,17 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
 
     Raises:
         ValueError: if there are more executions than `limit` (the message gives the count of the
-            site that goes beyond it), or a latent cannot be listed.
+            site that goes beyond it), one goes on and on, or a latent cannot be listed.
     """
     started = time.monotonic()
     done: list[Execution] = []
-    pending: list[dict[str, Any]] = [{}]
+    pending: list[tuple[dict[str, Any], int]] = [({}, 0)]
+    most = max(_FORKS, limit // _ROOM_OF_A_FORK)
     with bar("enumerating", limit, progress) as advance:
         while pending:
             batch, pending = pending[-BATCH:], pending[:-BATCH]
-            ran = _run(program, batch)
-            for at, (values, found) in enumerate(zip(batch, ran, strict=True)):
+            ran = _run(program, [values for values, _ in batch])
+            for at, ((values, forks), found) in enumerate(zip(batch, ran, strict=True)):
                 latent = found.pause
                 if latent is None:
                     done.append(found)
@@ -52,7 +56,16 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
                     continue
                 # The rest of the batch, each at least one execution, is in no list yet.
                 room = limit - len(done) - len(pending) - (len(batch) - at - 1)
-                pending += [{**values, latent.name: v} for v in _support(latent, room, limit)]
+                support = _support(latent, room, limit)
+                now = forks + (len(support) > 1)
+                if now > most:
+                    raise ValueError(
+                        f"exact inference met site {latent.name!r} after {forks} latents of one "
+                        "execution that each have several values, and it may go on for ever; end "
+                        "the loop or recursion after a number of turns, raise the limit, or use "
+                        "another method"
+                    )
+                pending += [({**values, latent.name: v}, now) for v in support]
     for first in range(0, len(done), BATCH):
         score_all(done[first : first + BATCH])
     failed, notes = failures(program, done)

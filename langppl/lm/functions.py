@@ -122,12 +122,22 @@ def is_users_code(code: types.CodeType) -> bool:
     return _is_users_file(code.co_filename)
 
 
+def module_of(kind: type) -> str:
+    """The name of the module of a class; empty if it does not tell.
+
+    What Cython 3.1 makes of functions, those of NumPy 2.2 among them, is of a class that has the
+    `__module__` of its instances, a descriptor, for its own.
+    """
+    name: object = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
 def is_users_class(value: type | types.ModuleType) -> bool:
     """Whether a class, or a module, is the user's own."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
-    if name in sys.builtin_module_names or name.partition(".")[0] in sys.stdlib_module_names - {
-        "__main__"
-    }:
+    name = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
+    if not name or name in sys.builtin_module_names:
+        return False
+    if name.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
     return file is None or _is_users_file(file)

@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from langppl.lm.functions import Same, content_of_cell, is_users_class, is_users_code, names_of
+from langppl.lm.functions import (
+    Same,
+    content_of_cell,
+    is_users_class,
+    is_users_code,
+    module_of,
+    names_of,
+)
 
 _PLAIN = {str, bytes, int, float, complex, bool, type(None)}
 _FIXED = (
@@ -115,7 +122,7 @@ class _Looking:
             return ("wrapped", self.at(value.__wrapped__), self.attributes(value))
         if isinstance(value, type):
             return self.of_class(value) if is_users_class(value) else Same(value)
-        if kind.__module__.partition(".")[0] == "langppl":
+        if module_of(kind).partition(".")[0] == "langppl":
             return Same(value)
         if not (is_users_class(kind) or kind is types.SimpleNamespace):
             raise _UnseenError

@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -46,9 +46,12 @@ from langppl.program.hidden import forget_hidden, told_of_hidden
 from langppl.program.keys import hashable
 from langppl.program.literals import literals
 from langppl.program.placeholders import Placeholder, marker, sites_in, strings_in
+from langppl.program.places import place
 from langppl.program.randomness import Watched, check_randomness
 from langppl.program.statements import Boxed, Known, Model
 from langppl.program.templates import fill_all, signature, signatures
+
+T = TypeVar("T")
 
 _VALUES = (
     " yes", " no", "yes", "no", "0", " 1", "7", " 12", "-3.5", "True", "a", "b", "ab.", " the",
@@ -67,6 +70,14 @@ have met: a loop that is told by such a value whether to go on has no last turn.
 _MOST_MADE_UP, _MOST_CHANGED = 1_000, 64
 """Latents of one loop, beyond those of the run before, after which a run is given up: made-up
 values may never be what ends it."""
+_MOST_PLACED = 16
+"""As `_MOST_TURNS`, of one place in the model whose sites have names without a pattern: they may be
+a list of names, and no loop."""
+_RULE = (
+    "a model must be a function of its sites: with the same values it must meet the same sites in "
+    "the same order. Randomness belongs into lp.sample, and state that changes between runs out of "
+    "the model"
+)
 _BUDGET = 1_000
 """Runs that look for what a latent leads to in a branch that another one opens."""
 _LISTED = (torch.distributions.Bernoulli, torch.distributions.Categorical)
@@ -130,6 +141,8 @@ def discover(
                 if forms is not None and not is_known:
                     forms.add(args, sites)
                 return Structure(_graph(traced), traced.sites, sites, True)
+    if not search.is_broken:
+        search.check_memory()
     graph = search.experiment()
     if traced is not None and not search.looked_inside:
         for name, parents in _edges(traced):
@@ -286,11 +299,28 @@ class _Search:
         self._base_value = _VALUES[0]
         self._tried: set[tuple[int, str]] = set()
         self._beyond: set[str] = set()
+        self._places: dict[str, Hashable] = {}
+        self._traced: list[str] = []
+
+    def _noting(self, decide: Callable[..., T]) -> Callable[..., T]:
+        """A chooser, or what answers tool calls, that notes where in the model it was asked."""
+
+        def noted(name: str, *rest: Any) -> T:
+            if name not in self._places:
+                self._places[name] = place()
+            return decide(name, *rest)
+
+        return noted
 
     def _run(self, choose: Any, know: Any = None, forgive: bool = False) -> Execution:
         def task() -> Execution:
             return run_once(
-                self.watched, self.args, choose, know=know, observe=self.observe, forgive=forgive
+                self.watched,
+                self.args,
+                self._noting(choose),
+                know=None if know is None else self._noting(know),
+                observe=self.observe,
+                forgive=forgive,
             )
 
         return run_many([task], self.memo)[0]
@@ -303,17 +333,25 @@ class _Search:
     def trace(self) -> Execution | None:
         """A run with placeholders; None if the program does not go through with them."""
         has_met = False
-        turns: Counter[str] = Counter()
+        turns = _Turns(self._places)
+        self._traced = []
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
             self.literals += [a for a in args if isinstance(a, str) and "\ue000" not in a]
 
+        def note(name: str) -> None:
+            self._traced.append(name)
+            # In a loop such names would hold one another, and grow with each turn to twice as much.
+            if sites_in(name):
+                self.looked_inside = True
+                raise _EndlessError
+
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             nonlocal has_met
             has_met = True
-            turns[pattern(name)] += 1
-            if self.looked_inside and turns[pattern(name)] > _MOST_MADE_UP:
+            note(name)
+            if turns.add(name) > _MOST_MADE_UP and self.looked_inside:
                 raise _EndlessError
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(marker(name), report))
@@ -322,6 +360,7 @@ class _Search:
         def know(name: str, fn: Known) -> Any:
             nonlocal has_met
             has_met = True
+            note(name)
             return Boxed(Placeholder.make(marker(name), report))
 
         try:
@@ -336,6 +375,20 @@ class _Search:
             # Whatever else a program does with a marker in place of text, real values will tell.
             self.looked_inside = True
             return None
+
+    def check_memory(self) -> None:
+        """Raises ValueError if what the placeholder run met is not met a second time.
+
+        A cache that outlives a run holds its placeholders, and no later run would show the latent.
+        """
+        before = self._traced
+        self.trace()
+        moved = [n for n in before if n not in self._traced]
+        if moved and not self.watched.drew:
+            raise ValueError(
+                f"run again, the model did not meet site {moved[0]!r}; {_RULE}. A cache of sites "
+                "(functools.cache, a dict) must be made anew within the model"
+            )
 
     def templates_hold(self, traced: Execution, is_known: bool = False) -> bool:
         """Whether runs with made-up values meet what the filled templates say.
@@ -399,16 +452,17 @@ class _Search:
                 nodes.setdefault(name, site)
         edges: set[tuple[str, str]] = set()
         of_runs = set(nodes)
-        turns: Counter[str] = Counter()
+        turns = _Turns(self._places)
         # In order, which a set has not from process to process.
         examined: dict[str, None] = {}
         # Changing a value may bring sites that no run has met; those are examined in their turn.
         while waiting := [n for n in nodes if n not in examined and _can_change(nodes[n])]:
             for name in waiting:
                 if name not in of_runs:
-                    turns[pattern(name)] += 1
                     has_few = _has_few_values(nodes[name])
-                    if turns[pattern(name)] > (_MOST_TURNS if has_few else _MOST_STRINGS):
+                    turns.add(name)
+                    most = _MOST_TURNS if has_few else _MOST_STRINGS
+                    if turns.alike(name) > most or turns.there(name) > _MOST_PLACED:
                         del nodes[name]  # one that goes on for as long as it is told to
                         self._beyond.add(name)
                         continue
@@ -503,7 +557,8 @@ class _Search:
             self._run(self._drawn(0), forgive=True)
         for value in () if self.drawn else self._pool():
             try:
-                found = self._run(_ending(self._made_up(value), {}, _MOST_MADE_UP), no_tools)
+                choose = _ending(self._made_up(value), _Turns(self._places), _MOST_MADE_UP)
+                found = self._run(choose, no_tools)
             except _ToolNeeded:
                 break
             except (Exception, _EndlessError):
@@ -511,11 +566,9 @@ class _Search:
             self._base_value = value
             return [found]
         self.drawn = True
+        choosers = [self._noting(self._drawn(k)) for k in range(_DRAWS)]
         drawn = run_many(
-            [
-                partial(run_once, self.watched, self.args, self._drawn(k), forgive=True)
-                for k in range(_DRAWS)
-            ],
+            [partial(run_once, self.watched, self.args, c, forgive=True) for c in choosers],
             self.memo,
         )
         # Those that went through to their end tell more.
@@ -530,8 +583,8 @@ class _Search:
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             if isinstance(fn, LMChoice):
                 # The first one may be what a loop goes on with.
-                turn = sum(pattern(n) == pattern(name) for n in execution.sites)
-                option = fn.options[turn // _SAME_OPTION % len(fn.options)]
+                turns = _Turns(self._places, execution.sites)
+                option = fn.options[turns.of(name) // _SAME_OPTION % len(fn.options)]
                 return Choice(Placeholder.make(str(option), report))
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(value, report))
@@ -569,13 +622,24 @@ class _Search:
         return [Text(v) for v in self._pool()]
 
     def _numbers(self, site: Site) -> list[Any]:
-        """All values of a number that has few, as draws may leave out a rare one; else draws."""
+        """All values of a number that has few, as draws may leave out a rare one; else draws.
+
+        Of a count the smallest too, with which a loop ends at once; and of many numbers at one site
+        each by itself, as one that is likely may be the same in all draws.
+        """
         fn = site.fn
-        is_listed = isinstance(fn, _LISTED) and not fn.batch_shape
-        values = list(fn.enumerate_support()) if is_listed else []
-        if 0 < len(values) <= _MOST_LISTED:
-            return [v for v in values if float(fn.log_prob(v)) > -math.inf]
-        return [self._numeric(site.name, fn, k).value for k in range(1, 1 + _NUMBERS)]
+        plain = fn
+        while isinstance(plain, torch.distributions.Independent):
+            plain = plain.base_dist
+        values = _least(plain, site.value)
+        is_one = not (fn.batch_shape or fn.event_shape)
+        if not is_one:
+            values = _one_by_one(site.value, values)
+        values = [v for v in values if float(fn.log_prob(v).sum()) > -math.inf]
+        if is_one and values and isinstance(fn, _LISTED):
+            return values
+        drawn = [self._numeric(site.name, fn, k).value for k in range(1, 1 + _NUMBERS)]
+        return [*values, *drawn]
 
     def _changed(
         self, start: Execution, name: str, values: Sequence[Any]
@@ -583,7 +647,7 @@ class _Search:
         """Runs with one site changed and the others held; None for one that does not go through."""
         kinds = ("latent", "deterministic")
         before = {n: s.value for n, s in start.sites.items() if s.kind in kinds}
-        met = Counter(pattern(n) for n, s in start.sites.items() if s.kind == "latent")
+        met = _Turns(self._places, (n for n, s in start.sites.items() if s.kind == "latent"))
 
         def task(value: Any) -> Execution | None:
             held = {**before, name: value}
@@ -603,7 +667,11 @@ class _Search:
                     choose = _ending(choose, met, _MOST_CHANGED)
                 try:
                     return run_once(
-                        self.watched, self.args, choose, know=know, observe=self.observe
+                        self.watched,
+                        self.args,
+                        self._noting(choose),
+                        know=self._noting(know),
+                        observe=self.observe,
                     )
                 except Exception:
                     return None
@@ -645,14 +713,46 @@ class _Search:
             raise ValueError(f"{error}{more}") from error
 
 
-def _ending(choose: Chooser, met: Mapping[str, int], most: int) -> Chooser:
+class _Turns:
+    """How many sites there are of each loop, or of what calls itself.
+
+    Args:
+        places: where sites were met.
+        names: sites that count already.
+    """
+
+    def __init__(self, places: Mapping[str, Hashable], names: Iterable[str] = ()) -> None:
+        self.places = places
+        self._alike: Counter[str] = Counter()
+        self._there: Counter[Hashable] = Counter()
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> int:
+        """Counts a site; which turn of its loop it is, from 1 on."""
+        self._alike[pattern(name)] += 1
+        self._there[self.places.get(name, name)] += 1
+        return self.of(name)
+
+    def of(self, name: str) -> int:
+        """How many turns of a site's loop were counted."""
+        return max(self.alike(name), self.there(name))
+
+    def alike(self, name: str) -> int:
+        """How many sites were counted whose names differ by numbers alone."""
+        return self._alike[pattern(name)]
+
+    def there(self, name: str) -> int:
+        """How many sites were counted that were met at the same place in the model."""
+        return self._there[self.places.get(name, name)]
+
+
+def _ending(choose: Chooser, met: _Turns, most: int) -> Chooser:
     """Gives a run up in which latents of one loop are so many more than those met before."""
-    turns: Counter[str] = Counter()
+    turns = _Turns(met.places)
 
     def choose_next(name: str, fn: Any, execution: Execution) -> Choice:
-        kind = pattern(name)
-        turns[kind] += 1
-        if turns[kind] > most + met.get(kind, 0):
+        if turns.add(name) > most + met.of(name):
             raise _EndlessError
         return choose(name, fn, execution)
 
@@ -665,6 +765,31 @@ def _telling(changes: Sequence[_Change], has_few: bool) -> list[_Change]:
     if has_few:
         return moving
     return list({c.moved: c for c in reversed(moving)}.values())[-_MOST_TELLING:][::-1]
+
+
+def _least(fn: Any, value: torch.Tensor) -> list[torch.Tensor]:
+    """The values of one number that has few, or the smallest of a count; of others none."""
+    if isinstance(fn, _LISTED):
+        found: Any = fn  # torch does not say what it lists
+        each = found.enumerate_support(expand=False).flatten()
+        return list(each) if len(each) <= _MOST_LISTED else []
+    try:
+        is_count = fn.support is torch.distributions.constraints.nonnegative_integer
+    except NotImplementedError:
+        return []
+    return list(torch.arange(_NUMBERS).to(value)) if is_count else []
+
+
+def _one_by_one(value: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Many numbers at one site with one of them changed."""
+    found = []
+    for other in values:
+        for at in range(min(value.numel(), _MOST_LISTED)):
+            changed = value.flatten().clone()
+            if changed[at] != other:
+                changed[at] = other
+                found.append(changed.reshape(value.shape))
+    return found[:_MOST_LISTED]
 
 
 def _has_few_values(site: Site) -> bool:
@@ -691,18 +816,13 @@ def _merged_order(executions: Iterable[Execution]) -> list[str]:
 def check_same_sites(first: Execution, second: Execution) -> None:
     """Raises ValueError, naming the site that moved, unless two equal runs met equal sites."""
     before, after = signatures(first), signatures(second)
-    rule = (
-        "a model must be a function of its sites: with the same values it must meet the same "
-        "sites in the same order. Randomness belongs into lp.sample, and state that changes "
-        "between runs out of the model"
-    )
     for one, two in zip_longest(before, after):
         if one is None or two is None:
             moved = two if one is None else one
-            raise ValueError(f"run again, the model met site {moved!r} in one run only; {rule}")
+            raise ValueError(f"run again, the model met site {moved!r} in one run only; {_RULE}")
         if one != two:
-            raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {rule}")
+            raise ValueError(f"run again, the model met site {two!r} where {one!r} was; {_RULE}")
         if before[one] != after[two]:
             raise ValueError(
-                f"run again, site {one!r} had another distribution or observed value; {rule}"
+                f"run again, site {one!r} had another distribution or observed value; {_RULE}"
             )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from langppl.lm.functions import Same, content_of_cell
+from langppl.lm.functions import Same, content_of_cell, module_of
 from langppl.lm.texts import plain_text
 
 MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
@@ -153,7 +153,7 @@ def _has_hash(value: Any) -> bool:
 
 def _stands_for_itself(value: Any) -> bool:
     is_fixed = isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
-    is_ours = type(value).__module__.partition(".")[0] == "langppl"
+    is_ours = module_of(type(value)).partition(".")[0] == "langppl"
     return is_fixed or is_ours or isinstance(value, torch.nn.Module)
 
 

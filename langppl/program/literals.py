@@ -8,7 +8,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from langppl.lm.functions import content_of_cell, is_users_class, is_users_code, names_of
+from langppl.lm.functions import (
+    content_of_cell,
+    is_users_class,
+    is_users_code,
+    module_of,
+    names_of,
+)
 from langppl.lm.texts import plain_text
 
 _DEEPEST = 4
@@ -48,7 +54,7 @@ def literals(model: Any) -> Iterator[str]:
 
 
 def _package(value: Any) -> str | None:
-    name = getattr(value, "__module__", None) or type(value).__module__
+    name = getattr(value, "__module__", None) or module_of(type(value))
     found: str = name.partition(".")[0]
     return None if found in ("langppl", "builtins", "functools") else found
 

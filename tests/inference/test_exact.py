@@ -144,3 +144,23 @@ def test_other_observations_are_the_ones_that_count() -> None:
     other = infer(compile(story, "a").observing({"ending": "bb"}), method="exact", progress=False)
     direct = infer(story, "bb", method="exact", progress=False)
     assert other.log_evidence == pytest.approx(direct.log_evidence, abs=1e-5)
+
+
+def test_a_loop_without_a_last_turn_cannot_be_listed() -> None:
+    met = 0
+
+    def model(most: float) -> int:
+        nonlocal met
+        turn = 0
+        while turn < most and sample(f"more{turn}", dist.Bernoulli(torch.tensor(0.5))):
+            turn += 1
+            met += 1
+            assert met < 100_000  # far fewer than it would take to list 10,000 executions
+        return turn
+
+    # Each turn that ends is one more execution.
+    posterior = infer(model, 40, method="exact", progress=False)
+    assert posterior.num_samples == 41 and posterior.log_evidence == pytest.approx(0.0, abs=1e-5)
+    assert posterior.probabilities("_RETURN")[3] == pytest.approx(0.5**4)
+    with pytest.raises(ValueError, match=r"'more256' after 256 latents .* go on for ever; end the"):
+        infer(model, math.inf, method="exact", limit=10_000, progress=False)

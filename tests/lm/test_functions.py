@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from langppl.lm.functions import content_of
+from langppl.lm.functions import content_of, is_users_class, module_of
+from langppl.lm.reads import look
 
 LETTERS = {"a", "b"}
 
@@ -69,3 +70,17 @@ def test_objects_count_as_themselves_and_circles_end() -> None:
     knot: list[Any] = []
     knot.append(knot)
     assert content_of(knot) == content_of(knot)
+
+
+def test_a_class_whose_module_is_a_descriptor() -> None:
+    class Function:
+        """As Cython 3.1 makes them."""
+
+        def __call__(self, text: str) -> bool:
+            return text in LETTERS
+
+    assert module_of(Function) == __name__ and is_users_class(Function)
+    setattr(Function, "__module__", property(lambda self: "library"))  # noqa: B010
+    assert module_of(Function) == "" and not is_users_class(Function)
+    compiled = Function()
+    assert look(lambda t: compiled(t)).content is None

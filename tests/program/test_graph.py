@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import networkx as nx
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -815,6 +816,35 @@ def test_a_rare_number_leads_where_it_leads_under_every_seed() -> None:
         assert set(edges) == {("k", "z"), ("n", "o"), ("z", "o")}
 
 
+def test_a_count_that_is_hardly_ever_small_leads_where_it_leads() -> None:
+    def model() -> None:
+        n = lp.sample("n", dist.Poisson(torch.tensor(9.0)))
+        z = lp.sample("z", short("a"))
+        lp.sample("o", goes_on(z if n == 0 else f"b{z}"), obs="a")
+        lp.sample("end", goes_on("a" if n < 3 else "b"), obs="b")
+
+    for seed in range(4):
+        edges = lp.compile(model, seed=seed).graph.edges
+        assert set(edges) == {("n", "o"), ("n", "end"), ("z", "o")}
+
+
+@pytest.mark.parametrize("how", ["plate", "event"])
+def test_each_of_many_numbers_at_one_site_leads_where_it_leads(how: str) -> None:
+    def model() -> None:
+        rare = torch.tensor([0.01, 0.5, 0.99, 0.02])
+        if how == "plate":
+            with pyro.plate("four", 4):
+                on = lp.sample("on", dist.Bernoulli(rare))
+        else:
+            on = lp.sample("on", dist.Bernoulli(rare).to_event(1))
+        for k in range(4):
+            lp.sample(f"o{k}", goes_on("a" if on[k] else "b"), obs="b")
+
+    for seed in range(3):
+        edges = lp.compile(model, seed=seed).graph.edges
+        assert set(edges) == {("on", f"o{k}") for k in range(4)}
+
+
 @pytest.mark.parametrize("switch", ["choice", "number", "string"])
 def test_what_a_latent_leads_to_in_one_branch_alone(switch: str) -> None:
     def model() -> None:
@@ -946,3 +976,78 @@ def test_a_loop_that_a_number_ends_has_its_evidence() -> None:
     error = found.log_evidence_error
     assert found.log_evidence == pytest.approx(float(exact.log()), abs=4 * error)
     assert error < 0.05
+
+
+class TooLong(BaseException):
+    """No error, which the search for a structure would pass over."""
+
+
+@pytest.mark.parametrize("how", ["letters", "texts", "list"])
+def test_sites_that_no_number_tells_apart_are_followed_for_some_turns(how: str) -> None:
+    met = 0
+
+    def site(name: str, fn: Any) -> Any:
+        nonlocal met
+        met += 1
+        if met > 100_000 or len(name) > 10_000:
+            raise TooLong
+        return lp.sample(name, fn)
+
+    def tree(path: str) -> str:
+        if site(f"leaf{path}", dist.Bernoulli(torch.tensor(0.7))):
+            return site(f"word{path}", short("a"))
+        return tree(f"{path}l") + tree(f"{path}r")
+
+    def model() -> None:
+        text = "a"
+        if how == "letters":
+            text = tree("")
+        elif how == "list":
+            if site("all", dist.Bernoulli(torch.tensor(0.01))):
+                text = "".join(site(letter, short("a")) for letter in "abcdefghijkl")
+        else:
+            while "b" not in (z := site(f"after {text}", short(text))):
+                text += z
+        lp.sample("o", goes_on(text), obs="a")
+
+    program = lp.compile(model)
+    assert len(program.graph) < 60
+    parents = set(program.graph.predecessors("o"))
+    if how == "letters":
+        assert {"leaf", "leafl", "leafr", "leafll", "word", "wordl", "wordr"} <= parents
+    elif how == "list":
+        assert parents == {"all", *"abcdefghijkl"}
+    else:
+        assert "after a" in parents
+    found = lp.infer(program, num_samples=16, progress=False)
+    assert found.log_evidence is not None and found.log_evidence > -50
+
+
+@pytest.mark.parametrize("how", ["cache", "argument"])
+def test_a_cache_that_outlives_a_run_is_told(how: str) -> None:
+    @functools.cache
+    def cached(name: str) -> str:
+        return lp.sample(name, short("a"))
+
+    def model(known: dict[str, str]) -> None:
+        if how == "cache":
+            text = cached("z")
+        elif "z" in known:
+            text = known["z"]
+        else:
+            text = known["z"] = lp.sample("z", short("a"))
+        lp.sample("o", goes_on(text), obs="a")
+
+    with pytest.raises(ValueError, match=r"did not meet site 'z'; .* must be made anew within"):
+        lp.compile(model, {})
+
+
+def test_a_cache_within_the_model_is_no_memory() -> None:
+    def model() -> None:
+        @functools.cache
+        def cached(name: str) -> str:
+            return lp.sample(name, short("a"))
+
+        lp.sample("o", goes_on(cached("z") + cached("z")), obs="a")
+
+    assert edges(model) == {("z", "o")}
