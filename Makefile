@@ -39,7 +39,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy langppl
+	$(BIN)/mypy langppl tests/test_typed.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)

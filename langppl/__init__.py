@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -212,8 +213,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'langppl' has no attribute {name!r}")
+    # With these Python itself adds what may have been meant.
+    module = sys.modules[__name__]
+    raise AttributeError(f"module 'langppl' has no attribute {name!r}", name=name, obj=module)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    # Completion offers what is for users, not this file's imports or what others have loaded.
+    return sorted([*(name for name in globals() if name.startswith("__")), *__all__])

@@ -27,6 +27,14 @@ from langppl.program import Program, compile
 from langppl.program.execution import Choice, Execution, run_many, score
 from langppl.program.scheduler import run
 
+__all__ = [
+    "check_distribution",
+    "check_guide",
+    "check_log_q",
+    "enumerate_strings",
+    "tiny_lm",
+]
+
 DEFAULT_ALPHABET = ("a", "b", ".", " ")
 
 

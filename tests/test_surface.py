@@ -44,6 +44,23 @@ def test_every_name_is_there_and_listed() -> None:
         _ = lp.nothing
 
 
+def test_a_misspelt_name_is_told_what_may_be_meant() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import langppl; langppl.sampel"], capture_output=True, text=True
+    )
+    assert "has no attribute 'sampel'. Did you mean: 'sample'?" in done.stderr
+
+
+def test_completion_offers_public_names_alone() -> None:
+    shown = run("import langppl as lp; lp.infer, lp.em, lp.testing; print(dir(lp))")
+    assert sorted(lp.__all__) == [n for n in ast.literal_eval(shown) if not n.startswith("__")]
+    for module in lp._MODULES:
+        public = getattr(lp, module).__all__
+        assert sorted(public) == sorted(set(public)) and set(public) <= set(
+            dir(getattr(lp, module))
+        )
+
+
 def test_types_are_those_that_calls_give_and_raise() -> None:
     lm = lp.testing.tiny_lm("ab. ")
 

@@ -24,6 +24,7 @@ from langppl.program.program import as_program, programs_of
 from langppl.progress import bar
 
 Key = tuple[int | str, ...]
+"""What the random numbers of an execution depend on; a site's are those of (*key, name)."""
 
 _TOGETHER = 256
 """Raw draws that are made at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -26,7 +26,7 @@ from langppl.program.execution import (
 from langppl.program.execution import given as given_values
 from langppl.program.statements import as_value
 
-GuideLike: TypeAlias = str | Guide | Callable[..., Any]
+GuideLike: TypeAlias = Literal["prior", "prompted", "gflownet"] | str | Guide | Callable[..., Any]
 """A guide by name, as an object, or as a function (see `FunctionGuide`)."""
 
 

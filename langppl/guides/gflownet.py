@@ -40,7 +40,7 @@ from langppl.guides.keeping import Keeper
 from langppl.guides.policy import GivenPolicy, Policy, Proposer
 from langppl.guides.replay import REPLAYED, ReplayBuffer
 from langppl.guides.schedules import RewardSchedule
-from langppl.guides.settings import Settings, as_temperature, check_objective
+from langppl.guides.settings import Objective, Settings, as_temperature, check_objective
 from langppl.guides.training import Callback, Trainer
 from langppl.guides.workers import Workers
 from langppl.keywords import named, with_rows
@@ -53,7 +53,7 @@ from langppl.lm.requests import Reading, StateReply, StateRequest, alone, perfor
 from langppl.lm.seeds import as_seed, seeded
 from langppl.lm.trainable import TrainableLM, check_lm
 from langppl.program import Program, compile
-from langppl.program.arguments import ModelOrProgram, pairs_of
+from langppl.program.arguments import pairs_of
 from langppl.program.execution import Chooser, Execution
 from langppl.program.lengths import check_lengths
 from langppl.records import numbers
@@ -113,6 +113,10 @@ class GFlowNetGuide(Guide):
         flows: those before which a flow was learned, by `subtb` or `db` over sites.
         was_interrupted: whether the last training was ended by Ctrl-C.
 
+    Raises:
+        ValueError: for an unknown objective or `numeric`, or a number out of its range.
+        TypeError: for what is no `LM` (such as a trainable view of one), context or guidance.
+
     Example:
         >>> guide = GFlowNetGuide(lm)
         >>> guide.fit(story, data=[pair], steps=2)  # two show how; hundreds teach
@@ -130,7 +134,7 @@ class GFlowNetGuide(Guide):
         guidance: Guidance | None = None,
         rank: int = 16,
         alpha: int | None = None,
-        objective: str = "auto",
+        objective: Objective = "auto",
         numeric: Literal["head", "prior"] | Callable[..., Any] = "head",
         defensive: float = 0.0,
         seed: int = 0,
@@ -320,13 +324,13 @@ class GFlowNetGuide(Guide):
     @named
     def fit(
         self,
-        model: ModelOrProgram | Sequence[tuple[ModelOrProgram, Any]],
+        model: Callable[..., Any] | Program | Sequence[Any],
         data: Any = None,
         *,
         steps: int = 60,
         observations: int | None = None,
         batch: int = 16,
-        objective: str | None = None,
+        objective: Objective | None = None,
         learning_rate: float = 1e-3,
         head_rate: float = 10.0,
         betas: Sequence[float] = (0.9, 0.999),
@@ -460,6 +464,7 @@ class GFlowNetGuide(Guide):
                 that do not belong to the observations, a given posterior of another program,
                 a setting out of range, a length of what is no open string, or an accelerator on
                 another device than the LM's.
+            TypeError: for data that do not fit the model, or a schedule that is none.
             FloatingPointError: if a loss or reward is NaN, or a reward infinite; names the step and
                 the site. If a gradient is not finite; names the step.
             OSError: if a checkpoint cannot be written, or the disk has no room for two, before the

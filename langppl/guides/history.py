@@ -46,6 +46,10 @@ class History(dict[str, list[float]]):
         """How many rows were added; `len` is the number of figures, as for any dict."""
         return len(next(iter(self.values()), ()))
 
+    def __repr__(self) -> str:
+        """Its size and its figures' names: the lists of a long training would fill the screen."""
+        return f"History({self.rows} rows: {', '.join(self)})" if self else "History()"
+
     def add(self, figures: Mapping[str, float]) -> None:
         """Appends one row.
 

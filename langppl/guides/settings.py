@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from langppl.guides import objectives
 from langppl.guides.schedules import RewardSchedule
 from langppl.lm.counts import as_count, as_number, as_pair, as_part, as_share
 from langppl.program.lengths import as_lengths
 
-OBJECTIVES = (
+_Objective = Literal[
     "auto",
     "subtb",
     "db",
@@ -25,7 +25,10 @@ OBJECTIVES = (
     "reward",
     "rws",
     "mle",
-)
+]
+OBJECTIVES: tuple[str, ...] = get_args(_Objective)
+Objective: TypeAlias = _Objective | str
+"""The names, for editors to offer; any `str`, for whoever goes over several, or reads one."""
 BALANCE = ("auto", "subtb", "db", "vargrad", "tb")
 ON_POLICY = ("reverse_kl", "rao_blackwell", "reward", "rws")
 OF_WHOLE_DRAWS = {

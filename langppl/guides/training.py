@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from langppl.guides.gflownet import GFlowNetGuide
     from langppl.lm.model import LM
 
-Callback = Callable[[Mapping[str, float]], Any]
+Callback = Callable[[dict[str, float]], Any]
 """Told of each step's figures; True ends the training."""
 
 GLIMPSES = 8

@@ -27,7 +27,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import rich.box
@@ -186,7 +186,7 @@ def evidence_bounds(
     model: Callable[..., Any] | Program,
     *args: Any,
     guide: GuideLike = "prior",
-    method: str | ParticleMethod = "importance",
+    method: Literal["importance", "smc"] | str | ParticleMethod = "importance",
     num_samples: int = 64,
     num_observations: int = 32,
     seed: int = 0,

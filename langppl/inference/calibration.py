@@ -21,7 +21,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import rich.box
@@ -36,7 +36,7 @@ from langppl.diagnostics import InferenceWarning
 from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import given_guide, infer
-from langppl.inference.settings import METHODS, check_options, names_of, split_options
+from langppl.inference.settings import METHODS, Method, check_options, names_of, split_options
 from langppl.inference.simulated import (
     check_same_observed,
     check_same_observed_by,
@@ -246,7 +246,7 @@ def calibrate(
     model: Callable[..., Any] | Program,
     *args: Any,
     guide: GuideLike = "prior",
-    method: str = "importance",
+    method: Literal["raw"] | Method = "importance",
     simulations: int = 200,
     num_samples: int = NUM_SAMPLES,
     draws: int = 15,

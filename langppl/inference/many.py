@@ -11,7 +11,7 @@ from langppl.diagnostics import InferenceWarning
 from langppl.guides.function import GuideLike
 from langppl.inference.importance import BATCH
 from langppl.inference.methods import check_names, given_guide, infer
-from langppl.inference.settings import check_options
+from langppl.inference.settings import Method, check_options
 from langppl.keywords import with_rows
 from langppl.lm.counts import as_count
 from langppl.lm.seeds import as_seed, row_seed
@@ -30,7 +30,7 @@ def infer_many(
     data: Any = None,
     *,
     guide: GuideLike = "prior",
-    method: str = "importance",
+    method: Method = "importance",
     num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     progress: bool = True,

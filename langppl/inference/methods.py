@@ -13,9 +13,10 @@ from langppl.guides.function import GuideLike, as_guide
 from langppl.inference.exact import exact
 from langppl.inference.importance import importance
 from langppl.inference.mh import mh
-from langppl.inference.settings import METHODS, OPTIONS, check_values, names_of
+from langppl.inference.resampling import Scheme
+from langppl.inference.settings import METHODS, OPTIONS, Method, check_values, names_of
 from langppl.inference.smc import smc
-from langppl.inference.twists import UserTwist
+from langppl.inference.twists import TwistLike
 from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count
 from langppl.lm.requests import alone
@@ -34,14 +35,14 @@ def infer(
     model: Callable[..., Any] | Program,
     *args: Any,
     guide: GuideLike = "prior",
-    method: str = "importance",
+    method: Method = "importance",
     num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     progress: bool = True,
     limit: int = EXACT_LIMIT,
-    twist: str | UserTwist | None = None,
+    twist: TwistLike = None,
     twist_power: float | None = None,
-    resampling: str = "systematic",
+    resampling: Scheme = "systematic",
     ess_threshold: float = ESS_THRESHOLD,
     every: int = EVERY,
     rejections: int = REJECTIONS,

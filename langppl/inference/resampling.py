@@ -12,13 +12,17 @@ References:
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 Ancestors = npt.NDArray[np.int64]
 
-SCHEMES = ("multinomial", "stratified", "systematic", "residual")
+_Scheme = Literal["multinomial", "stratified", "systematic", "residual"]
+SCHEMES: tuple[str, ...] = get_args(_Scheme)
+Scheme: TypeAlias = _Scheme | str
 
 
 def resample(weights: Array, scheme: str, rng: np.random.Generator) -> Ancestors:

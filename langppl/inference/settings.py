@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from langppl.guides.identity import of_function
 from langppl.inference.resampling import SCHEMES
@@ -14,7 +14,10 @@ from langppl.inference.twists import check_twist
 from langppl.keywords import did_you_mean
 from langppl.lm.counts import as_count, as_share
 
-METHODS = ("importance", "smc", "mh", "exact")
+_Method = Literal["importance", "smc", "mh", "exact"]
+METHODS: tuple[str, ...] = get_args(_Method)
+Method: TypeAlias = _Method | str
+"""The names, for editors to offer; any `str`, for whoever goes over several, or reads one."""
 OPTIONS = {
     "importance": (),
     "smc": (

@@ -18,9 +18,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import torch
 
 from langppl.distributions import LMString
 from langppl.guides.base import Guide
@@ -28,12 +29,14 @@ from langppl.inference.particles import Crowd, Growing, Particle, View, is_poten
 from langppl.inference.potentials import has_potentials, has_prefixes, read_potentials
 from langppl.lm.counts import as_share
 from langppl.program import Program
-from langppl.program.statements import Potential
+from langppl.program.statements import Number, Potential
 
-UserTwist = Callable[[str, str], float]
+UserTwist = Callable[[str, str], torch.Tensor | Number]
 """Site and text so far → log ψ, nats."""
 
-TWISTS = ("lookahead", "flow")
+_Twist = Literal["lookahead", "flow"]
+TWISTS: tuple[str, ...] = get_args(_Twist)
+TwistLike: TypeAlias = _Twist | str | UserTwist | None
 
 POWER = 0.4
 """Of lookahead."""

@@ -33,7 +33,7 @@ from langppl.guides import GFlowNetGuide, Guide, History, RewardSchedule
 from langppl.guides.function import GuideLike, as_guide
 from langppl.guides.workers import Workers
 from langppl.inference.methods import given_guide
-from langppl.inference.settings import check_options
+from langppl.inference.settings import Method, check_options
 from langppl.learning.draws import figures, posteriors, weighted
 from langppl.learning.keeping import Keeper
 from langppl.learning.likelihood import Factor, factors, views_of
@@ -98,7 +98,7 @@ def em(
     guide: GuideLike | None = None,
     *,
     rounds: int = 10,
-    method: str = "importance",
+    method: Method = "importance",
     num_samples: int = 32,
     weights: Literal["importance", "guide"] = "importance",
     resample: int | None = None,

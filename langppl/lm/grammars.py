@@ -112,6 +112,7 @@ def regex(pattern: str) -> Grammar:
 
     Raises:
         ValueError: with llguidance's message, if it does not compile or matches nothing.
+        TypeError: for what is no string, such as a pattern that Python has compiled.
 
     Example:
         >>> regex(r"[0-9]{4}-[0-9]{2}")
@@ -145,6 +146,7 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
     Raises:
         ValueError: with llguidance's message, if the schema cannot be satisfied or uses keywords
             that it does not know.
+        TypeError: for what is neither, such as a model of Pydantic.
 
     Example:
         >>> yes = json_schema({"type": "array", "items": {"type": "boolean"}})
@@ -193,7 +195,8 @@ def lark(source: str) -> Grammar:
             is refused: a grammar is about text.
 
     Raises:
-        ValueError: with llguidance's message, if it does not compile.
+        ValueError: with llguidance's message, if it does not compile, or if it speaks of tokens.
+        TypeError: for what is no string.
 
     Example:
         >>> lark('start: "(" start ")" | "x"')

@@ -30,7 +30,7 @@ def read_parts(
     source: str,
     *,
     device: str | torch.device,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     revision: str | None,
     token: str | bool | None,
 ) -> tuple[Any, Any]:

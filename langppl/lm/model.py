@@ -57,7 +57,8 @@ class LM:
             (`"org/name"`) or a local folder in transformers' format. Weights are read from
             safetensors only, and no code of the model's author is run.
         device: where the weights live; cuda if there is one, else the CPU.
-        dtype: float type of the weights; float32 on the CPU, the checkpoint's own elsewhere.
+        dtype: float type of the weights, or its name (`"bfloat16"`); float32 on the CPU, the
+            checkpoint's own elsewhere.
         revision: branch, tag or commit of a hub id; its main branch if not given.
         token: for a hub id that asks who you are: an access token, or True for the one that
             `hf auth login` stored (which is used anyway where there is one).
@@ -110,7 +111,7 @@ class LM:
         name_or_path: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         token_budget: int | None = None,

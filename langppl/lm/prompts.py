@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from langppl.lm.texts import plain_text
 from langppl.warn import warn
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 Prompt = str | Chat
 
 PROMPT_BYTES = 64 * 2**20

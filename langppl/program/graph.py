@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    _Graph = nx.DiGraph[str]
+else:
+    _Graph = nx.DiGraph
+
 _SHAPES = {"latent": "ellipse", "observed": "ellipse", "factor": "box", "deterministic": "box"}
 
 
-class ProgramGraph(nx.DiGraph):  # type: ignore[type-arg]
+class ProgramGraph(_Graph):
     """Sites as nodes, "flows into" as edges; a networkx `DiGraph`.
 
     Node attributes: `kind` (`"latent"`, `"observed"`, `"factor"`, `"deterministic"`) and `family`

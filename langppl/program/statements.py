@@ -10,14 +10,17 @@ import copy
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.distribution import Distribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
@@ -30,21 +33,32 @@ from langppl.distributions.tempered import TemperedFactor
 from langppl.lm.texts import plain_text
 from langppl.program.keys import MUTABLE
 
+P = ParamSpec("P")
 R = TypeVar("R")
 Model = Callable[..., Any]
+
+Number = float | np.floating[Any] | np.integer[Any]
+Numbers = torch.Tensor | npt.NDArray[Any] | Number | np.bool_ | Sequence["Numbers"]
+"""What a site that is not over strings may be observed as."""
 
 
 class BadNumber(ValueError):
     """A log-probability or log weight that is NaN or +inf; names the site."""
 
 
+# Pyro's come first: their mixin has a base without types, by which a checker takes them for any
+# class that is asked for, strings' too.
+@overload
+def sample(name: str, dist: TorchDistributionMixin, obs: Numbers | None = None) -> torch.Tensor: ...
 @overload
 def sample(name: str, dist: StringDistribution | Tempered, obs: str | None = None) -> Text: ...
 @overload
-def sample(name: str, dist: Any, obs: torch.Tensor | float | None = None) -> torch.Tensor: ...
+def sample(name: str, dist: Distribution, obs: str | Numbers | None = None) -> Any: ...
 
 
-def sample(name: str, dist: Any, obs: Any = None) -> Any:
+def sample(
+    name: str, dist: Distribution, obs: str | Numbers | None = None
+) -> Text | str | torch.Tensor:
     """Draws from a distribution, or observes a value.
 
     Args:
@@ -77,7 +91,7 @@ def sample(name: str, dist: Any, obs: Any = None) -> Any:
                 check_observation(name, dist, obs)
         if isinstance(obs, torch.Tensor) and bool(torch.isnan(obs).any()):
             raise ValueError(f"site {name!r}: the observation {obs!r} has NaN in it")
-        value = pyro.sample(name, dist, obs=cast(torch.Tensor, obs))
+        value = pyro.sample(name, cast(Any, dist), obs=cast(Any, obs))
         if isinstance(dist, StringDistribution):
             check_string_site(name, value)
         return value
@@ -136,8 +150,8 @@ def plate_error(site: str, plate: str) -> ValueError:
     )
 
 
-def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Any:
-    value = sample(name, tempered.base, obs)
+def _sample_tempered(name: str, tempered: Tempered, obs: Any) -> Text:
+    value: Text = sample(name, tempered.base, obs)
     # A site that `do` removed has no density, and so no tempered one.
     removed = any(isinstance(h, _Do) and name in h.data for h in _PYRO_STACK)
     if _PYRO_STACK and not removed and not _is_hidden(name, tempered.base, value, obs):
@@ -170,7 +184,7 @@ def _is_hidden(name: str, fn: Any, value: Any, obs: Any) -> bool:
     return any(isinstance(h, BlockMessenger) and h.hide_fn(seen) for h in _PYRO_STACK)
 
 
-def factor(name: str, log_weight: torch.Tensor | float) -> None:
+def factor(name: str, log_weight: torch.Tensor | Number) -> None:
     """Multiplies an execution's weight by exp(log_weight).
 
     Args:
@@ -233,10 +247,10 @@ class Unfinished(Messenger):
 
 def potential(
     name: str,
-    fn: Callable[[str], torch.Tensor | float],
+    fn: Callable[[str], torch.Tensor | Number],
     text: str,
     *,
-    prefix: Callable[[str], torch.Tensor | float] | bool | None = None,
+    prefix: Callable[[str], torch.Tensor | Number] | bool | None = None,
 ) -> None:
     """Multiplies an execution's weight by exp(fn(text)), and steers strings as they grow.
 
@@ -296,7 +310,7 @@ def _check_promise(name: str, prefix: Callable[[str], Any], text: str, value: fl
         )
 
 
-def _log_weight(what: str, log_weight: torch.Tensor | float) -> torch.Tensor:
+def _log_weight(what: str, log_weight: torch.Tensor | Number) -> torch.Tensor:
     is_truth = isinstance(log_weight, bool | np.bool_) or (
         isinstance(log_weight, torch.Tensor) and log_weight.dtype == torch.bool
     )
@@ -410,7 +424,7 @@ def _check_changeable(model: Any, by: str, instead: str) -> None:
         )
 
 
-def condition(model: Model, data: Mapping[str, Any]) -> Model:
+def condition(model: Callable[P, R], data: Mapping[str, Any]) -> Callable[P, R]:
     """The same model with some sites observed.
 
     Args:
@@ -424,7 +438,7 @@ def condition(model: Model, data: Mapping[str, Any]) -> Model:
     return _changed(model, dict(data), Named("condition", frozenset(data)), _Condition)
 
 
-def do(model: Model, data: Mapping[str, Any]) -> Model:
+def do(model: Callable[P, R], data: Mapping[str, Any]) -> Callable[P, R]:
     """The same model with some sites set from outside: no density, no LM call.
 
     Args:
@@ -439,12 +453,15 @@ def do(model: Model, data: Mapping[str, Any]) -> Model:
 
 
 def _changed(
-    model: Model, data: dict[str, Any], named: Named, handler: Callable[[dict[str, Any]], Messenger]
-) -> Model:
+    model: Callable[P, R],
+    data: dict[str, Any],
+    named: Named,
+    handler: Callable[[dict[str, Any]], Messenger],
+) -> Callable[P, R]:
     """A model under a handler of its own in each run."""
 
     @functools.wraps(model)
-    def changed(*args: Any, **kwargs: Any) -> Any:
+    def changed(*args: P.args, **kwargs: P.kwargs) -> R:
         with handler(data), _Meeting(named):
             return model(*args, **kwargs)
 

@@ -46,6 +46,7 @@ def test_an_empty_one() -> None:
 
 def test_figures_become_plain_floats() -> None:
     history = History({"a": np.array([1, 2])})
+    assert repr(history) == "History(2 rows: a)" and repr(History()) == "History()"
     history.add({"a": np.float32(0.5), "b": torch.tensor(3.0)})  # type: ignore[dict-item]
     assert history["a"] == [1.0, 2.0, 0.5] and history["b"][-1] == 3.0
     assert {type(v) for values in history.values() for v in values} == {float}

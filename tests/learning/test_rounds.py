@@ -735,4 +735,4 @@ def test_a_list_of_programs_is_data():
         options = {"rounds": 1, "steps": 2, "num_samples": 4, "progress": False}
         data = ([lp.compile(model, *row) for row in DATA],) if k else (model, DATA)
         histories.append(lp.em(*data, guide="prior", **options).history)
-    assert repr(histories[0]) == repr(histories[1])
+    assert histories[0] == histories[1]
