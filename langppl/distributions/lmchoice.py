@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from langppl.distributions import sites
 from langppl.distributions.base import Key, Pending, StringDistribution
@@ -128,13 +129,15 @@ class LMChoice(StringDistribution):
         return found
 
     @staticmethod
-    def _normalised(replies: Sequence[Reply]) -> np.ndarray:
+    def _normalised(replies: Sequence[Reply]) -> NDArray[Any]:
         scores = np.array([r.log_prob for r in replies if isinstance(r, ScoreReply)])
-        shifted: np.ndarray = scores - scores.max()
-        normalised: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+        shifted: NDArray[Any] = scores - scores.max()
+        normalised: NDArray[Any] = shifted - np.log(np.exp(shifted).sum())
         return normalised
 
-    def log_probs(self, *, prompt: Reading | None = None, adapter: str | None = None) -> np.ndarray:
+    def log_probs(
+        self, *, prompt: Reading | None = None, adapter: str | None = None
+    ) -> NDArray[Any]:
         """Log-probability of each option, shape [options], nats."""
         return self._normalised(perform(self.requests(prompt=prompt, adapter=adapter)))
 

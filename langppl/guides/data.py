@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from langppl.guides.observations import GivenLatents, Observation
 from langppl.guides.replay import ReplayBuffer
@@ -133,7 +134,7 @@ def rows_of(
 def shares_of(
     pairs: Sequence[Pair],
     weights: Sequence[float] | None,
-) -> np.ndarray | None:
+) -> NDArray[Any] | None:
     """How often each observation is to be taken; None for equally often."""
     if weights is None:
         return None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.guides import objectives
 from langppl.guides.averaging import Mean
@@ -69,14 +70,14 @@ class Trainer:
         lms: those that rows taken so far stand on, by identity.
     """
 
-    _weighted: tuple[int, np.ndarray, np.ndarray, float] | None = None
+    _weighted: tuple[int, NDArray[Any], NDArray[Any], float] | None = None
     """Of the last step with weights: its number, the rows' order, its edges, and where it began."""
 
     def __init__(
         self,
         guide: GFlowNetGuide,
         observations: Sequence[Observation],
-        weights: np.ndarray | None,
+        weights: NDArray[Any] | None,
         settings: Settings,
         workers: Workers,
         held_out: Sequence[Observation],
@@ -114,7 +115,7 @@ class Trainer:
             weight_decay=0.0,
         )
         # A permutation of all rows for each row that is taken would be most of a step's time.
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._orders: dict[int, tuple[int, NDArray[Any]]] = {}
         self.lms: dict[int, LM] = {id(guide.lm): guide.lm}
         self._known: set[int] = set()
         self._prepared: set[int] = set()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.diagnostics import effective_sample_size
 from langppl.guides.policy import Policy
@@ -61,7 +62,7 @@ class Validation:
         }
 
 
-def of_gaps(plain: np.ndarray, tempered: np.ndarray) -> Validation:
+def of_gaps(plain: NDArray[Any], tempered: NDArray[Any]) -> Validation:
     """The figures from log R − log q of one observation's draws.
 
     Args:

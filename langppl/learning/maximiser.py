@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.learning.likelihood import Factor, Views, ascend, expected
 from langppl.learning.settings import Settings
@@ -53,7 +54,7 @@ class Maximiser:
             weight_decay=settings.weight_decay,
         )
         self.done = 0
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None
+        self._order: tuple[tuple[int, int], NDArray[Any]] | None = None
 
     # Whoever fits wants gradients, wherever it is called.
     @alone

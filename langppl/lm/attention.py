@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -138,9 +139,9 @@ def of_row(row: Row, stem: int, device: torch.device) -> Blocks:
 
 
 def of_mask(
-    seen: np.ndarray,
-    query_depth: np.ndarray,
-    key_depth: np.ndarray,
+    seen: NDArray[Any],
+    query_depth: NDArray[Any],
+    key_depth: NDArray[Any],
     device: torch.device,
     size: int,
 ) -> Blocks:
@@ -170,10 +171,10 @@ def of_mask(
 def _blocks(
     queries: int,
     size: int,
-    keys: np.ndarray,
-    seen: np.ndarray,
-    query_depth: np.ndarray,
-    key_depth: np.ndarray,
+    keys: NDArray[Any],
+    seen: NDArray[Any],
+    query_depth: NDArray[Any],
+    key_depth: NDArray[Any],
     device: torch.device,
 ) -> Blocks:
     is_whole = len(keys) == 1 and np.array_equal(keys[0], np.arange(keys.shape[1]))

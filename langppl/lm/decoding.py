@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm import caches, captured, guided, kept, packed, products
 from langppl.lm.growing import (
@@ -300,7 +301,7 @@ def _draw_on(
     is_run = all(len(p) == len(r) and p[-1] in tree.places for r, p in paths.items())
     if not is_run:
         paths = {r: path[: len(r) - 1] for r, path in paths.items()}
-    seen = np.zeros((len(requests), len(tree.parents)), dtype=bool)
+    seen: NDArray[Any] = np.zeros((len(requests), len(tree.parents)), dtype=bool)
     for line, read in enumerate(reads):
         seen[line, paths[read]] = True
     cache = caches.cache_of(tree.keys)
@@ -319,7 +320,7 @@ def _grow(
     packing: packed.Packing,
     rows: Sequence[Draft],
     logits: torch.Tensor,
-    seen: np.ndarray,
+    seen: NDArray[Any],
     tree: Tree,
     last: list[int],
     cache: Any,

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from langppl.lm.nested import opened
 from langppl.lm.reads import CHEAP, Look, look
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from langppl.lm.rules import BoundRules, StringRules
 
 
-def let_through(rules: StringRules, vocabulary: Vocabulary) -> np.ndarray:
+def let_through(rules: StringRules, vocabulary: Vocabulary) -> NDArray[Any]:
     """The tokens that a string's `allow` and `ban` let through, bool [vocabulary].
 
     Raises:
@@ -51,7 +52,7 @@ def let_through(rules: StringRules, vocabulary: Vocabulary) -> np.ndarray:
 
 def _answers(
     name: str, predicate: Callable[[str], bool], vocabulary: Vocabulary, tokens: list[int]
-) -> np.ndarray:
+) -> NDArray[Any]:
     found = np.zeros(len(tokens), dtype=bool)
     for at, token in enumerate(tokens):
         text = vocabulary.text(token)

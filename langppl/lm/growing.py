@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm import caches, packed
 from langppl.lm.inverse_cdf import by_inverse_cdf
@@ -218,11 +219,11 @@ def run_tree(
     lm: LM,
     packing: packed.Packing,
     tokens: Sequence[int],
-    seen: np.ndarray,
+    seen: NDArray[Any],
     tree: Tree,
     last: Sequence[int],
     cache: Any,
-) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+) -> tuple[torch.Tensor, NDArray[Any], list[int]]:
     """One step of a tree: a token for each row, after the row's last node.
 
     Returns:

@@ -18,10 +18,11 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from langppl.lm import caches, kept, packed
@@ -73,10 +74,10 @@ def check_head(lm: LM) -> None:
 
 def blend(
     found: Tensor,
-    rows: Mapping[int, np.ndarray],
+    rows: Mapping[int, NDArray[Any]],
     besides: Sequence[Beside | None],
     others: Mapping[int, tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Mapping[int, np.ndarray]]:
+) -> tuple[Tensor, Mapping[int, NDArray[Any]]]:
     """Mixes the states of strings that are guided; those of others stay as they are.
 
     Args:

@@ -14,10 +14,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm.memo import state_of
 from langppl.lm.nested import opened
@@ -100,7 +101,7 @@ class Tree:
             self.places.setdefault(self.first[node], row + k)
         self.ends.append(states)
 
-    def states(self, rows: np.ndarray) -> torch.Tensor:
+    def states(self, rows: NDArray[Any]) -> torch.Tensor:
         """Rows of the states that are kept."""
         if len(self.ends) > 1:
             self.ends = [torch.cat(self.ends)]
@@ -170,7 +171,7 @@ def trees_of(lm: LM, adapter: str | None) -> list[Tree]:
 
 def computed(
     trees: Sequence[Tree], sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """States that were computed when strings were drawn.
 
     Args:
@@ -230,10 +231,10 @@ class Branches:
         carried: how many of them, the first ones, are run already.
     """
 
-    ids: np.ndarray
-    depth: np.ndarray
-    seen: np.ndarray
-    place: np.ndarray
+    ids: NDArray[Any]
+    depth: NDArray[Any]
+    seen: NDArray[Any]
+    place: NDArray[Any]
     carried: int
 
 

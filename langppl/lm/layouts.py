@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm.filters import let_through
 from langppl.lm.vocabulary import Vocabulary, utf8_fragment
@@ -59,7 +60,7 @@ class Step:
     _moved: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def legal_array(self) -> np.ndarray:
+    def legal_array(self) -> NDArray[Any]:
         """`legal` in NumPy, which gives single items many times faster."""
         return self.legal.numpy()
 
@@ -70,7 +71,7 @@ class Step:
         return self._moved[device]
 
 
-_Groups = dict[bytes, tuple[np.ndarray, dict[bytes, np.ndarray]]]
+_Groups = dict[bytes, tuple[NDArray[Any], dict[bytes, NDArray[Any]]]]
 _grouped: weakref.WeakKeyDictionary[Vocabulary, _Groups] = weakref.WeakKeyDictionary()
 
 
@@ -97,7 +98,7 @@ def _by_head(vocabulary: Vocabulary) -> _Groups:
     return _grouped[vocabulary]
 
 
-def _ids(tokens: list[int]) -> np.ndarray:
+def _ids(tokens: list[int]) -> NDArray[Any]:
     return np.array(tokens, dtype=np.int32)
 
 
@@ -117,7 +118,7 @@ class Layout:
     """
 
     def __init__(
-        self, stops: tuple[bytes, ...], vocabulary: Vocabulary, allowed: np.ndarray
+        self, stops: tuple[bytes, ...], vocabulary: Vocabulary, allowed: NDArray[Any]
     ) -> None:
         self.stops, self.vocabulary, self.allowed = stops, vocabulary, allowed
         self._steps: dict[Kind, Step] = {}
@@ -146,8 +147,8 @@ class Layout:
     def _by_head(self) -> _Groups:
         """Allowed tokens by the continuation bytes they begin with."""
 
-        def own(ids: np.ndarray) -> np.ndarray:
-            kept: np.ndarray = ids[self.allowed[ids]]
+        def own(ids: NDArray[Any]) -> NDArray[Any]:
+            kept: NDArray[Any] = ids[self.allowed[ids]]
             return kept
 
         found: _Groups = {}
@@ -157,11 +158,11 @@ class Layout:
                 found[head] = (kept, left)
         return found
 
-    def _followers(self, fragment: bytes) -> dict[bytes, np.ndarray]:
+    def _followers(self, fragment: bytes) -> dict[bytes, NDArray[Any]]:
         """Tokens that may follow a fragment, by the fragment they leave."""
         if not fragment:
             return self._by_head[b""][1] if b"" in self._by_head else {}
-        found: dict[bytes, list[np.ndarray]] = {}
+        found: dict[bytes, list[NDArray[Any]]] = {}
         for head, (bare, others) in self._by_head.items():
             joined = utf8_fragment(fragment + head) if head else None
             if joined is None:
@@ -250,7 +251,7 @@ class Layout:
 
     def step_of(
         self,
-        legal: np.ndarray,
+        legal: NDArray[Any],
         kept: dict[int, bytes],
         groups: dict[bytes, torch.Tensor],
         end_ids: torch.Tensor,
@@ -309,7 +310,7 @@ def layout_of(rules: StringRules, vocabulary: Vocabulary) -> Layout:
 
 
 def _can_spell(
-    stop: bytes, tokens: set[bytes], vocabulary: Vocabulary, allowed: np.ndarray
+    stop: bytes, tokens: set[bytes], vocabulary: Vocabulary, allowed: NDArray[Any]
 ) -> bool:
     """Whether several tokens in a row spell `stop`, which may begin and end inside of one.
 

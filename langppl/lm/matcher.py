@@ -16,9 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
 
 from langppl.lm.vocabulary import Vocabulary
 
@@ -174,7 +176,7 @@ class Matcher:
             self._keep(text, place)
         return found
 
-    def legal(self, text: bytes) -> np.ndarray:
+    def legal(self, text: bytes) -> NDArray[Any]:
         """The tokens that keep to the grammar after `text`: bool [tokens]."""
         with walking():
             place = self._go(text)

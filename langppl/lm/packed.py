@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
 from langppl.lm import attention, kept, lean, products
@@ -92,7 +93,7 @@ class Packing:
 
 def states(
     lm: LM, sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """States of an LM at some positions of token sequences.
 
     Args:
@@ -125,7 +126,7 @@ def _new_states(
     first: Sequence[int],
     count: Sequence[int],
     trees: Sequence[Tree],
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """As `states`, by passes over what trees do not know."""
     assert lm.packs is not None
     known = kept.known(trees, sequences, first)
@@ -150,7 +151,7 @@ def _new_states(
     ]
     adapter, packing = lm.active_adapter, lm.packs
 
-    def passed(row: Row, nodes: np.ndarray, carried: Sequence[KeysAndValues]) -> _Passed:
+    def passed(row: Row, nodes: NDArray[Any], carried: Sequence[KeysAndValues]) -> _Passed:
         way = functools.partial(
             _row_states, lm, packing, row, layout.stem, nodes, stem, carried, adapter
         )
@@ -171,9 +172,9 @@ _Passed = tuple[torch.Tensor, KeysAndValues]
 def _in_turn(
     lm: LM,
     rows: Sequence[Row],
-    wanted: Sequence[dict[int, np.ndarray]],
-    passed: Callable[[Row, np.ndarray, Sequence[KeysAndValues]], _Passed],
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+    wanted: Sequence[dict[int, NDArray[Any]]],
+    passed: Callable[[Row, NDArray[Any], Sequence[KeysAndValues]], _Passed],
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """The states of rows that may go on from each other.
 
     Args:
@@ -186,7 +187,7 @@ def _in_turn(
     Yields:
         As `states`.
     """
-    needed: list[np.ndarray] = []
+    needed: list[NDArray[Any]] = []
     later = np.zeros(0, dtype=np.int64)
     for row, own in zip(reversed(rows), reversed(wanted), strict=True):
         later = np.unique(np.concatenate([row.handed[later], *own.values()])).astype(np.int64)
@@ -242,7 +243,7 @@ def _cache_of_all(parts: Sequence[KeysAndValues]) -> Any:
     )
 
 
-def _made(cache: Any, places: np.ndarray) -> KeysAndValues:
+def _made(cache: Any, places: NDArray[Any]) -> KeysAndValues:
     """Keys and values at some places of a cache; empty for none."""
     if not len(places):
         return []
@@ -260,7 +261,7 @@ def _after_trees(
     first: Sequence[int],
     count: Sequence[int],
     known: Sequence[tuple[Tree, list[int]]],
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """The states of sequences that begin with nodes of trees whose keys and values are kept."""
     groups: dict[int, tuple[Tree, list[int]]] = {}
     for k, (tree, _) in enumerate(known):
@@ -289,7 +290,7 @@ def _row_after(
     packing: Packing,
     tree: Tree,
     row: Row,
-    nodes: np.ndarray,
+    nodes: NDArray[Any],
     carried: Sequence[KeysAndValues],
 ) -> _Passed:
     """Runs a row whose sequences begin with nodes of a tree, see `_in_turn`."""
@@ -310,9 +311,9 @@ def _row_after(
 def seen_by(
     lm: LM,
     packing: Packing,
-    seen: np.ndarray,
-    query_depth: np.ndarray,
-    key_depth: np.ndarray,
+    seen: NDArray[Any],
+    query_depth: NDArray[Any],
+    key_depth: NDArray[Any],
     size: int,
 ) -> Blocks | torch.Tensor:
     """What nodes in any order see, bool [n, cached + n], as `run` takes it."""
@@ -326,7 +327,7 @@ def _row_states(
     packing: Packing,
     row: Row,
     stem: Ids,
-    nodes: np.ndarray,
+    nodes: NDArray[Any],
     known: KeysAndValues | None,
     carried: Sequence[KeysAndValues],
     adapter: str | None,
@@ -399,7 +400,7 @@ def run(
 
 
 def run_row(
-    lm: LM, packing: Packing, row: Row, stem: int, nodes: np.ndarray, cache: Any = None
+    lm: LM, packing: Packing, row: Row, stem: int, nodes: NDArray[Any], cache: Any = None
 ) -> torch.Tensor:
     """States [nodes, width] of a row whose stem, so many tokens, and what it carries are cached."""
     if packing.in_blocks:
@@ -413,7 +414,7 @@ def run_row(
 
 
 def run_in_pieces(
-    lm: LM, packing: Packing, row: Row, nodes: np.ndarray, cache: Any, most: int
+    lm: LM, packing: Packing, row: Row, nodes: NDArray[Any], cache: Any, most: int
 ) -> torch.Tensor:
     """States [nodes, width] of a row that is run in passes of so many nodes, and put in a cache.
 

@@ -7,10 +7,11 @@ distinct token sequence (a sequence that begins another shares its row), one for
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm.trie import LEAST_STEM, Ids, shared
 
@@ -26,7 +27,7 @@ _Row = tuple[Ids, int, int]
 
 def states(
     lm: LM, sequences: Sequence[Ids], first: Sequence[int], count: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """States at `count` positions of each sequence, from `first` on; see `packed.states`."""
     for rows, members in _chunks(lm, sequences, first):
         found, offset = _forward(lm, rows)

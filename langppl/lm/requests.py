@@ -17,7 +17,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import numpy as np
+from numpy.typing import NDArray
 
 from langppl.lm import adapters
 from langppl.lm.nested import opened, reset
@@ -214,9 +214,9 @@ class ScoreReply:
             −inf where no string may end.
     """
 
-    tokens: np.ndarray
+    tokens: NDArray[Any]
     ending: float
-    canonical: np.ndarray
+    canonical: NDArray[Any]
 
     @property
     def log_prob(self) -> float:
@@ -306,8 +306,8 @@ class Candidates:
         take: the string after one of them, by its number; its `log_prob` is the action's own.
     """
 
-    log_probs: np.ndarray
-    left: np.ndarray
+    log_probs: NDArray[Any]
+    left: NDArray[Any]
     take: Callable[[int], DrawReply]
 
     def __len__(self) -> int:
@@ -338,7 +338,7 @@ class StateReply:
         state: shape [width], float32 (see `LM.states`).
     """
 
-    state: np.ndarray
+    state: NDArray[Any]
 
 
 Request = ScoreRequest | DrawRequest | StateRequest

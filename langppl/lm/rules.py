@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm.counts import as_count, unwrapped
 from langppl.lm.functions import content_of
@@ -419,7 +420,7 @@ class BoundRules:
 
     def _masked_step(self, free: Step, state: State) -> Step:
         """What of a step's actions the grammar allows after the state's text."""
-        legal: np.ndarray = free.legal.numpy() & self._matcher.legal(state.text)
+        legal: NDArray[Any] = free.legal.numpy() & self._matcher.legal(state.text)
         legal[list(free.kept)] = False
         # An ending action is judged by the text that it leaves, not by what its tokens go on with.
         groups = {

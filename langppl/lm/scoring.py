@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from langppl.lm import guided, packed, padded
 from langppl.lm.reading import Wanted, log_probs
@@ -160,7 +160,7 @@ def _score(
 
 def _pass(
     lm: LM, adapter: str | None, prompts: Sequence[Ids], paths: Sequence[Path | None]
-) -> Iterator[tuple[torch.Tensor, dict[int, np.ndarray]]]:
+) -> Iterator[tuple[torch.Tensor, dict[int, NDArray[Any]]]]:
     """For some strings at a time, states, and which of them are before each string's actions."""
     first = [len(p) - 1 for p in prompts]
     count = [1 if p is None else len(p.steps) for p in paths]
@@ -294,8 +294,8 @@ class _Asked:
 def _read(
     lm: LM,
     requests: Sequence[ScoreRequest] | Sequence[ScoreRequest | StateRequest],
-    prompted: Mapping[int, np.ndarray],
-    rows: Mapping[int, np.ndarray],
+    prompted: Mapping[int, NDArray[Any]],
+    rows: Mapping[int, NDArray[Any]],
     states: torch.Tensor,
 ) -> tuple[list[_Member], torch.Tensor, torch.Tensor]:
     """Reads the actions of some strings from the states before them.

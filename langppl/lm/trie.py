@@ -18,8 +18,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 LEAST_STEM = 8
 """Fewest common first tokens that are worth a pass of their own."""
@@ -45,14 +47,14 @@ class Row:
         handed: the nodes that are carried into the next row.
     """
 
-    ids: np.ndarray
-    depth: np.ndarray
-    below: np.ndarray
-    paths: dict[int, np.ndarray]
+    ids: NDArray[Any]
+    depth: NDArray[Any]
+    below: NDArray[Any]
+    paths: dict[int, NDArray[Any]]
     carried: int = 0
-    handed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    handed: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
-    def mask(self, stem: int) -> np.ndarray:
+    def mask(self, stem: int) -> NDArray[Any]:
         """Which positions each node that is run here sees, the stem's first.
 
         Returns:
@@ -61,7 +63,7 @@ class Row:
         own = self.seen_by(np.arange(self.carried, len(self.ids)))
         return np.concatenate([np.ones((len(own), stem), dtype=bool), own], axis=1)
 
-    def seen_by(self, nodes: np.ndarray) -> np.ndarray:
+    def seen_by(self, nodes: NDArray[Any]) -> NDArray[Any]:
         """Which nodes some of them see: bool [nodes, n]."""
         of = nodes[:, None]
         return (np.arange(len(self.ids)) <= of) & (of < self.below)
@@ -212,7 +214,7 @@ def _in_turn(
 
 def _row(
     members: Sequence[tuple[int | None, Ids]], common: Sequence[int], stem: int
-) -> tuple[Row, np.ndarray]:
+) -> tuple[Row, NDArray[Any]]:
     """The trie of sorted sequences; `common[i]` tokens of the i-th are also its neighbour's.
 
     Returns:
@@ -221,7 +223,7 @@ def _row(
     ids: list[int] = []
     depth: list[int] = []
     path = np.zeros(0, dtype=np.int64)
-    paths: dict[int, np.ndarray] = {}
+    paths: dict[int, NDArray[Any]] = {}
     below: list[int] = []
     for (k, sequence), same in zip(members, common, strict=True):
         kept = max(same - stem, 0)
