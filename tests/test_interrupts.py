@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -37,18 +38,26 @@ def without_garbage() -> Iterator[None]:
     gc.enable()
 
 
-def interrupted(k: int, files: tuple[str, ...], act: Callable[[], object]) -> Any:
-    """Interrupts before the k-th line that is run of some files; returns the exception, if any."""
-    seen = 0
+def interrupted(
+    k: int, files: tuple[str, ...], act: Callable[[], object]
+) -> tuple[bool, BaseException | None]:
+    """Interrupts before the k-th line that is run of some files.
+
+    Returns:
+        Whether there is such a line, and what came out of it; an inference that has a draw ends
+        with what it has.
+    """
+    seen, came = 0, False
 
     def trace(frame: types.FrameType, event: str, arg: Any) -> Any:
-        nonlocal seen
+        nonlocal seen, came
         # Traces see the line of a `with` again where it ends; a signal is not looked at between
         # that and the release of a lock of Python's own.
         if not frame.f_code.co_filename.endswith(files) or frame.f_code.co_name in LOCKING:
             return None
         if event == "line":
             if seen == k:
+                came = True
                 raise KeyboardInterrupt
             seen += 1
         return trace
@@ -58,10 +67,10 @@ def interrupted(k: int, files: tuple[str, ...], act: Callable[[], object]) -> An
     try:
         act()
     except KeyboardInterrupt as error:
-        return error
+        return came, error
     finally:
         sys.settrace(before)
-    return None
+    return came, None
 
 
 def everywhere(files: tuple[str, ...], act: Callable[[], object], step: int = 1) -> Iterator[int]:
@@ -69,11 +78,13 @@ def everywhere(files: tuple[str, ...], act: Callable[[], object], step: int = 1)
 
     As they do in a notebook.
     """
-    k, held = 0, []
-    while (error := interrupted(k, files, act)) is not None:
+    held = []
+    for k in itertools.count(0, step):
+        came, error = interrupted(k, files, act)
+        if not came:
+            return
         held.append(error)
         yield k
-        k += step
 
 
 def logits() -> torch.Tensor:
@@ -184,6 +195,7 @@ def story() -> None:
     lp.sample("seen", lp.LMString(LM, f"a{z}"), obs="ab")
 
 
+@pytest.mark.filterwarnings("ignore:interrupted")
 def test_an_inference_under_a_guide() -> None:
     program = lp.compile(story)
     expected = lp.infer(program, guide=GUIDE, num_samples=1, progress=False).log_evidence

@@ -196,7 +196,10 @@ Chooser = Callable[[str, Any, Execution], Choice]
 
 def is_plain(scale: Any, mask: Any) -> bool:
     """Whether a site's log-probability counts once, under Pyro's `scale` and `mask`."""
-    return mask is None and bool((torch.as_tensor(scale) == 1.0).all())
+    if mask is not None:
+        return False
+    # What Pyro says where nobody scales; a tensor is made for others, which takes longer.
+    return scale == 1.0 if type(scale) is float else bool((torch.as_tensor(scale) == 1.0).all())
 
 
 def kind_of(fn: Any, is_observed: bool) -> Kind:

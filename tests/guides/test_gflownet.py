@@ -81,8 +81,9 @@ def divergences(program: Program, guide: GFlowNetGuide | None) -> tuple[float, f
 SEEDS = {1: "aab.", 2: "...", 5: "aab."}
 
 
-@pytest.mark.parametrize("objective", ["subtb", "vargrad"])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("seed", "objective"), [(1, "subtb"), (2, "vargrad"), (5, "subtb"), (5, "vargrad")]
+)
 def test_a_trained_guide_is_the_posterior(seed: int, objective: str) -> None:
     program = compile(story, make_lm(seed), SEEDS[seed])
     assert min(divergences(program, None)) > 0.5

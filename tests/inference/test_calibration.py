@@ -38,7 +38,7 @@ from langppl.testing import tiny_lm
 
 LETTERS = "abcd."
 LM = tiny_lm(LETTERS, seed=1, sharpness=0.05, hidden_size=32)
-SIMULATIONS = 500
+SIMULATIONS = 300
 LEVEL = 0.01
 
 
