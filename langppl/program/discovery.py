@@ -70,6 +70,8 @@ have met: a loop that is told by such a value whether to go on has no last turn.
 _MOST_MADE_UP, _MOST_CHANGED = 1_000, 64
 """Latents of one loop, beyond those of the run before, after which a run is given up: made-up
 values may never be what ends it."""
+_MOST_SITES = 100_000
+"""Latents of a run that looks at none of them: what they are will not end it."""
 _MOST_PLACED = 16
 """As `_MOST_TURNS`, of one place in the model whose sites have names without a pattern: they may be
 a list of names, and no loop."""
@@ -346,6 +348,8 @@ class _Search:
             if sites_in(name):
                 self.looked_inside = True
                 raise _EndlessError
+            if len(self._traced) > _MOST_SITES and not self.looked_inside:
+                raise _EndlessError
 
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
             nonlocal has_met
@@ -366,6 +370,12 @@ class _Search:
         try:
             return self._run(choose, know)
         except _EndlessError:
+            if not self.looked_inside:
+                raise ValueError(
+                    f"the model met {_MOST_SITES} latents in one run, {self._traced[-1]!r} the "
+                    "last, and looked at none of them, so nothing ends it; end the loop after a "
+                    "number of turns, or by what a latent is"
+                ) from None
             return None
         except Exception as error:
             # What is raised before there is any value, and a name that is missing where none was
@@ -383,7 +393,8 @@ class _Search:
         """
         before = self._traced
         self.trace()
-        moved = [n for n in before if n not in self._traced]
+        again = set(self._traced)
+        moved = [n for n in before if n not in again]
         if moved and not self.watched.drew:
             raise ValueError(
                 f"run again, the model did not meet site {moved[0]!r}; {_RULE}. A cache of sites "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import langppl as lp
-from langppl.program import StaticMismatchWarning, scheduler
+from langppl.program import StaticMismatchWarning, discovery, scheduler
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab. 1", seed=1)
@@ -980,6 +981,18 @@ def test_a_loop_that_a_number_ends_has_its_evidence() -> None:
 
 class TooLong(BaseException):
     """No error, which the search for a structure would pass over."""
+
+
+def test_a_loop_that_nothing_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "_MOST_SITES", 40)
+
+    def model(turns: int | None) -> None:
+        for turn in itertools.count() if turns is None else range(turns):
+            lp.sample(f"z{turn}", short("a"))
+
+    with pytest.raises(ValueError, match=r"met 40 latents in one run, 'z40' the last, and looked"):
+        lp.compile(model, None)
+    assert len(lp.compile(model, 40).latents) == 40
 
 
 @pytest.mark.parametrize("how", ["letters", "texts", "list"])
