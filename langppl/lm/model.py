@@ -334,7 +334,8 @@ class LM:
         if watched is None or not watched.holds(rules):
             free = None if rules.grammar is None else self.bind(rules.without_grammar)
             watched = Watched(BoundRules(rules, self.vocabulary, free))
-            for stop in rules.stop:
+            # Under a grammar the rules without it have told of them.
+            for stop in rules.stop if free is None else ():
                 if (spelled := special_in(self.tokenizer, stop)) is not None:
                     warn(
                         f"the stop {stop!r} spells the special token {spelled!r}, which no string "

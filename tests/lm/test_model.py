@@ -200,6 +200,10 @@ def test_a_stop_that_no_string_contains() -> None:
     with pytest.warns(UserWarning, match=r"the stop '</s>' spells the special token '</s>'"):
         found = lp.LMString(lm, "a", stop=["b", "</s>"], max_tokens=3).log_prob("ab")
     assert found > -math.inf
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lp.LMString(lm, "a", stop="</s>", max_tokens=3, grammar=lp.regex("[ab]+"))
+    assert len(told) == 1
 
 
 def test_known_prompts_are_bounded_in_bytes() -> None:
