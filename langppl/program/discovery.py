@@ -643,7 +643,7 @@ class _Search:
         while isinstance(plain, torch.distributions.Independent):
             plain = plain.base_dist
         values = _least(plain, site.value)
-        is_one = not (fn.batch_shape or fn.event_shape)
+        is_one = not values or not (fn.batch_shape or fn.event_shape)
         if not is_one:
             values = _one_by_one(site.value, values)
         values = [v for v in values if float(fn.log_prob(v).sum()) > -math.inf]
@@ -786,7 +786,7 @@ def _least(fn: Any, value: torch.Tensor) -> list[torch.Tensor]:
         return list(each) if len(each) <= _MOST_LISTED else []
     try:
         is_count = fn.support is torch.distributions.constraints.nonnegative_integer
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # one that does not say
         return []
     return list(torch.arange(_NUMBERS).to(value)) if is_count else []
 

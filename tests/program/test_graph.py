@@ -1036,6 +1036,22 @@ def test_sites_that_no_number_tells_apart_are_followed_for_some_turns(how: str) 
     assert found.log_evidence is not None and found.log_evidence > -50
 
 
+def test_a_distribution_that_tells_no_support_and_no_shape() -> None:
+    class Two(dist.Distribution):
+        def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.randint(2, ())
+
+        __call__ = sample
+
+        def log_prob(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor(0.5).log()
+
+    def model() -> None:
+        lp.sample("o", goes_on("a" if lp.sample("n", Two()) else "b"), obs="a")
+
+    assert edges(model) == {("n", "o")}
+
+
 @pytest.mark.parametrize("how", ["cache", "argument"])
 def test_a_cache_that_outlives_a_run_is_told(how: str) -> None:
     @functools.cache
