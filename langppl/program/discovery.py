@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,7 +74,7 @@ _MOST_SITES = 100_000
 """Latents of a run that looks at none of them: what they are will not end it."""
 _MOST_PLACED = 16
 """As `_MOST_TURNS`, of one place in the model whose sites have names without a pattern: they may be
-a list of names, and no loop."""
+a list of names, and no loop. If none led to another, `_MOST_CHANGED`."""
 _RULE = (
     "a model must be a function of its sites: with the same values it must meet the same sites in "
     "the same order. Randomness belongs into lp.sample, and state that changes between runs out of "
@@ -301,7 +301,11 @@ class _Search:
         self._base_value = _VALUES[0]
         self._tried: set[tuple[int, str]] = set()
         self._beyond: set[str] = set()
-        self._places: dict[str, Hashable] = {}
+        self._led_to: dict[str, str] = {}
+        # Whether choices take another option after some turns at a place, of whatever name.
+        self._by_place = False
+        self._places: dict[str, int] = {}
+        self._numbered: dict[Hashable, int] = {}
         self._traced: list[str] = []
 
     def _noting(self, decide: Callable[..., T]) -> Callable[..., T]:
@@ -309,7 +313,8 @@ class _Search:
 
         def noted(name: str, *rest: Any) -> T:
             if name not in self._places:
-                self._places[name] = place()
+                # A place is long, and to hash code takes a while each time.
+                self._places[name] = self._numbered.setdefault(place(), len(self._numbered))
             return decide(name, *rest)
 
         return noted
@@ -473,7 +478,8 @@ class _Search:
                     has_few = _has_few_values(nodes[name])
                     turns.add(name)
                     most = _MOST_TURNS if has_few else _MOST_STRINGS
-                    if turns.alike(name) > most or turns.there(name) > _MOST_PLACED:
+                    placed = _MOST_PLACED if self._is_of_a_loop(name) else _MOST_CHANGED
+                    if turns.alike(name) > most or turns.there(name) > placed:
                         del nodes[name]  # one that goes on for as long as it is told to
                         self._beyond.add(name)
                         continue
@@ -501,6 +507,18 @@ class _Search:
             )
         )
         return graph
+
+    def _is_of_a_loop(self, name: str) -> bool:
+        """Whether of the sites whose changes led to a site, one by one, two share a place."""
+        met: set[int | str] = set()
+        at: str | None = name
+        while at is not None:
+            place_of = self._places.get(at, at)
+            if place_of in met:
+                return True
+            met.add(place_of)
+            at = self._led_to.get(at)
+        return False
 
     def _elsewhere(self, name: str, known: set[str]) -> set[str]:
         """The sites that a site's value moves where another has another value, as in a branch.
@@ -547,7 +565,9 @@ class _Search:
             for other in dict.fromkeys([*before, *now]):
                 if other == name or other in self._beyond:
                     continue
-                self.nodes.setdefault(other, (after if other in now else start).sites[other])
+                if other not in self.nodes:
+                    self.nodes[other] = (after if other in now else start).sites[other]
+                    self._led_to[other] = name
                 if before.get(other) != now.get(other):
                     moved.add(other)
             changes.append(_Change(value, after, frozenset(moved)))
@@ -555,21 +575,15 @@ class _Search:
 
     def _base_runs(self) -> list[Execution]:
         self._seen, self._telling, self._values = [], {}, {}
-        self._left, self._tried, self._beyond = _BUDGET, set(), set()
+        self._left, self._tried, self._beyond, self._led_to = _BUDGET, set(), set(), {}
         self._filler = self._base_value = _VALUES[0]
-
-        def no_tools(name: str, fn: Known) -> Any:
-            if fn.family == "deterministic":
-                return fn()  # it is no tool: its value is there already
-            raise _ToolNeeded
 
         if self.is_broken and not self.drawn:
             # An error of a draw is the model's own, and is not swallowed.
             self._run(self._drawn(0), forgive=True)
         for value in () if self.drawn else self._pool():
             try:
-                choose = _ending(self._made_up(value), _Turns(self._places), _MOST_MADE_UP)
-                found = self._run(choose, no_tools)
+                found = self._made_up_run(value)
             except _ToolNeeded:
                 break
             except (Exception, _EndlessError):
@@ -585,17 +599,39 @@ class _Search:
         # Those that went through to their end tell more.
         return sorted(drawn, key=lambda execution: execution.error is not None)
 
+    def _made_up_run(self, value: str) -> Execution:
+        """A run with one made-up value for all strings."""
+
+        def run(most: int) -> Execution:
+            choose = _ending(self._made_up(value), _Turns(self._places), most)
+            return self._run(choose, _no_tools)
+
+        if not self._by_place:
+            try:
+                return run(_MOST_CHANGED)
+            except (RecursionError, _EndlessError):
+                self._by_place = True  # the first option may be what a loop goes on with
+        return run(_MOST_MADE_UP)
+
     def _made_up(self, value: str) -> Any:
+        """The chooser of one run."""
+
         def report(method: str, args: tuple[Any, ...]) -> None:
             # Another latent's placeholder is no literal, and reports being compared itself.
             plain = [a for a in args if isinstance(a, str) and not isinstance(a, Placeholder)]
             self.literals += plain
 
+        turns, counted = _Turns(self._places), 0
+
         def choose(name: str, fn: Any, execution: Execution) -> Choice:
+            nonlocal counted
             if isinstance(fn, LMChoice):
-                # The first one may be what a loop goes on with.
-                turns = _Turns(self._places, execution.sites)
-                option = fn.options[turns.of(name) // _SAME_OPTION % len(fn.options)]
+                # Of one run, whose sites only become more: to count all each time is slow.
+                for met in islice(execution.sites, counted, None):
+                    turns.add(met)
+                counted = len(execution.sites)
+                turn = turns.of(name) if self._by_place else turns.alike(name)
+                option = fn.options[turn // _SAME_OPTION % len(fn.options)]
                 return Choice(Placeholder.make(str(option), report))
             if isinstance(fn, StringDistribution):
                 return Choice(Placeholder.make(value, report))
@@ -687,6 +723,9 @@ class _Search:
                 except Exception:
                     return None
                 except _EndlessError:
+                    if not self._by_place:
+                        self._by_place = True
+                        continue
                     if filler == self._base_value:
                         return None
                     self._filler = self._base_value  # with which the run before came to its end
@@ -732,10 +771,10 @@ class _Turns:
         names: sites that count already.
     """
 
-    def __init__(self, places: Mapping[str, Hashable], names: Iterable[str] = ()) -> None:
+    def __init__(self, places: Mapping[str, int], names: Iterable[str] = ()) -> None:
         self.places = places
         self._alike: Counter[str] = Counter()
-        self._there: Counter[Hashable] = Counter()
+        self._there: Counter[int | str] = Counter()
         for name in names:
             self.add(name)
 
@@ -756,6 +795,12 @@ class _Turns:
     def there(self, name: str) -> int:
         """How many sites were counted that were met at the same place in the model."""
         return self._there[self.places.get(name, name)]
+
+
+def _no_tools(name: str, fn: Known) -> Any:
+    if fn.family == "deterministic":
+        return fn()  # it is no tool: its value is there already
+    raise _ToolNeeded
 
 
 def _ending(choose: Chooser, met: _Turns, most: int) -> Chooser:

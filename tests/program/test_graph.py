@@ -1052,6 +1052,38 @@ def test_a_distribution_that_tells_no_support_and_no_shape() -> None:
     assert edges(model) == {("n", "o")}
 
 
+def test_a_list_of_sites_that_a_rare_number_brings() -> None:
+    names = [f"about {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
+
+    def model() -> None:
+        text = "a"
+        if lp.sample("all", dist.Bernoulli(torch.tensor(0.01))):
+            text = "".join(lp.sample(name, lp.LMChoice(LM, "a", ["a", "b"])) for name in names)
+        lp.sample("o", goes_on(text), obs="a")
+
+    assert edges(model) >= {(name, "o") for name in ["all", *names]}
+
+
+def test_a_list_of_choices_is_no_loop() -> None:
+    names = [f"about {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
+
+    def model() -> None:
+        found = [lp.sample(name, lp.LMChoice(LM, "a", ["a", "b"])) for name in names]
+        lp.sample("o", goes_on("b" if "b" in found else "a"), obs="a")
+
+    assert edges(model) == {(name, "o") for name in names}
+
+
+def test_a_loop_of_choices_that_no_number_tells_apart_comes_to_its_end() -> None:
+    def model() -> None:
+        path = ""
+        while lp.sample(f"more{path}", lp.LMChoice(LM, "a", ["a", "b"])) == "a":
+            path += "l"
+        lp.sample("o", goes_on("a" if path else "b"), obs="a")
+
+    assert ("more", "o") in edges(model)
+
+
 @pytest.mark.parametrize("how", ["cache", "argument"])
 def test_a_cache_that_outlives_a_run_is_told(how: str) -> None:
     @functools.cache
