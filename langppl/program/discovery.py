@@ -26,6 +26,7 @@ from itertools import islice, zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 
 from langppl.distributions import LMChoice, StringDistribution, Text
 from langppl.distributions.sites import pattern
@@ -80,6 +81,7 @@ _RULE = (
     "the same order. Randomness belongs into lp.sample, and state that changes between runs out of "
     "the model"
 )
+_CACHES = "A cache of sites (functools.cache, a dict) must be made anew within the model"
 _BUDGET = 1_000
 """Runs that look for what a latent leads to in a branch that another one opens."""
 _LISTED = (torch.distributions.Bernoulli, torch.distributions.Categorical)
@@ -132,6 +134,7 @@ def discover(
     search = _Search(model, args, memo, seed)
     traced = search.trace()
     if traced is not None:
+        search.check_met(traced)
         numeric = [s for s in traced.sites.values() if s.kind == "latent" and not s.is_string]
         known = [s for s in traced.sites.values() if s.kind == "deterministic"]
         if not search.looked_inside and not numeric and not known:
@@ -304,6 +307,7 @@ class _Search:
         self._led_to: dict[str, str] = {}
         # Whether choices take another option after some turns at a place, of whatever name.
         self._by_place = False
+        self._gave_up = False
         self._places: dict[str, int] = {}
         self._numbered: dict[Hashable, int] = {}
         self._traced: list[str] = []
@@ -341,7 +345,7 @@ class _Search:
         """A run with placeholders; None if the program does not go through with them."""
         has_met = False
         turns = _Turns(self._places)
-        self._traced = []
+        self._traced, self._gave_up = [], False
 
         def report(method: str, args: tuple[Any, ...]) -> None:
             self.looked_inside = True
@@ -375,6 +379,7 @@ class _Search:
         try:
             return self._run(choose, know)
         except _EndlessError:
+            self._gave_up = True
             if not self.looked_inside:
                 raise ValueError(
                     f"the model met {_MOST_SITES} latents in one run, {self._traced[-1]!r} the "
@@ -389,21 +394,49 @@ class _Search:
             self.is_broken = own and not self.looked_inside
             # Whatever else a program does with a marker in place of text, real values will tell.
             self.looked_inside = True
+            self._gave_up = isinstance(error, RecursionError)
             return None
+
+    def check_met(self, traced: Execution) -> None:
+        """Raises ValueError if a site holds the placeholder of one that its run did not meet.
+
+        It is of a run before, which an error ended or which another `compile` made, and was kept
+        in a cache that lived on.
+        """
+        # Within a model they may be that model's own placeholders.
+        if self.looked_inside or _PYRO_STACK:
+            return
+        if all(parents <= traced.sites.keys() for _, parents in _edges(traced)):
+            return
+        # What changes a text without a look inside (`re.sub`) may have changed one of this run.
+        try:
+            run = self._made_up_run(_VALUES[0])
+        except (Exception, _ToolNeeded, _EndlessError):
+            return
+        for name, parents in _edges(run):
+            for other in sorted(parents):
+                raise ValueError(
+                    f"site {name!r} holds what site {other!r} was in an earlier run, and the model "
+                    f"did not meet {other!r} in this one; {_RULE}. {_CACHES}"
+                )
 
     def check_memory(self) -> None:
         """Raises ValueError if what the placeholder run met is not met a second time.
 
         A cache that outlives a run holds its placeholders, and no later run would show the latent.
         """
+        if self._gave_up:
+            return  # where a recursion ends that has no last turn is no matter of the model's
         before = self._traced
+        # Under what the first run began with, or long loops would be given up in this one alone.
+        looked, self.looked_inside = self.looked_inside, False
         self.trace()
+        self.looked_inside |= looked
         again = set(self._traced)
         moved = [n for n in before if n not in again]
-        if moved and not self.watched.drew:
+        if moved and not self._gave_up and not self.watched.drew:
             raise ValueError(
-                f"run again, the model did not meet site {moved[0]!r}; {_RULE}. A cache of sites "
-                "(functools.cache, a dict) must be made anew within the model"
+                f"run again, the model did not meet site {moved[0]!r}; {_RULE}. {_CACHES}"
             )
 
     def templates_hold(self, traced: Execution, is_known: bool = False) -> bool:

@@ -1036,22 +1036,6 @@ def test_sites_that_no_number_tells_apart_are_followed_for_some_turns(how: str) 
     assert found.log_evidence is not None and found.log_evidence > -50
 
 
-def test_a_distribution_that_tells_no_support_and_no_shape() -> None:
-    class Two(dist.Distribution):
-        def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.randint(2, ())
-
-        __call__ = sample
-
-        def log_prob(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.tensor(0.5).log()
-
-    def model() -> None:
-        lp.sample("o", goes_on("a" if lp.sample("n", Two()) else "b"), obs="a")
-
-    assert edges(model) == {("n", "o")}
-
-
 def test_a_list_of_sites_that_a_rare_number_brings() -> None:
     names = [f"about {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
 
@@ -1074,6 +1058,18 @@ def test_a_list_of_choices_is_no_loop() -> None:
     assert edges(model) == {(name, "o") for name in names}
 
 
+def test_a_tree_of_choices() -> None:
+    def tree(path: str) -> str:
+        if lp.sample(f"leaf{path}", lp.LMChoice(LM, "a", ["a", "b"])) == "a":
+            return lp.sample(f"word{path}", short("a"))
+        return tree(f"{path}l") + tree(f"{path}r")
+
+    def model() -> None:
+        lp.sample("o", goes_on(tree("")), obs="a")
+
+    assert {("leaf", "o"), ("leafl", "o"), ("word", "o"), ("wordl", "o")} <= edges(model)
+
+
 def test_a_loop_of_choices_that_no_number_tells_apart_comes_to_its_end() -> None:
     def model() -> None:
         path = ""
@@ -1082,6 +1078,22 @@ def test_a_loop_of_choices_that_no_number_tells_apart_comes_to_its_end() -> None
         lp.sample("o", goes_on("a" if path else "b"), obs="a")
 
     assert ("more", "o") in edges(model)
+
+
+def test_a_distribution_that_tells_no_support_and_no_shape() -> None:
+    class Two(dist.Distribution):
+        def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.randint(2, ())
+
+        __call__ = sample
+
+        def log_prob(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor(0.5).log()
+
+    def model() -> None:
+        lp.sample("o", goes_on("a" if lp.sample("n", Two()) else "b"), obs="a")
+
+    assert edges(model) == {("n", "o")}
 
 
 @pytest.mark.parametrize("how", ["cache", "argument"])
@@ -1099,8 +1111,33 @@ def test_a_cache_that_outlives_a_run_is_told(how: str) -> None:
             text = known["z"] = lp.sample("z", short("a"))
         lp.sample("o", goes_on(text), obs="a")
 
+    known: dict[str, str] = {}
     with pytest.raises(ValueError, match=r"did not meet site 'z'; .* must be made anew within"):
-        lp.compile(model, {})
+        lp.compile(model, known)
+    # What the error left there is no text.
+    with pytest.raises(ValueError, match=r"'o' holds what site 'z' was .* must be made anew"):
+        lp.compile(model, known)
+
+
+def test_a_long_program_that_looks_at_its_end_has_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(discovery, "_MOST_MADE_UP", 8)
+
+    def model() -> None:
+        on = [lp.sample(f"on{k}", dist.Bernoulli(torch.tensor(0.5))) for k in range(12)]
+        z = lp.sample("z", short("a"))
+        lp.sample("o", goes_on("a" if "b" in z or all(on) else "b"), obs="a")
+
+    assert len(lp.compile(model).latents) == 13
+
+
+def test_what_changes_a_placeholder_unseen_is_no_memory() -> None:
+    def model() -> None:
+        z = lp.sample("words", short("a"))
+        lp.sample("o", goes_on(re.sub("w", "b", z)), obs="a")
+
+    assert edges(model) == {("words", "o")}
 
 
 def test_a_cache_within_the_model_is_no_memory() -> None:
