@@ -488,6 +488,9 @@ class _Search:
         except _ToolNeeded:  # made-up values led past a tool until one of them was changed
             self.drawn = True
             return self._explore()
+        finally:
+            # The sites' placeholders, which a program keeps, lead here.
+            self._seen, self._telling = [], {}
 
     def _explore(self) -> ProgramGraph:
         runs = self._base_runs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import re
 import warnings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 import langppl as lp
 from langppl.program import StaticMismatchWarning, discovery, scheduler
+from langppl.program.execution import Execution
 from langppl.testing import tiny_lm
 
 LM = tiny_lm("ab. 1", seed=1)
@@ -1056,6 +1058,20 @@ def test_a_list_of_choices_is_no_loop() -> None:
         lp.sample("o", goes_on("b" if "b" in found else "a"), obs="a")
 
     assert edges(model) == {(name, "o") for name in names}
+
+
+def test_a_program_does_not_keep_the_runs_that_found_it() -> None:
+    def model() -> None:
+        z = lp.sample("z", short("a"))
+        lp.sample("o", goes_on("a" if "b" in z else "b"), obs="a")
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) is Execution for o in gc.get_objects())
+
+    before = alive()
+    program = lp.compile(model)
+    assert alive() - before < 4 and not program.is_static
 
 
 def test_a_tree_of_choices() -> None:
