@@ -62,8 +62,8 @@ def exact(program: Program, limit: int, progress: bool) -> Posterior:
                     raise ValueError(
                         f"exact inference met site {latent.name!r} after {forks} latents of one "
                         "execution that each have several values, and it may go on for ever; end "
-                        "the loop or recursion after a number of turns, raise the limit, or use "
-                        "another method"
+                        "the loop or recursion after a number of turns, raise the limit, to "
+                        f"{_ROOM_OF_A_FORK} for each such latent, or use another method"
                     )
                 pending += [({**values, latent.name: v}, now) for v in support]
     for first in range(0, len(done), BATCH):

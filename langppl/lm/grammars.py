@@ -75,7 +75,7 @@ class Grammar:
         return Matcher(self.compiled, f"the grammar {self.shown}", tokenizer)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _remarks(compiled: str, shown: str) -> tuple[str, ...]:
     """What llguidance remarks on a grammar that it takes, made once: a model may be run often.
 
@@ -127,7 +127,7 @@ def regex(pattern: str) -> Grammar:
     return Grammar("regex", pattern, _regex(pattern))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _regex(pattern: str) -> str:
     (made,) = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
     return str(made["lark_grammar"]) + EXACT

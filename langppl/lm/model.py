@@ -338,8 +338,9 @@ class LM:
             for stop in rules.stop if free is None else ():
                 if (spelled := special_in(self.tokenizer, stop)) is not None:
                     warn(
-                        f"the stop {stop!r} spells the special token {spelled!r}, which no string "
-                        "contains; a string ends by itself where the LM ends its text"
+                        f"the stop {stop!r} spells the special token {spelled!r}, which is looked "
+                        "for as plain text; a string ends by itself where the LM ends its text",
+                        PromptWarning,
                     )
         kept[rules] = watched
         if len(kept) > most:

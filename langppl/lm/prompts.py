@@ -22,7 +22,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 class PromptWarning(UserWarning):
-    """A prompt is read otherwise than one may think: what it spells, or is put after it."""
+    """A prompt or a stop is read otherwise than one may think: what it spells, what is after it."""
 
 
 def special_in(tokenizer: Any, text: str) -> str | None:

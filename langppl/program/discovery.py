@@ -72,7 +72,7 @@ _MOST_MADE_UP, _MOST_CHANGED = 1_000, 64
 """Latents of one loop, beyond those of the run before, after which a run is given up: made-up
 values may never be what ends it."""
 _MOST_SITES = 100_000
-"""Latents of a run that looks at none of them: what they are will not end it."""
+"""Latents of a run that looks at no string: what these are will not end it."""
 _MOST_PLACED = 16
 """As `_MOST_TURNS`, of one place in the model whose sites have names without a pattern: they may be
 a list of names, and no loop. If none led to another, `_MOST_CHANGED`."""
@@ -383,8 +383,8 @@ class _Search:
             if not self.looked_inside:
                 raise ValueError(
                     f"the model met {_MOST_SITES} latents in one run, {self._traced[-1]!r} the "
-                    "last, and looked at none of them, so nothing ends it; end the loop after a "
-                    "number of turns, or by what a latent is"
+                    "last, and went on; end the loop after a number of turns, or by what a latent "
+                    "is"
                 ) from None
             return None
         except Exception as error:

@@ -645,8 +645,8 @@ def compile(
         The program.
 
     Raises:
-        ValueError: if the model meets no site, its sites change between equal runs, or `like` is a
-            program of another model.
+        ValueError: if the model meets no site, its sites change between equal runs, a run of it
+            goes on and on, or `like` is a program of another model.
         TypeError: for arguments that do not fit the model.
 
     Example:

@@ -197,7 +197,7 @@ def test_prompts() -> None:
 
 def test_a_stop_that_no_string_contains() -> None:
     lm = tiny_lm(["a", "b", "<", "/", "s", ">"])
-    with pytest.warns(UserWarning, match=r"the stop '</s>' spells the special token '</s>'"):
+    with pytest.warns(PromptWarning, match=r"the stop '</s>' spells the special token '</s>'"):
         found = lp.LMString(lm, "a", stop=["b", "</s>"], max_tokens=3).log_prob("ab")
     assert found > -math.inf
     with warnings.catch_warnings(record=True) as told:

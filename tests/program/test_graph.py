@@ -992,7 +992,7 @@ def test_a_loop_that_nothing_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         for turn in itertools.count() if turns is None else range(turns):
             lp.sample(f"z{turn}", short("a"))
 
-    with pytest.raises(ValueError, match=r"met 40 latents in one run, 'z40' the last, and looked"):
+    with pytest.raises(ValueError, match=r"met 40 latents in one run, 'z40' the last, and went on"):
         lp.compile(model, None)
     assert len(lp.compile(model, 40).latents) == 40
 
