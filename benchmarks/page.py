@@ -80,10 +80,7 @@ text so far that says whether it may go on so: in langppl a potential with `pref
 forbidden tokens are drawn anew (`rejections=32`) or kill (0), in genlm-control a Potential under
 AWRS. 32 particles, twelve seeds; all three resample at half the effective number. Error:
 root-mean-square of the log evidence over the seeds, from that of langppl with 1,024 particles; log
-mean: of the evidence. Alive: particles of weight above zero; distinct: their texts. At the commit
-named, a token was drawn without regard to its share at about one place in two hundred (mended
-since), which adds a little to the error of the first row of each constraint, and to the
-reference's.""",
+mean: of the evidence. Alive: particles of weight above zero; distinct: their texts.""",
     "limit": """## Against the limit
 
 Tokens really computed × operations of a token, over the rate of bare matrix products in the
